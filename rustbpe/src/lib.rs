@@ -1,0 +1,13 @@
+//! rustbpe: trains a byte-level BPE tokenizer and applies it.
+//!
+//! `split` cuts text into words, `words` counts them in parallel, `train` learns merges from the counts, `encode`
+//! applies them. None of these knows Python; `py` is the extension module.
+
+mod encode;
+mod py;
+mod split;
+mod train;
+mod words;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,222 @@
+//! The Python module: argument checks, conversions, and the GIL released around all real work.
+//! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
+
+use crate::encode::Encoder;
+use crate::split::{Splitter, DEFAULT_PATTERN};
+use crate::train::learn_tokens;
+use crate::words::{count_words, Batch};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyBytes, PyIterator, PyString};
+
+const BATCH_BYTES: usize = 1 << 20; // a batch is closed at this size, however few texts it holds: memory stays flat
+const MAX_THREADS: usize = 1024;
+
+/// An error on its way to Python; messages of this crate become ValueError.
+struct Failure(PyErr);
+
+impl From<String> for Failure {
+    fn from(message: String) -> Self {
+        Failure(PyValueError::new_err(message))
+    }
+}
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Failure(error)
+    }
+}
+
+impl From<Failure> for PyErr {
+    fn from(failure: Failure) -> Self {
+        failure.0
+    }
+}
+
+/// An integer argument within `min..=max`.
+fn integer(name: &str, value: &Bound<'_, PyAny>, min: usize, max: usize) -> Result<usize, Failure> {
+    match value.extract::<usize>() {
+        Ok(number) if (min..=max).contains(&number) => Ok(number),
+        _ => Err(format!("{name} must be an integer from {min} to {max}, but is {value}").into()),
+    }
+}
+
+fn thread_count(value: Option<&Bound<'_, PyAny>>) -> Result<usize, Failure> {
+    match value {
+        Some(value) => integer("num_threads", value, 1, MAX_THREADS),
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)),
+    }
+}
+
+/// The UTF-8 text of a Python string, without a copy.
+fn text(value: &Bound<'_, PyAny>) -> Result<PyBackedStr, Failure> {
+    let string = value.cast::<PyString>();
+    let string = string.map_err(|_| format!("texts must be str, but one is {}: {value}", value.get_type()))?;
+    Ok(string.clone().try_into()?) // a lone surrogate is a UnicodeEncodeError, which is a ValueError
+}
+
+fn texts(values: &Bound<'_, PyAny>) -> Result<Vec<PyBackedStr>, Failure> {
+    let values = iterate(values)?;
+    values.map(|value| text(&value?)).collect()
+}
+
+fn iterate<'py>(values: &Bound<'py, PyAny>) -> Result<Bound<'py, PyIterator>, Failure> {
+    if values.is_instance_of::<PyString>() {
+        return Err("one str was given where several are needed: put it in a list".to_string().into());
+    }
+    values.try_iter().map_err(|_| format!("texts must be an iterable of str, not {}", values.get_type()).into())
+}
+
+/// A byte-level BPE tokenizer.
+///
+///     tokenizer = rustbpe.Tokenizer()
+///     tokenizer.train_from_iterator(["some text", "more text"], vocab_size=300)
+///     tokenizer.encode("more")
+#[pyclass(module = "rustbpe")]
+struct Tokenizer {
+    pattern: String,
+    encoder: Option<Encoder>, // None before training
+}
+
+impl Tokenizer {
+    fn trained(&self) -> Result<&Encoder, Failure> {
+        let message = "the tokenizer is not trained: call train_from_iterator first";
+        self.encoder.as_ref().ok_or_else(|| message.to_string().into())
+    }
+}
+
+#[pymethods]
+impl Tokenizer {
+    #[new]
+    fn new() -> Self {
+        Tokenizer { pattern: DEFAULT_PATTERN.to_string(), encoder: None }
+    }
+
+    /// A trained tokenizer from `get_mergeable_ranks()` and `get_pattern()`.
+    #[staticmethod]
+    #[pyo3(signature = (ranks, pattern=None))]
+    fn from_ranks(py: Python<'_>, ranks: &Bound<'_, PyAny>, pattern: Option<&str>) -> Result<Self, Failure> {
+        let pattern = pattern.unwrap_or(DEFAULT_PATTERN).to_string();
+        let splitter = Splitter::new(&pattern)?;
+        let ranks: Vec<(Vec<u8>, u64)> =
+            ranks.extract().map_err(|error| format!("ranks must be a list of (bytes, int): {error}"))?;
+        let encoder = py.detach(|| Encoder::from_ranks(splitter, ranks))?;
+        Ok(Tokenizer { pattern, encoder: Some(encoder) })
+    }
+
+    /// Learns up to `vocab_size` tokens, the 256 bytes among them, from an iterable of str, which is read as a stream:
+    /// at most `buffer_size` texts (or about a megabyte) at a time. The highest count is merged first, among equals
+    /// the pair with the smallest ids; the number of threads makes no difference.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=None, pattern=None, num_threads=None))]
+    fn train_from_iterator(
+        &mut self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: &Bound<'_, PyAny>,
+        buffer_size: Option<&Bound<'_, PyAny>>,
+        pattern: Option<&str>,
+        num_threads: Option<&Bound<'_, PyAny>>,
+    ) -> Result<(), Failure> {
+        let vocab_size = integer("vocab_size", vocab_size, 256, 1 << 31)?;
+        let buffer_size = buffer_size.map_or(Ok(8192), |value| integer("buffer_size", value, 1, 1 << 31))?;
+        let num_threads = thread_count(num_threads)?;
+        let pattern = pattern.unwrap_or(DEFAULT_PATTERN).to_string();
+        let splitter = Splitter::new(&pattern)?;
+        let mut stream = Some(iterate(iterator)?.unbind());
+        let next_batch = |batch: &mut Batch| Python::attach(|py| fill(py, &mut stream, batch, buffer_size));
+        let tokens = py.detach(|| {
+            let words = count_words(&splitter, num_threads, next_batch)?;
+            let check = || Python::attach(|py| py.check_signals()).map_err(Failure);
+            learn_tokens(words, vocab_size, check)
+        })?;
+        (self.pattern, self.encoder) = (pattern, Some(Encoder::new(splitter, tokens)));
+        Ok(())
+    }
+
+    fn get_pattern(&self) -> &str {
+        &self.pattern
+    }
+
+    /// [(bytes of a token, its id), ...] in the order of ids, as tiktoken takes them.
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyBytes>, u32)>, Failure> {
+        let tokens = &self.trained()?.tokens;
+        Ok((0..tokens.len() as u32).map(|id| (PyBytes::new(py, tokens.get(id)), id)).collect())
+    }
+
+    /// The number of tokens; 0 before training.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.encoder.as_ref().map_or(0, |encoder| encoder.tokens.len())
+    }
+
+    fn encode(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> Result<Vec<u32>, Failure> {
+        let (encoder, text) = (self.trained()?, self::text(text)?);
+        Ok(py.detach(|| encoder.encode(&text))?)
+    }
+
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn batch_encode(
+        &self,
+        py: Python<'_>,
+        texts: &Bound<'_, PyAny>,
+        num_threads: Option<&Bound<'_, PyAny>>,
+    ) -> Result<Vec<Vec<u32>>, Failure> {
+        let (encoder, texts, num_threads) = (self.trained()?, self::texts(texts)?, thread_count(num_threads)?);
+        let encoded = py.detach(|| encoder.encode_batch(&texts, num_threads))?;
+        Ok(encoded.into_iter().flat_map(|chunk| chunk.split()).collect())
+    }
+
+    /// All ids of all texts as bytes of little-endian u32, and as bytes of i64 where each text starts, with the end
+    /// of the last: `ids = np.frombuffer(ids, "<u4")`, then text i is `ids[offsets[i]:offsets[i + 1]]`.
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn encode_to_buffer<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        num_threads: Option<&Bound<'py, PyAny>>,
+    ) -> Result<(Bound<'py, PyBytes>, Bound<'py, PyBytes>), Failure> {
+        let (encoder, texts, num_threads) = (self.trained()?, self::texts(texts)?, thread_count(num_threads)?);
+        let encoded = py.detach(|| encoder.encode_batch(&texts, num_threads))?;
+        let num_ids: usize = encoded.iter().map(|chunk| chunk.ids.len()).sum();
+        let ids = PyBytes::new_with(py, 4 * num_ids, |buffer| {
+            let ids = encoded.iter().flat_map(|chunk| &chunk.ids);
+            buffer.chunks_exact_mut(4).zip(ids).for_each(|(out, id)| out.copy_from_slice(&id.to_le_bytes()));
+            Ok(())
+        })?;
+        let mut offset = 0i64;
+        let lens = encoded.iter().flat_map(|chunk| &chunk.lens);
+        let ends = lens.flat_map(|&len| {
+            offset += len as i64;
+            offset.to_le_bytes()
+        });
+        let offsets: Vec<u8> = [0; 8].into_iter().chain(ends).collect();
+        Ok((ids, PyBytes::new(py, &offsets)))
+    }
+}
+
+/// Fills a batch from the stream, which is None once it has ended; false when there was nothing left.
+fn fill(
+    py: Python<'_>,
+    stream: &mut Option<Py<PyIterator>>,
+    batch: &mut Batch,
+    buffer_size: usize,
+) -> Result<bool, Failure> {
+    py.check_signals()?;
+    let Some(mut iterator) = stream.as_ref().map(|stream| stream.bind(py).clone()) else { return Ok(false) };
+    while batch.ends.len() < buffer_size && batch.text.len() < BATCH_BYTES {
+        let Some(value) = iterator.next() else {
+            *stream = None; // an iterator is not asked again after its end
+            break;
+        };
+        batch.text.push_str(&text(&value?)?);
+        batch.ends.push(batch.text.len());
+    }
+    Ok(!batch.ends.is_empty())
+}
+
+#[pymodule(name = "rustbpe")]
+mod module {
+    #[pymodule_export]
+    use super::Tokenizer;
+}
