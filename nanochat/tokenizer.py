@@ -227,7 +227,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def render_conversation(self, conversation, max_tokens=2048):
-        """(ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 exactly on what the assistant is to produce:
+        """(ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 exactly on what the assistant must write:
         its text, its python calls with their fences, its end token. Tool outputs are 0: the engine writes them."""
         ids, mask = self._render_turns(_parse_conversation(conversation))
         return ids[:max_tokens], mask[:max_tokens]
