@@ -1,0 +1,245 @@
+"""The report card: what is recorded, what the page says of it, and that nothing missing breaks it."""
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from nanochat.curves import MAX_POINTS, draw, read_panels
+from nanochat.report import SECTIONS, Report, get_environment, get_report, main
+
+HOUR = 3600
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The start.json of a real reset, made once: it lists every package."""
+    report = Report(tmp_path_factory.mktemp("start") / "report")
+    report.reset()
+    return (report.report_dir / "start.json").read_text("utf-8")
+
+
+@pytest.fixture
+def report(tmp_path, start):
+    report = Report(tmp_path / "report")
+    report.report_dir.mkdir()
+    (report.report_dir / "start.json").write_text(start, "utf-8")
+    return report
+
+
+def read(report, **kwargs):
+    return report.generate(**kwargs).read_text("utf-8")
+
+
+def use_gpus(report, num_gpus):
+    """Let the card say that the machine has so many GPUs."""
+    path = report.report_dir / "start.json"
+    start = json.loads(path.read_text("utf-8"))
+    start["environment"] |= {"num_gpus": num_gpus, "gpus": ["H100"] * num_gpus}
+    path.write_text(json.dumps(start), "utf-8")
+
+
+def write_metrics(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", "utf-8")
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Recording
+
+
+def test_log_writes_one_json_per_section_in_the_order_of_the_pipeline(report):
+    report.log("Chat SFT", {})
+    report.log("Tokenizer training", {"vocab_size": 256})
+    names = sorted(path.name for path in report.report_dir.glob("[0-9]*"))
+    assert names == ["01-tokenizer-training.json", "09-chat-sft.json"]
+    record = json.loads((report.report_dir / names[0]).read_text("utf-8"))
+    assert record["vocab_size"] == 256 and record["start_time"] <= record["end_time"] and record["command"]
+
+
+def test_a_section_logged_again_replaces_the_first(report):
+    report.log("Base model loss", {"metrics": {"bpb": 2.0}})
+    report.log("Base model loss", {"metrics": {"bpb": 1.25}})
+    assert "| bpb | 1.2500 |" in read(report) and "2.0000" not in read(report)
+
+
+def test_only_rank_0_writes(report, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    report.log("Chat SFT", {})
+    assert not list(report.report_dir.glob("[0-9]*"))
+
+
+def test_the_command_under_torchrun_is_one_that_can_be_typed(report, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "-u", "-m", "scripts.base_train", "--depth=4"])
+    report.log("Base model training", {})
+    assert "\ntorchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=4\n" in read(report)
+
+
+def test_tensors_and_paths_are_written_as_numbers_and_text(report, tmp_path):
+    report.log("Chat SFT", {"loss": torch.tensor(0.5), "folder": tmp_path})
+    assert "- **loss**: 0.5\n" in read(report)
+
+
+def test_reset_keeps_the_card_before_it(report):
+    report.log("Chat SFT", {})
+    report.reset()
+    assert "09-chat-sft.json" not in {path.name for path in report.report_dir.iterdir()}
+    assert (report.report_dir.parent / "report_previous" / "09-chat-sft.json").exists()
+
+
+def test_environment_survives_without_git_or_any_tool(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    environment = get_environment()
+    assert environment["commit"] == "" and environment["torch"] == torch.__version__
+    assert environment["packages"]["pytest"] == pytest.__version__
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+
+def test_a_card_without_a_reset_or_a_stage_still_renders(tmp_path):
+    text = read(Report(tmp_path / "report"))
+    assert "No stage has recorded a metric yet." in text and "unknown (no reset before the run)" in text
+
+
+def test_missing_stages_are_named(report):
+    for section in SECTIONS:
+        if section not in ("Midtraining", "Chat RL"):
+            report.log(section, {})
+    assert "Not in this card, since they have not run: Midtraining, Chat RL.\n" in read(report)
+
+
+def test_metrics_stand_by_stage_with_error_and_count(report):
+    report.log("Base model evaluation", {"metrics": {"core": {"value": 0.21, "stderr": 0.006, "n": 48211}}})
+    report.log("Chat evaluation sft", {"metrics": {"GSM8K": {"value": 0.05, "stderr": 0.006, "n": 1319}, "own": 3}})
+    report.log("Chat evaluation rl", {"metrics": {"GSM8K": 0.08}})
+    text = read(report)
+    assert "| CORE | 0.2100 ± 0.0060 (n=48,211) | – | – | – |" in text
+    assert "| GSM8K | – | – | 0.0500 ± 0.0060 (n=1,319) | 0.0800 |" in text
+    assert "| own | – | – | 3 | – |" in text
+
+
+def test_bpb_has_one_row_under_any_of_its_names_and_the_later_section_wins(report):
+    report.log("Base model training", {"metrics": {"val/bpb": 0.9}})
+    report.log("Base model loss", {"metrics": {"val_bpb": 0.8}})
+    assert "| bpb | 0.8000 | – | – | – |" in read(report)
+
+
+def test_cost_is_rate_times_gpus_times_hours_and_shared_time_counts_once(report):
+    use_gpus(report, 8)
+    report.log("Base model training", {"start_time": 0, "end_time": 3 * HOUR, "world_size": 8})
+    report.log("Base model loss", {"start_time": 2 * HOUR, "end_time": 4 * HOUR, "world_size": 8})
+    assert "- **Cost**: \\$96.00 (8 x \\$3.00 an hour)" in read(report)  # 8 GPUs, 4 hours, $3
+    assert "- **Cost**: \\$64.00 (8 x \\$2.00 an hour)" in read(report, gpu_hourly_rate=2.0)
+    assert "| **all** |  | **4h 00m** |" in read(report)
+
+
+def test_a_cpu_run_has_a_cost_only_if_a_rate_is_given(report):
+    use_gpus(report, 0)
+    report.log("Base model training", {"start_time": 0, "end_time": HOUR, "world_size": 4})
+    assert "not counted" in read(report)
+    assert "\\$0.50 (1 x \\$0.50 an hour)" in read(report, gpu_hourly_rate=0.5)
+
+
+def test_samples_and_settings_cannot_break_the_page(report):
+    sample = {"prompt": "Say <script>", "text": "a|b *c* `d` [e](f)\n# no heading"}
+    report.log("Base model training", {"samples": [sample], "config": {"run": "x|y"}})
+    text = read(report)
+    assert "> **Say &lt;script&gt;** a\\|b \\*c\\* \\`d\\` \\[e\\](f)<br>\\# no heading\n" in text
+    assert "| `run` | `x\\|y` |" in text
+
+
+def test_nan_and_none_are_shown_and_do_not_stop_the_page(report):
+    report.log("Chat RL", {"metrics": {"loss": float("nan"), "reward": {"value": None, "n": 0}}})
+    assert "| loss | – | – | – | nan |" in read(report) and "| reward | – | – | – | – |" in read(report)
+
+
+def test_long_tables_are_folded_and_short_ones_are_not(report):
+    rows = [{"task": f"t{i}", "accuracy": i / 100} for i in range(22)]
+    report.log("Base model evaluation", {"tables": {"Long": rows, "Short": rows[:2]}})
+    assert "<details><summary>Long</summary>" in read(report) and "**Short**\n\n| task | accuracy |" in read(report)
+
+
+def test_generate_copies_page_and_pictures(report, tmp_path):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    curves = write_metrics(tmp_path / "run" / "metrics.jsonl", [{"step": i, "train/loss": 5 - i} for i in range(4)])
+    report.log("Base model training", {"curves": curves})
+    text = read(report, copy_to=folder)
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report-base-model-training.svg"}
+    assert (folder / "report.md").read_text("utf-8") == text and "](report-base-model-training.svg)" in text
+
+
+def test_curves_are_found_after_the_base_directory_has_moved(report, tmp_path):
+    base = report.report_dir.parent
+    report.log("Chat SFT", {"curves": write_metrics(base / "sft" / "metrics.jsonl", [{"step": 1, "loss": 2}])})
+    moved = base.rename(base.with_name(base.name + "_moved"))
+    assert "![Curves of Chat SFT]" in read(Report(moved / "report"))
+
+
+def test_a_missing_metrics_file_is_said(report, tmp_path):
+    report.log("Chat SFT", {"curves": tmp_path / "none.jsonl"})
+    assert "No curves: the file of metrics is missing" in read(report)
+
+
+def test_command_line_makes_a_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["reset"], ["generate", "--gpu_hourly_rate=3.0"]):
+        monkeypatch.setattr(sys, "argv", ["report", *arguments])
+        main()
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert text.startswith("# nanochat report card\n") and "an hour)" in text
+    assert (get_report().report_dir / "report.md").read_text("utf-8") == text
+
+
+# -----------------------------------------------------------------------------
+# Curves
+
+
+def test_panels_read_what_a_killed_and_resumed_run_left(tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0},
+                                                      {"step": 2, "loss": float("nan")}, {"step": 1, "loss": 3.0}])
+    path.write_text(path.read_text("utf-8") + '{"step": 2, "lo', "utf-8")
+    assert read_panels([path]) == [("loss", {"loss": [(0, 5.0), (1, 3.0)]}, False)]
+
+
+def test_train_and_val_share_a_panel(tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": 0, "train/loss": 5, "val/loss": 6, "val/bpb": 1}])
+    assert [(title, list(lines)) for title, lines, _ in read_panels([path])] == [
+        ("loss", ["train/loss", "val/loss"]), ("bits per byte", ["val/bpb"])]
+
+
+def test_long_curves_are_thinned_to_means_that_keep_mean_and_last_step(tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": i, "loss": i % 2} for i in range(1500)])
+    points = read_panels([path])[0][1]["loss"]
+    assert len(points) == MAX_POINTS and points[-1] == (1499, 0.6)
+
+
+AWKWARD = [[(0, 0.0)], [(7, 3.5)], [(0, -1e-9), (1, 1e-9)], [(0, 1e12), (10**6, 3e12)], [(5, 2.0), (6, 2.0)],
+           [(i, 1e-5 * i) for i in range(50)], [(i, -i) for i in range(3)]]
+
+
+@pytest.mark.parametrize("points", AWKWARD)
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_pictures_are_xml_with_all_points_and_labels_inside(points, from_zero):
+    root = ElementTree.fromstring(draw([("a <title>", {"train/loss": points}, from_zero)]))
+    width, height = float(root.get("width")), float(root.get("height"))
+    line = next(element for element in root.iter() if element.tag.endswith("polyline"))
+    pixels = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+    assert len(pixels) == len(points) and all(0 <= x <= width and 0 <= y <= height for x, y in pixels)
+    labels = [element for element in root.iter() if element.tag.endswith("text")]
+    assert all(len(label.text or "") <= 9 for label in labels[2:-1])  # ticks fit into the margin
+    assert all(0 <= float(label.get("x")) <= width for label in labels)
+
+
+def test_y_ticks_are_round_numbers_around_the_values():
+    text = draw([("loss", {"loss": [(0, 2.31), (1000, 10.9)]}, False)])
+    assert re.findall(r'text-anchor="end">([\d.]+)</text>', text) == ["2", "4", "6", "8", "10", "12"]
