@@ -154,21 +154,14 @@ def _run_program(code):
     an error too, `sys.exit(0)` included: the tests at the end of the program would not have run."""
     program = sys.modules["__main__"] = type(sys)("__main__")
     sys.argv = ["program.py"]
-    streams, error = [sys.stdout, sys.stderr], ""
     try:
         exec(compile(code, "<program>", "exec", dont_inherit=True), program.__dict__)
     except BaseException as raised:
-        error = type(raised).__name__
         try:
-            error += f": {raised}" if str(raised) else ""
+            return f"{type(raised).__name__}: {raised}".removesuffix(": ")
         except BaseException:  # a __str__ of the program's own
-            pass
-    for stream in streams:
-        try:
-            stream.flush()
-        except BaseException:  # closed or spoilt by the program
-            pass
-    return error
+            return type(raised).__name__
+    return ""
 
 
 def _child_main(orders_bytes):
@@ -274,7 +267,8 @@ def _run_child(orders_bytes, sent, home, timeout, kept_bytes):
     """Returns the captured stdout and stderr, why we ended the child (None: it ended), and its exit code."""
     folder = os.path.join(home, "work")
     os.mkdir(folder)
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", os.path.abspath(__file__), str(orders_bytes)]
+    # alone, without site-packages, .pyc files and buffers: what was printed before a crash or the deadline is kept
+    command = [sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", os.path.abspath(__file__), str(orders_bytes)]
     # what an interpreter may need to start; the child clears it
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     process = subprocess.Popen(command, cwd=folder, env=environment, bufsize=0, start_new_session=True,
