@@ -3,9 +3,15 @@ What every stage needs: where files live, which device and rank this process is,
 collectives, downloads, and the schedules. Importing this module does nothing; `compute_init` sets a process up.
 """
 
+import ctypes
 import os
+import re
 import sys
+import time
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 # -----------------------------------------------------------------------------
 # Errors a user can cause, and how a script ends on one
@@ -47,7 +53,7 @@ def get_data_dir():
     if not data_dir:
         return None
     if not Path(data_dir).is_dir():
-        raise UserError(f"NANOCHAT_DATA_DIR={data_dir} is not a folder", "unset it to use downloads, or point it at a mirror")
+        raise UserError(f"NANOCHAT_DATA_DIR={data_dir} is not a folder", "unset it, or point it at a data mirror")
     return Path(data_dir)
 
 
@@ -65,3 +71,201 @@ def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if get_dist_info()[0] == 0:
         print(*args, **kwargs, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Process set-up
+
+
+def autodetect_device_type():
+    """'cuda' where a GPU is, else 'mps' (Apple), else 'cpu'."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_init(device_type="", seed=42):
+    """
+    Set up this process: device, ranks, seeds, matmul precision. Starts the process group under torchrun (NCCL on
+    GPUs, gloo elsewhere). device_type '' = detect.
+
+    Returns (ddp_rank, ddp_local_rank, ddp_world_size, device).
+    """
+    device_type = device_type or autodetect_device_type()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available.get(device_type):
+        usable = [name for name, ok in available.items() if ok]
+        raise UserError(f"device_type={device_type} is not available here", f"use one of {', '.join(usable)}")
+    rank, local_rank, world_size = get_dist_info()
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cpu":
+        keep_freed_memory()
+        _share_cores(world_size)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    torch.manual_seed(seed)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return rank, local_rank, world_size, device
+
+
+def compute_cleanup():
+    """Leave the process group, if `compute_init` joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """
+    Ask glibc to keep large freed blocks instead of returning them: on a CPU every training step frees and takes
+    the same buffers, and faulting fresh pages in costs more than the arithmetic on them. Costs up to 1 GB of
+    resident memory. A no-op where the C library has no mallopt.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        for option, value in ((-3, 2**30), (-1, 2**30), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_, M_TOP_PAD
+            libc.mallopt(option, value)
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
+def _share_cores(world_size):
+    """torchrun sets OMP_NUM_THREADS=1; on a CPU the ranks of a machine share its cores instead."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+
+
+def synchronize(device):
+    """Wait for a GPU's queued work, so that a clock read afterwards is honest. A no-op on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device):
+    """Most memory in use so far: the GPU's allocator on CUDA, the resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (SXM parts; without sparsity).
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+              "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def get_peak_flops(device, dtype):
+    """
+    (FLOP/s, 'data sheet' | 'measured'): what MFU is a fraction of. Known GPUs in 16 bits come from the table,
+    anything else is timed on a matrix product of the dtype that training uses.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for key, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{key}\b", name):
+                return flops, "data sheet"
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    best_s = float("inf")
+    for _ in range(6):  # the best of a few: the first ones warm up, others share the machine
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * size**3 / best_s, "measured"
+
+
+# -----------------------------------------------------------------------------
+# Collectives, all of them: with one rank each is the identity
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor):
+    """Sum over ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def reduce_scatter_sum(full):
+    """(world * n, ...) on every rank -> this rank's (n, ...) of the sum over ranks."""
+    if world_size() == 1:
+        return full
+    shard = torch.empty_like(full[: full.size(0) // world_size()])
+    dist.reduce_scatter_tensor(shard, full, op=dist.ReduceOp.SUM)
+    return shard
+
+
+def all_gather(shard):
+    """This rank's (n, ...) -> (world * n, ...) of all ranks, in rank order."""
+    if world_size() == 1:
+        return shard
+    full = shard.new_empty(world_size() * shard.size(0), *shard.shape[1:])
+    dist.all_gather_into_tensor(full, shard.contiguous())
+    return full
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# Schedules and batch arithmetic
+
+
+def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):
+    """
+    The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps, constant 1,
+    then a linear fall over the last warmdown_ratio of the run, to final_frac at step = num_iterations.
+    """
+    warmdown_iters = round(warmdown_ratio * num_iterations)
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    if step <= num_iterations - warmdown_iters:
+        return 1.0
+    progress = (num_iterations - step) / warmdown_iters  # 1 -> 0
+    return progress + (1 - progress) * final_frac
+
+
+def split_rows(num_rows, ddp_rank, ddp_world_size, device_batch_size):
+    """
+    This rank's part of a step's rows, as [(start, stop)] of its micro-batches. Parts may differ by a row, and the
+    last micro-batch may be short: losses are summed and divided by the step's global token count, so any split of
+    the rows gives the same gradient.
+
+    >>> split_rows(10, 0, 3, 2)
+    [(0, 2), (2, 4)]
+    """
+    start, stop = (num_rows * rank // ddp_world_size for rank in (ddp_rank, ddp_rank + 1))
+    # never more than device_batch_size rows at once, and as even as possible, so that few batch shapes occur
+    num_micro = max(1, -(-(stop - start) // device_batch_size))
+    bounds = [start + (stop - start) * i // num_micro for i in range(num_micro + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+class Ema:
+    """Exponential moving average without the start-up bias; `value` is None before the first update."""
+
+    def __init__(self, decay=0.9, total=0.0, weight=0.0):
+        self.decay, self.total, self.weight = decay, total, weight
+
+    def update(self, x):
+        self.total = self.decay * self.total + (1 - self.decay) * x
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        return self.value
+
+    @property
+    def value(self):
+        return self.total / self.weight if self.weight else None

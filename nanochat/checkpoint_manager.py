@@ -1,0 +1,293 @@
+"""
+Checkpoints: written so that only whole ones are ever seen, read so that a wrong one is refused in words.
+
+    <base>/base_checkpoints/d20/step_001000/
+        model.safetensors      parameters, float32, by name
+        optimizer.safetensors  full optimizer state by parameter name, for any number of ranks (training only)
+        tokenizer/             the tokenizer the model was trained with
+        meta.json              format version, model config, tokenizer hash, training state, sizes of the other files
+
+A checkpoint is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes it visible;
+meta.json names the size of every other file, so a truncated copy is recognised without reading it. Nothing is
+pickled. FORMAT_VERSION grows when the layout changes; `_upgrade` keeps older checkpoints loading.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanochat.common import UserError, barrier, get_base_dir, get_dist_info
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.precision import get_precision_dtype
+from nanochat.tokenizer import get_tokenizer
+
+FORMAT_VERSION = 1
+STAGE_DIRS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
+              "rl": "chatrl_checkpoints"}
+STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+
+
+# -----------------------------------------------------------------------------
+# Where checkpoints are
+
+
+def get_checkpoint_dir(stage, model_tag):
+    """The folder that holds the steps of one model: <base>/<stage folder>/<tag>."""
+    return get_base_dir() / STAGE_DIRS[stage] / model_tag
+
+
+def find_checkpoint_dir(stage, model_tag=None):
+    """The checkpoint_dir of a stage; without a tag, the most recently saved model that has a whole checkpoint."""
+    if stage not in STAGE_DIRS:
+        raise UserError(f"stage {stage!r} is unknown", f"use one of {', '.join(STAGE_DIRS)}")
+    if model_tag is not None:
+        return get_checkpoint_dir(stage, model_tag)
+    checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
+    candidates = [d for d in checkpoints_dir.glob("*") if CheckpointManager(d).steps()]
+    if not candidates:
+        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}",
+                        f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
+    def saved_at(folder):
+        return (folder / _step_name(CheckpointManager(folder).last_step()) / "meta.json").stat().st_mtime
+
+    return max(candidates, key=saved_at)
+
+
+def _step_name(step):
+    return f"step_{step:06d}"
+
+
+# -----------------------------------------------------------------------------
+# One folder of checkpoints
+
+
+class CheckpointManager:
+    """
+    The checkpoints in one folder.
+
+        manager = CheckpointManager(folder)
+        manager.save_model(model, step=100)
+        model = manager.load_model(device, step=100)
+    """
+
+    def __init__(self, base_dir):
+        self.checkpoint_dir = Path(base_dir)
+
+    def steps(self):
+        """Steps of the whole checkpoints, ascending. Unfinished and truncated ones are not in the list."""
+        found = []
+        for folder in self.checkpoint_dir.glob("step_*"):
+            match = re.fullmatch(r"step_(\d+)", folder.name)
+            if match and _is_whole(folder):
+                found.append(int(match.group(1)))
+        return sorted(found)
+
+    def last_step(self):
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    # -- saving
+
+    def move_aside(self):
+        """
+        Make room for a new run under the same tag: an older run's checkpoints are renamed, never mixed with the new
+        ones or deleted. Returns their new folder, or None when there were none. Rank 0 moves, all ranks wait.
+        """
+        moved = None
+        if get_dist_info()[0] == 0 and self.checkpoint_dir.exists():
+            if self.steps():
+                numbers = (n for n in range(1, 10**6) if not self._aside(n).exists())
+                moved = self.checkpoint_dir.rename(self._aside(next(numbers)))
+            else:
+                shutil.rmtree(self.checkpoint_dir)  # nothing whole in it
+        barrier()
+        return moved
+
+    def _aside(self, number):
+        return self.checkpoint_dir.with_name(f"{self.checkpoint_dir.name}.old{number}")
+
+    def save_model(self, model, step):
+        """Save parameters and config alone. Returns the checkpoint's folder."""
+        return self.save(step, model)
+
+    def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
+        """
+        Save the state of training; collective (the optimizers gather their shards), written by rank 0. `meta` is a
+        JSON-able dict: settings, loader state, metrics. keep_last > 0 then deletes all but so many newest ones.
+        A failed write (a full disk) raises UserError and leaves the checkpoints that were there as they were.
+        """
+        states = {}
+        for optimizer in optimizers:
+            states.update(optimizer.full_state())
+        folder, failure = self.checkpoint_dir / _step_name(step), None
+        if get_dist_info()[0] == 0:
+            try:
+                self._write(folder, step, model, states, tokenizer, meta or {})
+                self._prune(keep_last)
+            except OSError as error:
+                failure = error
+        barrier()
+        if failure is not None:
+            raise UserError(f"checkpoint {folder} could not be written: {failure}; earlier checkpoints are intact",
+                            "free disk space, or set NANOCHAT_BASE_DIR to a larger disk, and resume")
+        return folder
+
+    def _write(self, folder, step, model, optimizer_state, tokenizer, meta):
+        tmp = folder.with_name(f".tmp_{folder.name}")
+        shutil.rmtree(tmp, ignore_errors=True)
+        try:
+            tmp.mkdir(parents=True)
+            weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+            _save_tensors(weights, tmp / "model.safetensors")
+            if optimizer_state:
+                _save_tensors(optimizer_state, tmp / "optimizer.safetensors")
+            if tokenizer is not None:
+                tokenizer.save(tmp / "tokenizer")
+                meta = {**meta, "tokenizer_hash": tokenizer.hash()}
+            files = {str(p.relative_to(tmp)): p.stat().st_size for p in sorted(tmp.rglob("*")) if p.is_file()}
+            meta = {"format_version": FORMAT_VERSION, "step": step, "model_config": asdict(model.config), **meta,
+                    "files": files}
+            (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            _fsync_tree(tmp)
+            if folder.exists():  # the same step again, after a resume: swap, so that one of the two is always there
+                old = folder.with_name(f".old_{folder.name}")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                tmp.rename(folder)
+                shutil.rmtree(old)
+            else:
+                tmp.rename(folder)
+            _fsync(folder.parent)
+        except OSError:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+
+    def _prune(self, keep_last):
+        if keep_last > 0:
+            for step in self.steps()[:-keep_last]:
+                shutil.rmtree(self.checkpoint_dir / _step_name(step))
+
+    # -- loading
+
+    def load_meta(self, step=None):
+        """(step, meta) of a checkpoint; step None = the latest whole one."""
+        step = self.last_step() if step is None else step
+        folder = self.checkpoint_dir / _step_name(step or 0)
+        if step is None or not _is_whole(folder):
+            have = ", ".join(map(str, self.steps())) or "none"
+            what = "no checkpoint" if step is None else f"no whole checkpoint of step {step}"
+            raise UserError(f"{what} in {self.checkpoint_dir}; there are: {have}",
+                            "choose one of these with --step, or train: python -m scripts.base_train")
+        return step, _upgrade(_read_meta(folder), folder)
+
+    def load_model(self, device, step=None):
+        """The model of a checkpoint, float32, in training mode, on the device."""
+        step, meta = self.load_meta(step)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**meta["model_config"]))
+        weights = _load_tensors(self.checkpoint_dir / _step_name(step) / "model.safetensors", device)
+        missing = {name: p.shape for name, p in model.state_dict().items()}
+        found = {name: p.shape for name, p in weights.items()}
+        if missing != found:
+            wrong = sorted(set(missing.items()) ^ set(found.items()))[0]
+            raise UserError(f"{self.checkpoint_dir}, step {step}: parameter {wrong[0]} does not fit the config",
+                            "this checkpoint was changed after it was saved; load another step")
+        model.load_state_dict(weights, assign=True)
+        model.requires_grad_(True)
+        model.set_rotary(model.config.sequence_len)
+        return model
+
+    def load_optimizers(self, optimizers, step):
+        """Put the saved state into the optimizers, on whatever number of ranks this is."""
+        path = self.checkpoint_dir / _step_name(step) / "optimizer.safetensors"
+        if not path.exists():
+            raise UserError(f"{path} is missing: this checkpoint holds a model alone and cannot be resumed",
+                            "resume from another step, or start a new run")
+        tensors = _load_tensors(path, "cpu")
+        for optimizer in optimizers:
+            optimizer.load_full_state(tensors)
+
+    def load_tokenizer(self, step):
+        """The tokenizer that travels with a checkpoint; a hash that differs from the saved one is refused."""
+        _, meta = self.load_meta(step)
+        folder = self.checkpoint_dir / _step_name(step) / "tokenizer"
+        tokenizer = get_tokenizer(folder)
+        if tokenizer.hash() != meta.get("tokenizer_hash"):
+            raise UserError(f"{folder} is not the tokenizer this model was trained with (its hash differs)",
+                            "restore the folder from a backup, or load another step")
+        return tokenizer
+
+
+def load_checkpoint(stage, device, model_tag=None, step=None):
+    """
+    (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: evaluation mode, parameters
+    stored in the compute dtype, so that decoding never casts. Default: the latest step of the newest model.
+    """
+    manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
+    step, meta = manager.load_meta(step)
+    model = manager.load_model(device, step).eval().requires_grad_(False)
+    return model.to(get_precision_dtype(torch.device(device).type)), manager.load_tokenizer(step), meta
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def _read_meta(folder):
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_whole(folder):
+    meta = _read_meta(folder)
+    if not isinstance(meta, dict) or "files" not in meta:
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size
+               for name, size in meta["files"].items())
+
+
+def _upgrade(meta, folder):
+    """Bring the meta data of an older format to the current one."""
+    if meta["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{folder} has checkpoint format {meta['format_version']}, this nanochat reads up to "
+                        f"{FORMAT_VERSION}", "update nanochat: git pull && uv sync")
+    return meta
+
+
+def _save_tensors(tensors, path):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors reports a full disk as its own error
+        raise OSError(str(error)) from error
+
+
+def _load_tensors(path, device):
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}", "load another step with --step, or resume from it") from error
+
+
+def _fsync(path):
+    """Force a file's or folder's content to disk; folders cannot be opened on Windows, which needs no such call."""
+    if os.name == "posix" or path.is_file():
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _fsync_tree(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(folder)

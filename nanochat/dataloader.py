@@ -1,0 +1,259 @@
+"""
+From documents to rows of tokens.
+
+What a training step sees is a function of (seed, step) alone. Every rank walks the same stream of documents, packs
+the same rows and keeps its share of them, so neither the number of ranks nor the micro-batch can change a step, and
+a position in the stream is a few integers. Packing every rank's rows on every rank is affordable because encoding
+runs in Rust at tens of megabytes per second and ahead of training, in a background thread.
+
+A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts with <|bos|>, as each document does.
+Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents:
+  - a document longer than a row is cut; what remains becomes a document of its own, with its own <|bos|>;
+  - the others are packed best-fit: the longest that still fits, until none does, and the gap takes the head of a
+    document, whose tail goes back to the rest (or is dropped: `crop`);
+  - the last row of a block is filled from the document after it, and the next block starts in the middle of that one.
+So nothing is padded, and without `crop` nothing is lost: the position (epoch, file, row, token offset) where a block
+starts plus the number of rows taken from it is all the state there is.
+"""
+
+import bisect
+import queue
+import threading
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError
+from nanochat.dataset import read_documents
+
+BLOCK_TOKENS = 2**19
+ENCODE_CHARS = 2**19  # characters handed to the tokenizer at once
+IGNORE = -1           # marks a place without a token: no loss there
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+
+def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
+    """
+    Yield ((epoch, span, row), ids) for every document of `spans` from `start` on, for ever or for so many `epochs`;
+    ids is an int array without <|bos|>. The files are visited in another order in every epoch of every seed, span
+    being the place in that order. A stream without documents is a UserError, not an endless search.
+    """
+    epoch, first_span, first_row = start
+    while epochs is None or epoch < epochs:
+        order = np.random.default_rng([seed, epoch]).permutation(len(spans)) if epochs is None else range(len(spans))
+        found = False
+        for index in range(first_span, len(spans)):
+            rows = read_documents(spans[order[index]], first_row)
+            for row, ids in _encode_ahead(tokenizer, rows):
+                found = True
+                yield (epoch, index, row), ids
+            first_row = 0
+        if not found and first_span == 0:
+            raise UserError("the data holds no documents", "check --data, or run: python -m nanochat.dataset -n 8")
+        epoch, first_span = epoch + 1, 0
+
+
+def _encode_ahead(tokenizer, rows):
+    """(row, text) pairs -> (row, ids) pairs, encoded ENCODE_CHARS at a time."""
+    numbers, texts, chars = [], [], 0
+
+    def flush():
+        ids, offsets = tokenizer.encode_to_numpy(texts)
+        for i, number in enumerate(numbers):
+            yield number, ids[offsets[i]: offsets[i + 1]]
+
+    for number, text in rows:
+        numbers.append(number)
+        texts.append(text)
+        chars += len(text)
+        if chars >= ENCODE_CHARS:
+            yield from flush()
+            numbers, texts, chars = [], [], 0
+    if texts:
+        yield from flush()
+
+
+# -----------------------------------------------------------------------------
+# Packing
+
+
+def pack_rows(pieces, bos, capacity, crop=False):
+    """
+    Best-fit packing of pieces (int arrays that start with bos) into rows of `capacity` tokens.
+    Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last row.
+
+    >>> pack_rows([np.array([0, 1, 2]), np.array([0, 3])], bos=0, capacity=4)[0]
+    array([[0, 1, 2, 0]])
+    """
+    rows, pool = [], []
+    for piece in pieces:
+        while len(piece) > capacity:  # a long document gives whole rows; with crop, only its first
+            rows.append(piece[:capacity])
+            piece = piece[:0] if crop else _behead(piece, capacity, bos)
+        if len(piece):
+            pool.append(piece)
+    pool.sort(key=len)
+    lengths = [len(piece) for piece in pool]  # kept parallel to pool, ascending
+
+    def take(i):
+        del lengths[i]
+        return pool.pop(i)
+
+    row, room = [], capacity
+    while pool:
+        fitting = bisect.bisect_right(lengths, room) - 1
+        if fitting >= 0:
+            row.append(take(fitting))
+        else:  # nothing fits: cut the document that loses least (crop), or the longest
+            piece = take(0 if crop else len(pool) - 1)
+            row.append(piece[:room])
+            if not crop:
+                tail = _behead(piece, room, bos)
+                place = bisect.bisect_left(lengths, len(tail))
+                lengths.insert(place, len(tail))
+                pool.insert(place, tail)
+        room -= len(row[-1])
+        if room == 0:
+            rows.append(np.concatenate(row))
+            row, room = [], capacity
+    rows = np.stack(rows) if rows else np.empty((0, capacity), dtype=np.int32)
+    return rows, np.concatenate(row) if row else np.empty(0, dtype=np.int32)
+
+
+def _behead(piece, count, bos):
+    """Drop the first `count` tokens of a piece and let the rest start with bos again."""
+    rest = piece[count - 1:].copy()
+    rest[0] = bos
+    return rest
+
+
+def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=BLOCK_TOKENS):
+    """
+    Endless ((position, offset), rows): where in the stream the block starts, and its rows, int32 (R, capacity),
+    shuffled. `documents` is an endless iterator of (position, ids) that starts at the document with the offset.
+    """
+    block_tokens = max(block_tokens, capacity)
+    position, ids = next(documents)
+    while True:
+        start, pieces, total = (position, offset), [], 0
+        while total < block_tokens:
+            pieces.append(np.concatenate(([bos], ids[offset:])).astype(np.int32))
+            total += len(pieces[-1])
+            (position, ids), offset = next(documents), 0
+        rows, rest = pack_rows(pieces, bos, capacity, crop)
+        while 0 < len(rest) < capacity:  # finish the last row with what comes next
+            piece = np.concatenate(([bos], ids[offset:])).astype(np.int32)
+            room = capacity - len(rest)
+            rest = np.concatenate((rest, piece[:room]))
+            if crop or len(piece) <= room:
+                (position, ids), offset = next(documents), 0
+            else:
+                offset += room - 1  # the bos in front took one of the places
+        if len(rest):
+            rows = np.concatenate((rows, rest[None]))
+        # long documents give runs of neighbouring rows: spread them over the block
+        order = np.random.default_rng([seed, *start[0], start[1]]).permutation(len(rows))
+        yield start, rows[order]
+
+
+# -----------------------------------------------------------------------------
+# Training and validation rows
+
+
+class RowLoader:
+    """
+    Rows for training: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict of integers; a loader made with it goes
+    on with the very next row. Works ahead in a thread; an error there is raised by the next `next_rows`.
+
+    documents(position) must return an endless iterator of (position, ids) from that position (three integers) on.
+    """
+
+    def __init__(self, documents, bos, sequence_len, seed=42, state=None, crop=False):
+        state = state or {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 0}
+        position = (state["epoch"], state["span"], state["row"])
+        self._blocks = packed_blocks(documents(position), bos, sequence_len + 1, seed, state["offset"], crop)
+        self._queue, self._stop = queue.Queue(maxsize=2), threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        self._start, self._rows = self._next_block()
+        self._used = state["rows_used"]
+
+    def _work(self):
+        try:
+            for block in self._blocks:
+                if not self._put(block):
+                    return
+        except BaseException as error:  # handed to the thread that waits for rows
+            self._put(error)
+
+    def _put(self, item):
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _next_block(self):
+        block = self._queue.get()
+        if isinstance(block, BaseException):
+            raise block
+        return block
+
+    def next_rows(self, n):
+        parts = []
+        while n > 0:
+            if self._used == len(self._rows):
+                (self._start, self._rows), self._used = self._next_block(), 0
+            part = self._rows[self._used: self._used + n]
+            self._used += len(part)
+            n -= len(part)
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def state(self):
+        (epoch, span, row), offset = self._start
+        return {"epoch": int(epoch), "span": int(span), "row": int(row), "offset": int(offset),
+                "rows_used": int(self._used)}
+
+    def close(self):
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+
+def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=False):
+    """A RowLoader over the documents of `spans` (see nanochat.dataset.get_spans)."""
+    def documents(position):
+        return token_documents(tokenizer, spans, seed, position)
+    return RowLoader(documents, tokenizer.get_bos_token_id(), sequence_len, seed, state, crop)
+
+
+def validation_rows(tokenizer, spans, sequence_len, max_tokens):
+    """
+    The fixed validation set as rows, int32 (R, T + 1): documents from the start until max_tokens (-1 = all), packed
+    as in training with nothing cropped; the last row is filled with IGNORE.
+    """
+    bos, pieces, total = tokenizer.get_bos_token_id(), [], 0
+    for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1):
+        if 0 <= max_tokens <= total:
+            break
+        keep = len(ids) if max_tokens < 0 else min(len(ids), max_tokens - total)
+        pieces.append(np.concatenate(([bos], ids[:keep])).astype(np.int32))
+        total += keep
+    rows, rest = pack_rows(pieces, bos, sequence_len + 1)
+    if len(rest) > 1:
+        filler = np.full(sequence_len + 1 - len(rest), IGNORE, dtype=np.int32)
+        rows = np.concatenate((rows, np.concatenate((rest, filler))[None]))
+    return rows
+
+
+def to_batch(rows, device):
+    """Rows (B, T + 1) -> inputs and targets, int64 (B, T) on the device; targets are IGNORE where a row is."""
+    rows = torch.from_numpy(np.ascontiguousarray(rows)).long()
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()

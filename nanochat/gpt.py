@@ -1,0 +1,357 @@
+"""
+The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs and its optimizers.
+
+Rotary position embeddings, normalised queries and keys, ReLU^2 in the MLP, grouped-query attention on request, no
+biases, RMSNorm without parameters (one more after the embedding), untied output head, logits capped by
+15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, so a trained model loads there as it is.
+
+Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.adamw import DistAdamW
+from nanochat.muon import DistMuon
+from nanochat.precision import active_dtype, float8_linear
+
+try:  # FlashAttention 3 (Hopper), where its package is installed
+    from flash_attn_interface import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+LOGIT_CAP = 15.0
+ROPE_BASE = 10000.0
+IGNORE = -1  # a target that carries no loss
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 6      # query heads
+    n_kv_head: int = 6   # key and value heads; fewer than n_head = grouped-query attention, 1 = multi-query
+    n_embd: int = 768
+
+    @classmethod
+    def from_depth(cls, depth, vocab_size, sequence_len):
+        """The one dial: width 64 * depth, and the number of heads that brings their size closest to 128."""
+        n_embd = 64 * depth
+        fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
+        n_head = min(fitting, key=lambda n: abs(n_embd / n - 128))
+        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd)
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding and the head: a multiple of 64, for the matrix units. The extra rows are never used."""
+        return -(-self.vocab_size // 64) * 64
+
+
+# -----------------------------------------------------------------------------
+# Pieces
+
+
+def norm(x):
+    """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps).to(x.dtype)
+
+
+def rotary_table(length, head_dim, device):
+    """cos and sin of position * base^(-2i / D), each (1, 1, length, D / 2), always float32."""
+    inverse = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse)
+    return angles.cos()[None, None], angles.sin()[None, None]
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate (x_i, x_{i + D/2}) by minus the angle of its position. x (B, H, T, D) keeps its dtype."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
+
+
+def attention(q, k, v, mask=None):
+    """
+    Causal attention: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D). Without a mask S = T, or T = 1 and
+    the query sees every key; a boolean mask (B, 1, T, S), True = may look, covers everything else.
+    """
+    causal = mask is None and q.size(2) > 1
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if flash_attn_func is not None and q.is_cuda and half and mask is None:
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; `fp8` multiplies in 8 bits where training asks for it and the shapes allow."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+        self.fp8 = False
+
+    def forward(self, x):
+        if self.fp8 and self.training and x[..., 0].numel() % 16 == 0:
+            return float8_linear(x, self.weight)
+        return F.linear(x, self.weight)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.n_embd // config.n_head
+        self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cos, sin, kv_cache, mask):
+        B, T, C = x.shape
+        # (B, T, heads * D) -> (B, heads, T, D)
+        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        if kv_cache is not None:
+            k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D): everything so far
+        y = attention(q, k, v, mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, kv_cache, mask):
+        x = x + self.attn(norm(x), cos, sin, kv_cache, mask)
+        return x + self.mlp(norm(x))
+
+
+# -----------------------------------------------------------------------------
+# Loss: head, cap and cross-entropy over chunks of rows, so that B * T * V logits never exist at once
+
+
+def _chunk_loss_and_grad(logits, targets, valid):
+    """
+    Per-row loss (n,) and its gradient by the raw logits (n, V), from raw logits (n, V) and targets (n,).
+    The cap bounds what goes into exp at e^15, so no maximum has to be subtracted first.
+    """
+    t = torch.tanh(logits.float() / LOGIT_CAP)
+    p = torch.exp(LOGIT_CAP * t)
+    Z = p.sum(dim=-1, keepdim=True)
+    index = targets[:, None]
+    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * valid
+    p = p * (valid[:, None] / Z)
+    p = p.scatter_add(1, index, -valid[:, None])
+    return loss, (p * (1 - t * t)).to(logits.dtype)
+
+
+def _chunk_loss_and_grad_eager(logits, targets, valid):
+    """The same in place, for a device without a compiler: two buffers of (n, V) instead of seven."""
+    t = logits.float().div_(LOGIT_CAP).tanh_()
+    p = (t * LOGIT_CAP).exp_()
+    Z = p.sum(dim=-1, keepdim=True)
+    index = targets[:, None]
+    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * valid
+    p.mul_(valid[:, None] / Z).scatter_add_(1, index, -valid[:, None])
+    t.mul_(t).neg_().add_(1)
+    return loss, p.mul_(t).to(logits.dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """
+    sum of cross-entropy(cap(x W'), targets) over rows whose target is not IGNORE. The gradients by x and W are made
+    in the forward pass, chunk by chunk while the logits are at hand; the backward pass only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk_rows, chunk_fn):  # (N, C), (V, C), (N,)
+        dtype = x.dtype
+        w = weight.to(dtype)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        total = torch.zeros((), device=x.device)
+        valid = (targets != IGNORE).float()
+        targets = targets.clamp(min=0)
+        for rows in torch.arange(x.size(0)).split(chunk_rows):
+            s = slice(int(rows[0]), int(rows[-1]) + 1)
+            loss, dlogits = chunk_fn(x[s] @ w.T, targets[s], valid[s])
+            total += loss.sum()
+            torch.mm(dlogits, w, out=dx[s])
+            if dtype == dw.dtype:
+                dw.addmm_(dlogits.T, x[s])
+            else:
+                dw += dlogits.T @ x[s]
+        ctx.save_for_backward(dx, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx.mul_(grad), dw.mul_(grad), None, None, None
+
+
+# -----------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """
+    Built on the meta device, then `to_empty(device=...)` and `init_weights()`:
+
+        with torch.device("meta"):
+            model = GPT(config)
+        model.to_empty(device=device)
+        model.init_weights()
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_head % config.n_kv_head or config.n_embd % (2 * config.n_head):
+            raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head}: need an "
+                             "even head size n_embd / n_head and an n_kv_head that divides n_head")
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+        })
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        # (1, 1, S, D / 2) each; not part of a checkpoint, and replaced by longer ones when a context outgrows them
+        cos, sin = rotary_table(config.sequence_len, config.n_embd // config.n_head, "cpu")
+        self.register_buffer("cos", cos.to(self.lm_head.weight.device), persistent=False)
+        self.register_buffer("sin", sin.to(self.lm_head.weight.device), persistent=False)
+        self._chunk_fn = _chunk_loss_and_grad_eager
+        self._trunk = self.trunk
+
+    # -- initialisation
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        Set every parameter and buffer. Matrices uniform with standard deviation 1 / sqrt(C); the layers that write
+        into the residual stream, and the head, start at zero, so that the model starts as a uniform guess.
+        """
+        bound = math.sqrt(3 / self.config.n_embd)  # uniform on [-b, b] has standard deviation b / sqrt(3)
+        nn.init.normal_(self.transformer.wte.weight, std=1.0)  # a norm follows
+        nn.init.zeros_(self.lm_head.weight)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+        self.set_rotary(self.config.sequence_len)
+
+    def set_rotary(self, length):
+        """Give the rotary table `length` positions."""
+        head_dim = self.config.n_embd // self.config.n_head
+        self.cos, self.sin = rotary_table(length, head_dim, self.lm_head.weight.device)
+
+    def compile(self):
+        """Compile the trunk and the loss. The module and its parameter names stay as they are."""
+        self._trunk = torch.compile(self.trunk)
+        self._chunk_fn = torch.compile(_chunk_loss_and_grad)
+
+    # -- forward
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def trunk(self, idx, kv_cache=None):
+        """idx (B, T) -> the normalised residual stream (B, T, C) that the head reads."""
+        T = idx.size(1)
+        if kv_cache is None:
+            cos, sin, mask = self.cos[:, :, :T], self.sin[:, :, :T], None
+        else:
+            positions, mask = kv_cache.begin(T)  # (B, T), and (B, 1, T, S) or None
+            cos, sin = self.cos[0, 0][positions][:, None], self.sin[0, 0][positions][:, None]
+        x = self.transformer.wte(idx)
+        x = norm(x.to(active_dtype(x)))
+        for block in self.transformer.h:
+            x = block(x, cos, sin, kv_cache, mask)
+        return norm(x)
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False):
+        """
+        idx (B, T) int64 -> logits (B, T, V) in float32, capped; last_only: those of the last position, (B, 1, V).
+        With targets (B, T), IGNORE where there is none -> the loss in nats: 'mean' or 'sum' over the targets (0 when
+        there are none), or 'none' for (B, T), 0 at ignored places.
+        """
+        T = idx.size(1)
+        if kv_cache is None and T > self.cos.size(2):
+            raise ValueError(f"{T} tokens exceed the rotary table of {self.cos.size(2)}; call set_rotary({T})")
+        x = self._trunk(idx) if kv_cache is None else self.trunk(idx, kv_cache)
+        if targets is not None:
+            return self._loss(x.flatten(0, 1), targets.flatten(), loss_reduction, targets.shape)
+        return self._logits(x[:, -1:] if last_only else x)
+
+    def _logits(self, x):
+        """Rows of the trunk's output -> capped float32 logits; padded vocabulary rows are left out."""
+        weight = self.lm_head.weight[: self.config.vocab_size]
+        return LOGIT_CAP * torch.tanh(F.linear(x, weight).float() / LOGIT_CAP)
+
+    def _loss(self, x, targets, reduction, shape):
+        rows = self.chunk_rows()
+        if reduction == "none":
+            chunks = zip(x.split(rows), targets.split(rows), strict=True)
+            losses = [F.cross_entropy(self._logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
+            return torch.cat(losses).view(shape)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.lm_head.weight[: self.config.vocab_size]
+            total = _HeadLoss.apply(x, weight, targets, rows, self._chunk_fn)
+        return total if reduction == "sum" else total / (targets != IGNORE).sum().clamp(min=1)
+
+    def chunk_rows(self):
+        """Rows of logits made at once: about 64 MB of float32 on a CPU, 2 GB on a GPU."""
+        budget = 2**31 if self.device.type == "cuda" else 2**26
+        return max(64, budget // (4 * self.config.padded_vocab_size))
+
+    # -- facts
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def num_matrix_params(self):
+        """Parameters that every token is multiplied with: all but the embedding table."""
+        return self.num_params() - self.transformer.wte.weight.numel()
+
+    def estimate_flops(self):
+        """
+        Training FLOPs per token at full context: 6 per multiplied parameter (2 forward, 4 backward), and 12 C T per
+        layer for attention's two products (Chowdhery et al., arXiv 2204.02311, appendix B; causality not deducted).
+        From the config alone, so the number format cannot change it.
+        """
+        c = self.config
+        return 6 * self.num_matrix_params() + 12 * c.n_layer * c.n_embd * c.sequence_len
+
+    # -- optimizers
+
+    def setup_optimizers(self, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
+                         momentum=0.95):
+        """[DistAdamW for embedding and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768)."""
+        scale = (self.config.n_embd / 768) ** -0.5
+        adamw = DistAdamW([
+            dict(named_params=[("lm_head.weight", self.lm_head.weight)], lr=unembedding_lr * scale),
+            dict(named_params=[("transformer.wte.weight", self.transformer.wte.weight)], lr=embedding_lr * scale),
+        ])
+        matrices = [(name, p) for name, p in self.named_parameters() if name.startswith("transformer.h.")]
+        return [adamw, DistMuon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)]
+
+    def use_fp8(self):
+        """Multiply the blocks' linear layers in 8 bits while training (shapes must be multiples of 16)."""
+        for module in self.transformer.h.modules():
+            if isinstance(module, Linear):
+                module.fp8 = module.in_features % 16 == 0 and module.out_features % 16 == 0

@@ -1,0 +1,151 @@
+"""
+Muon for the blocks' matrices, sharded over ranks.
+
+Momentum SGD whose update is replaced by the nearest semi-orthogonal matrix, so that every direction of the weight
+moves equally fast (Jordan et al. 2024; at scale: Liu et al., arXiv 2502.16982). What this version adds:
+  - the orthogonalisation polynomial of Polar Express (Amsel et al., arXiv 2505.16932),
+  - a running scale per neuron, NorMuon (Li et al., arXiv 2510.05491),
+  - weight decay only where it agrees with the update's direction (cautious; Liang et al., arXiv 2411.16085).
+
+The update is a pure function of stacked matrices (K, M, N): all matrices of one shape are updated together, and with
+several ranks each one updates its K / ranks of them.
+"""
+
+import torch
+
+from nanochat.common import all_gather, get_dist_info, reduce_scatter_sum, world_size
+from nanochat.precision import get_precision_dtype
+
+# Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular values in [1e-3, 1]
+# (arXiv 2505.16932). The paper divides all but an exact last step by powers of 1.01 against rounding in bf16.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+_SAFETY = 1.01
+
+
+def orthogonalize(G, dtype=torch.bfloat16):
+    """(..., M, N) -> about U V' of its SVD, same shape, in `dtype`: five steps, singular values within ~0.1 of 1."""
+    X = G.to(dtype)
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X  # the small Gram matrix is the cheap one
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * _SAFETY + 1e-7)
+    for a, b, c in _POLAR_EXPRESS:
+        a, b, c = a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if tall else X
+
+
+def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, beta2, weight_decay, dtype):
+    """
+    One step on stacked float32 matrices (K, M, N), in place on all but grads.
+    momentum_buffer (K, M, N); second_moment (K, M, 1): the mean square of each output neuron's update.
+    lr, momentum and weight_decay are floats or 0-d tensors (which a compiled update takes without recompiling).
+    """
+    # Nesterov: look ahead along the averaged gradient
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
+    # NorMuon: divide each neuron by its running scale, then give the matrix its old norm back
+    norm = update.norm(dim=(-2, -1), keepdim=True)
+    second_moment.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta2)
+    update.mul_(second_moment.clamp(min=1e-10).rsqrt())
+    update.mul_(norm / update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    # a tall matrix (more outputs than inputs) needs a larger step for the same change of its outputs
+    scale = max(1.0, params.size(-2) / params.size(-1)) ** 0.5
+    agrees = (update * params) > 0
+    params.sub_(params * agrees * (lr * weight_decay)).sub_(update * (lr * scale))
+
+
+class DistMuon(torch.optim.Optimizer):
+    """
+    Muon over any number of ranks, one included. For matrices inside the blocks only: not for embeddings, the head,
+    or anything that is not 2-D (see adamw.py). Gradients are SUMMED over ranks.
+
+    named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
+    weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
+    """
+
+    def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0):
+        by_shape = {}
+        for name, p in named_params:
+            if p.ndim != 2:
+                raise ValueError(f"Muon takes matrices, {name} has shape {tuple(p.shape)}; give it to DistAdamW")
+            by_shape.setdefault(tuple(p.shape), []).append((name, p))
+        groups = [{"params": [p for _, p in items], "names": [name for name, _ in items], "initial_lr": lr}
+                  for items in by_shape.values()]
+        super().__init__(groups, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay))
+        self.dtype = get_precision_dtype(groups[0]["params"][0].device.type)
+        if self.dtype == torch.float16:
+            self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
+        self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
+        compiles = groups[0]["params"][0].is_cuda
+        self._update = torch.compile(muon_update, dynamic=False) if compiles else muon_update
+
+    @staticmethod
+    def _my_part(group):
+        """Indices [start, stop) of this rank's matrices of a group of K, padded to ceil(K / ranks) per rank."""
+        per_rank = -(-len(group["params"]) // world_size())
+        rank = get_dist_info()[0] if world_size() > 1 else 0
+        return rank * per_rank, (rank + 1) * per_rank
+
+    @staticmethod
+    def _stack(tensors, start, stop):
+        """Stack tensors[start:stop] as (stop - start, M, N); indices past the end give zeros."""
+        like = tensors[0]
+        return torch.stack([tensors[i] if i < len(tensors) else torch.zeros_like(like) for i in range(start, stop)])
+
+    def _state(self, group):
+        p = group["params"][0]
+        state = self.state[p]
+        if not state:
+            start, stop = self._my_part(group)
+            M, N = p.shape
+            state["momentum_buffer"] = p.new_zeros(stop - start, M, N)
+            state["second_moment"] = p.new_zeros(stop - start, M, 1)
+        return state
+
+    @torch.no_grad()
+    def step(self):
+        self.grad_sq = 0.0
+        for group in self.param_groups:
+            params, state = group["params"], self._state(group)
+            start, stop = self._my_part(group)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads = reduce_scatter_sum(self._stack(grads, 0, (stop - start) * world_size()))
+            self.grad_sq = self.grad_sq + grads.square().sum()
+            mine = self._stack(params, start, stop)
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            if mine.is_cuda:  # tensors, not floats: values that change every step must not recompile the update
+                lr, momentum, decay = torch.tensor(lr), torch.tensor(momentum), torch.tensor(decay)
+            self._update(mine, grads, state["momentum_buffer"], state["second_moment"], lr, momentum, group["beta2"],
+                         decay, self.dtype)
+            for p, new in zip(params, all_gather(mine), strict=False):  # the padding at the end has no parameter
+                p.copy_(new)
+
+    @torch.no_grad()
+    def full_state(self):
+        """{'<name>.momentum_buffer': (M, N) on the CPU, ...}. Collective: every rank calls it."""
+        tensors = {}
+        for group in self.param_groups:
+            for key, value in self._state(group).items():
+                full = all_gather(value)
+                for name, tensor in zip(group["names"], full, strict=False):
+                    tensors[f"{name}.{key}"] = tensor.cpu().clone()
+        return tensors
+
+    @torch.no_grad()
+    def load_full_state(self, tensors):
+        """Take this rank's matrices out of what `full_state` returned, on however many ranks that was."""
+        for group in self.param_groups:
+            start, stop = self._my_part(group)
+            for key, value in self._state(group).items():
+                full = [tensors[f"{name}.{key}"].to(value.device) for name in group["names"]]
+                value.copy_(self._stack(full, start, stop))
+
+
+Muon = DistMuon  # one class for 1 and N ranks; both names are in use

@@ -1,0 +1,108 @@
+"""
+The one place that decides in which number format the model computes.
+
+Parameters and optimizer states are float32; activations and matrix products run in the compute dtype. The choice
+is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware multiplies it natively
+(Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 means bfloat16 with the blocks' linear
+layers multiplied in 8 bits (`float8_linear`), on Hopper and newer.
+"""
+
+import contextlib
+import os
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.bfloat16}
+
+
+def _has_native_bf16(device_type):
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device_type == "cpu":  # elsewhere a bf16 product is emulated: 200 times slower than float32 on an AVX2 machine
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False  # Apple: float32 is the safe choice; ask for bfloat16 by name
+
+
+def _has_float8(device_type):
+    return device_type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def get_precision(device_type=None):
+    """'bfloat16', 'float16', 'float32' or 'fp8' for a device type ('cuda', 'cpu', 'mps'; None = the best here)."""
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = os.environ.get("NANOCHAT_PRECISION")
+    if not asked:
+        return "bfloat16" if _has_native_bf16(device_type) else "float32"
+    if asked not in DTYPES:
+        raise ValueError(f"NANOCHAT_PRECISION={asked} is unknown\nhint: use one of {', '.join(DTYPES)}, or unset it")
+    if asked == "fp8" and not _has_float8(device_type):
+        return "bfloat16" if _has_native_bf16(device_type) else "float32"
+    return asked
+
+
+def describe_precision(device_type):
+    """One line for the log: what is used, and why it is not what was asked for."""
+    precision, asked = get_precision(device_type), os.environ.get("NANOCHAT_PRECISION")
+    if asked and asked != precision:
+        return f"{precision} (NANOCHAT_PRECISION={asked} needs a GPU of compute capability 9.0 or newer)"
+    return precision
+
+
+def get_precision_dtype(device_type=None):
+    """The compute dtype: that of activations, of matrix products and of the KV cache."""
+    return DTYPES[get_precision(device_type)]
+
+
+def get_autocast_ctx(device):
+    """Context for ONE forward pass (never a loop or a yield) of a float32 model in the compute dtype."""
+    device_type = torch.device(device).type
+    dtype = get_precision_dtype(device_type)
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device_type, dtype=dtype)
+
+
+def active_dtype(x):
+    """The dtype a forward pass computes in: autocast's while it is active, else that of the parameter x."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+# -----------------------------------------------------------------------------
+# 8-bit products: one scale per tensor, taken from the tensor itself ("dynamic tensorwise scaling")
+
+
+def _to_float8(x, dtype):
+    """x -> (x8, scale) with x ~ x8 * scale; the scale is a float32 scalar."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+
+class _Float8Linear(torch.autograd.Function):
+    """y = x W^T with all three products of the layer in 8 bits: e4m3 values, e5m2 gradients (wider range)."""
+
+    @staticmethod
+    def forward(ctx, x, weight):  # (N, K), (M, K) -> (N, M)
+        x8, x_scale = _to_float8(x, torch.float8_e4m3fn)
+        w8, w_scale = _to_float8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        # _scaled_mm wants its second factor column-major, which a transposed view is
+        return torch._scaled_mm(x8, w8.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad):  # (N, M)
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = _to_float8(grad.contiguous(), torch.float8_e5m2)
+        w8_columns, x8_columns = w8.t().contiguous().t(), x8.t().contiguous().t()
+        dx = torch._scaled_mm(g8, w8_columns, scale_a=g_scale, scale_b=w_scale, out_dtype=grad.dtype)
+        dw = torch._scaled_mm(g8.t().contiguous(), x8_columns, scale_a=g_scale, scale_b=x_scale, out_dtype=grad.dtype)
+        return dx, dw
+
+
+def float8_linear(x, weight):
+    """F.linear(x (..., K), weight (M, K)) in 8 bits. Needs all of rows, K and M to be multiples of 16."""
+    dtype = active_dtype(weight)
+    flat = x.reshape(-1, x.size(-1)).to(dtype)
+    return _Float8Linear.apply(flat, weight.to(dtype)).view(*x.shape[:-1], weight.size(0))

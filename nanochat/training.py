@@ -1,0 +1,305 @@
+"""
+What the training scripts share, as functions: derived settings, one gradient accumulation, one optimizer step, the
+stop signal, and the log of metrics. The loops themselves stay in the scripts.
+"""
+
+import gc
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from nanochat.common import UserError, all_reduce_sum, get_dist_info, print0, split_rows
+from nanochat.dataloader import to_batch
+from nanochat.precision import get_autocast_ctx, get_precision_dtype
+
+# -----------------------------------------------------------------------------
+# Derived settings
+
+
+def derive_batch_size(num_tokens):
+    """
+    Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv 2505.13738), passing
+    through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of two.
+    """
+    ideal = 2**19 * (num_tokens / (20 * 561e6)) ** 0.383
+    return 2 ** round(math.log2(max(ideal, 1024)))
+
+
+def align_batch_size(batch_tokens, sequence_len):
+    """The batch in whole rows; a size that is no multiple is rounded to the nearest one, and that is said."""
+    aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len
+    if aligned != batch_tokens:
+        print0(f"note: --total_batch_size={batch_tokens} is not a multiple of {sequence_len}, using {aligned}")
+    return aligned
+
+
+def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
+    """
+    (optimizer steps, tokens per step, the setting that decided). The first of the three horizons that is > 0 decides;
+    total_batch_size <= 0 is derived from it.
+    """
+    if num_iterations > 0:
+        tokens, rule = None, "--num_iterations"
+    elif target_flops > 0:
+        tokens, rule = target_flops / model.estimate_flops(), "--target_flops"
+    elif target_param_data_ratio > 0:
+        tokens, rule = target_param_data_ratio * model.num_params(), "--target_param_data_ratio"
+    else:
+        raise UserError("the run has no end: --num_iterations, --target_flops and --target_param_data_ratio are all "
+                        "<= 0", "set one, for example --num_iterations=1000")
+    batch_tokens = total_batch_size
+    if batch_tokens <= 0 and tokens is not None:
+        batch_tokens = derive_batch_size(tokens)
+    elif batch_tokens <= 0:  # the batch makes the horizon, which makes the batch: a few rounds settle it
+        batch_tokens = 2**14
+        for _ in range(20):
+            batch_tokens = derive_batch_size(num_iterations * batch_tokens)
+    batch_tokens = align_batch_size(batch_tokens, model.config.sequence_len)
+    return (num_iterations if tokens is None else max(1, round(tokens / batch_tokens))), batch_tokens, rule
+
+
+def guess_device_batch_size(config, device, max_rows):
+    """
+    Rows per micro-batch to start with: a power of two that should fit the device's free memory. A guess is enough,
+    since `accumulate_gradients` halves it when it does not fit, and the split never changes the result.
+    """
+    bytes_per_number = get_precision_dtype(device.type).itemsize
+    # about 34 numbers per token, layer and channel are kept for the backward pass (arXiv 2205.05198, eq. 1)
+    bytes_per_row = 34 * bytes_per_number * config.sequence_len * config.n_layer * config.n_embd
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - 16 * 12 * config.n_layer * config.n_embd**2  # gradients, optimizer
+        rows = int(0.9 * free / bytes_per_row)
+    else:  # more than about 8,192 tokens at once brings a CPU nothing
+        rows = min(_free_memory_bytes() // (2 * bytes_per_row), max(1, 8192 // config.sequence_len))
+    return 2 ** int(math.log2(max(1, min(rows, max_rows))))
+
+
+def _free_memory_bytes():
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 * 2**30  # where the system does not tell
+
+
+# -----------------------------------------------------------------------------
+# One step
+
+
+def accumulate_gradients(model, rows, num_targets, device_batch_size, device, scaler=None):
+    """
+    Add the gradient of this step's loss, summed over the targets and divided by the global num_targets, from this
+    rank's share of `rows` (R, T + 1). Returns (this rank's part of the loss as a tensor, device_batch_size).
+
+    A micro-batch that does not fit the GPU's memory is tried again at half the size: gradients are sums, so the
+    result is the same, and the smaller size is returned for the next steps.
+    """
+    rank, _, world_size = get_dist_info()
+    while True:
+        try:
+            loss = torch.zeros((), device=device)
+            for start, stop in split_rows(len(rows), rank, world_size, device_batch_size):
+                if start == stop:
+                    continue
+                x, y = to_batch(rows[start:stop], device)
+                with get_autocast_ctx(device):
+                    part = model(x, y, loss_reduction="sum") / max(num_targets, 1)
+                (part if scaler is None else scaler.scale(part)).backward()
+                loss += part.detach()
+            return loss, device_batch_size
+        except torch.OutOfMemoryError:
+            if device_batch_size == 1:
+                raise UserError("out of memory with one row at a time",
+                                "use a smaller --depth or --max_seq_len") from None
+        device_batch_size = max(1, device_batch_size // 2)
+        print(f"out of memory: trying again with --device_batch_size={device_batch_size} (same result)", flush=True)
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def set_rates(optimizers, lr_factor, **values):
+    """Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go where a group has them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+            if "momentum" in group:
+                group.update(values)
+
+
+def optimizer_step(model, optimizers, scaler=None):
+    """Reduce gradients, update parameters, clear gradients. Returns the global gradient norm as a float."""
+    for optimizer in optimizers:
+        if scaler is None:
+            optimizer.step()
+        else:  # float16: skip the step, on every rank, when a gradient overflowed on any
+            scaler.unscale_(optimizer)
+            for found_inf in scaler._found_inf_per_device(optimizer).values():
+                all_reduce_sum(found_inf)
+            scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    model.zero_grad(set_to_none=True)
+    grad_sq = sum(optimizer.grad_sq for optimizer in optimizers)
+    return all_reduce_sum(torch.as_tensor(grad_sq, dtype=torch.float32, device=model.device)).sqrt().item()
+
+
+def make_scaler(device):
+    """The loss scaler that float16 needs, None for every other precision."""
+    if get_precision_dtype(device.type) != torch.float16:
+        return None
+    return torch.amp.GradScaler(device.type)
+
+
+def check_finite(loss, step, loader_state, manager):
+    """The loss summed over ranks as a float. One that is not finite ends the run and names where it happened."""
+    loss = all_reduce_sum(loss).item()
+    if not math.isfinite(loss):
+        raise UserError(f"the loss at step {step} is {loss}; rows of {loader_state}; nothing of this step was saved, "
+                        f"the last good checkpoint is step {manager.last_step()} in {manager.checkpoint_dir}",
+                        "resume with --resume_from_step=-2 and a smaller --matrix_lr, or check that part of the data")
+    return loss
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints of a run
+
+
+def resume_step(manager, resume_from_step, settings):
+    """
+    (step, meta) to go on from: (0, None) for a new run (resume_from_step = -1), which moves an older run's
+    checkpoints aside; -2 is the latest whole checkpoint. Settings that differ from the saved run's are said.
+    """
+    if resume_from_step == -1:
+        moved = manager.move_aside()
+        if moved:
+            print0(f"note: the checkpoints of an earlier run are now in {moved}")
+        return 0, None
+    step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
+    for name, saved in meta["settings"].items():
+        if name != "resume_from_step" and settings.get(name) != saved:
+            print0(f"note: --{name}={settings.get(name)} now, {saved} in the run that is resumed")
+    return step, meta
+
+
+def save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must):
+    """
+    Save a checkpoint. When writing fails the run goes on with a warning, since space may be freed before the next
+    one; but the last save of a run (`must`) raises.
+    """
+    try:
+        manager.save(step, model, optimizers, tokenizer, meta, keep_last)
+    except UserError as error:
+        if must:
+            raise
+        print(f"warning: {error}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Stopping, and surviving
+
+
+class StopSignal:
+    """
+    SIGTERM and SIGINT ask the loop to save and end; a second SIGINT interrupts at once. `asked` says whether a
+    signal came to any rank: collective, so that all ranks leave the loop at the same step.
+    """
+
+    def __init__(self, device):
+        self._device, self._received = device, False
+        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, number, frame):
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def asked(self):
+        return bool(all_reduce_sum(torch.tensor(float(self._received), device=self._device)).item())
+
+    def restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def attempt(what, function):
+    """function(), or None with a warning when it fails: an evaluation must never cost the run."""
+    try:
+        return function()
+    except Exception as error:  # any failure at all is survivable here, the run is not
+        print(f"warning: {what} failed and is skipped: {type(error).__name__}: {error}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+# -----------------------------------------------------------------------------
+# The log
+
+
+class MetricsLog:
+    """
+    metrics.jsonl, one JSON object a line, and the same to wandb where a run name other than 'dummy' was given. Rank 0
+    writes. After a resume at `step`, lines of that step and later ones are dropped, so that no step stands twice.
+    """
+
+    def __init__(self, path, config, run="dummy", step=0):
+        self._file = self._wandb = None
+        if get_dist_info()[0] != 0:
+            return
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if line["step"] < step] if step else []
+        self._file = open(self.path, "w", encoding="utf-8")
+        for line in kept:
+            self._write(line)
+        if run != "dummy":
+            self._wandb = _import_wandb().init(project="nanochat", name=run, config=config)
+
+    def _lines(self):
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # the line that a crash cut short
+
+    def _write(self, metrics):
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def log(self, metrics):
+        """metrics: {'step': int, name: number, ...}."""
+        if self._file:
+            self._write(metrics)
+        if self._wandb:
+            self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def close(self):
+        if self._file:
+            self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _import_wandb():
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--run names a wandb run, but wandb is not installed",
+                        "uv sync --extra wandb, or leave --run at 'dummy'") from error
+    return wandb
+
+
+def step_line(step, num_iterations, loss, lr_factor, dt_s, tokens, flops_per_s, peak_flops, eta_s, **more):
+    """(metrics for the log, the line for the screen) of one training step, with the same keys in every stage."""
+    metrics = {"step": step, "train/loss": loss, "lrm": lr_factor, "dt_ms": 1000 * dt_s, "tok_per_sec": tokens / dt_s,
+               "mfu": flops_per_s / peak_flops, **more}
+    shown = {"step": f"{step:05d}/{num_iterations:05d} ({100 * step / num_iterations:.1f}%)", "loss": f"{loss:.5f}",
+             "lrm": f"{lr_factor:.2f}", "dt": f"{1000 * dt_s:.0f}ms", "tok/s": f"{tokens / dt_s:,.0f}",
+             "mfu": f"{100 * metrics['mfu']:.1f}%", "eta": f"{eta_s / 60:.1f}m"}
+    return metrics, " | ".join(f"{key}: {value}" for key, value in shown.items())

@@ -1,0 +1,258 @@
+"""
+Pretrain a base model on raw text.
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20      (one node of 8 GPUs)
+    python -m scripts.base_train --depth=12                                           (one GPU)
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --num_iterations=1000    (a CPU)
+
+Smallest run, to see that it works:
+
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 --eval_tokens=512 \
+        --total_batch_size=512 --num_iterations=20
+
+A step's rows depend on the seed and the step alone: any number of processes and any micro-batch give the same run,
+and `--resume_from_step` goes on with exactly the losses of an unbroken one.
+"""
+
+import time
+
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
+from nanochat.common import (
+    Ema,
+    compute_cleanup,
+    compute_init,
+    get_peak_flops,
+    lr_multiplier,
+    peak_memory_bytes,
+    print0,
+    run_script,
+    synchronize,
+)
+from nanochat.configurator import get_settings, override_from_cli
+from nanochat.dataloader import to_batch, training_rows, validation_rows
+from nanochat.dataset import get_spans
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.precision import describe_precision, get_precision, get_precision_dtype
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.training import (
+    MetricsLog,
+    StopSignal,
+    accumulate_gradients,
+    attempt,
+    check_finite,
+    derive_horizon,
+    guess_device_batch_size,
+    make_scaler,
+    optimizer_step,
+    resume_step,
+    save_or_warn,
+    set_rates,
+    step_line,
+)
+
+# -----------------------------------------------------------------------------
+# Settings
+run: str = "dummy"                       # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                    # cuda, mps or cpu; empty = detect
+seed: int = 42                           # of initialisation and data order
+# Data
+data: str | None = None                  # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
+crop: bool = False                       # drop the tail of a document cut at a row's end instead of keeping it
+# Model
+depth: int = 20                          # layers; width = 64 * depth and everything else follows
+max_seq_len: int = 2048                  # context length T in tokens
+# Horizon: the first that is > 0 decides
+num_iterations: int = -1                 # optimizer steps
+target_flops: float = -1.0               # total training FLOPs
+target_param_data_ratio: float = 20.0    # training tokens per parameter (Chinchilla: 20)
+# Optimization
+device_batch_size: int = -1              # rows per micro-batch; -1 = what the device's memory holds
+total_batch_size: int = -1               # tokens per optimizer step over all ranks; -1 = derived from the horizon
+embedding_lr: float = 0.3                # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: float = 0.004            # Adam, output head; scaled likewise
+matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
+weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
+warmup_iters: int = 10                   # steps of linear learning rate warmup
+warmdown_ratio: float = 0.5              # last part of the run in which the learning rate falls linearly
+final_lr_frac: float = 0.0               # learning rate at the end, as a fraction
+# Evaluation, samples, checkpoints
+eval_every: int = 250                    # steps between validation losses; -1 = at the end only
+eval_tokens: int = 10485760              # tokens of the fixed validation set to score; -1 = all of it
+sample_every: int = 2000                 # steps between samples; -1 = at the end only
+save_every: int = 1000                   # steps between checkpoints (one is also saved before every evaluation)
+keep_last: int = 2                       # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1               # step to go on from; -2 = the latest checkpoint, -1 = start anew
+model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
+compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
+
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
+           "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
+
+
+# -----------------------------------------------------------------------------
+
+
+def build_model(vocab_size, device):
+    """A freshly initialised model of the wanted depth: built without memory, then set in place."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(depth, vocab_size, max_seq_len))
+    model.to_empty(device=device)
+    model.init_weights()
+    return model
+
+
+def muon_momentum(step):
+    """Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged for long."""
+    return 0.85 + 0.10 * min(step / 300, 1)
+
+
+def sample_texts(model, tokenizer):
+    """[{prompt, text}]: greedy completions of fixed prompts, by the uncompiled model."""
+    engine = Engine(model, tokenizer)
+    samples = []
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, prepend=tokenizer.get_bos_token_id())
+        (sequence,), _ = engine.generate_batch(tokens, num_samples=1, max_tokens=24, temperature=0)
+        samples.append({"prompt": prompt, "text": tokenizer.decode(sequence[1:])})
+    return samples
+
+
+def main():
+    # Init: device, ranks, precision
+    settings = get_settings(globals())
+    ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
+    print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+
+    # Tokenizer
+    tokenizer = get_tokenizer()
+    token_bytes = get_token_bytes(device, tokenizer)
+    vocab_size = tokenizer.get_vocab_size()
+
+    # Model: new, or from the checkpoint to resume
+    manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
+    step, state = resume_step(manager, resume_from_step, settings)
+    model = build_model(vocab_size, device) if state is None else manager.load_model(device, step)
+    if get_precision(device.type) == "fp8":
+        model.use_fp8()
+    if compile or (compile is None and device.type == "cuda"):
+        model.compile()
+    num_params, flops_per_token = model.num_params(), model.estimate_flops()
+    print0(f"model: {model.config} | parameters: {num_params:,} | FLOPs per token: {flops_per_token:.3e}")
+
+    # Horizon and batch: every derived setting is printed
+    iterations, batch_tokens, rule = derive_horizon(num_iterations, target_flops, target_param_data_ratio,
+                                                    total_batch_size, model)
+    rows_per_step = batch_tokens // max_seq_len
+    device_rows = device_batch_size
+    if device_rows <= 0:
+        device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
+    print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, {device_rows} at a time on each "
+           f"of {ddp_world_size} ranks | steps: {iterations:,} (from {rule}) | tokens: {iterations * batch_tokens:,} "
+           f"({iterations * batch_tokens / num_params:.1f} per parameter)")
+
+    # Optimizers
+    decay = weight_decay * (12 / depth) ** 2
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
+    scaler = make_scaler(device)
+    if state is not None:
+        manager.load_optimizers(optimizers, step)
+
+    # Data: training rows from where the checkpoint stopped, and the fixed validation rows
+    loader = training_rows(tokenizer, get_spans(data, "train"), max_seq_len, seed, state and state["loader"], crop)
+    val_rows = validation_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
+    my_val_rows = val_rows[ddp_rank::ddp_world_size]
+
+    def val_batches():
+        for rows in range(0, len(my_val_rows), device_rows):
+            yield to_batch(my_val_rows[rows: rows + device_rows], device)
+
+    # State of the loop
+    peak_flops, peak_source = get_peak_flops(device, get_precision_dtype(device.type))
+    print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
+    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
+    smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
+    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
+    stop, saved_step, timed_from = StopSignal(device), (step if state else -1), None
+    samples = []
+
+    # Loop: save, evaluate, sample, train
+    while True:
+        last, stopping = step == iterations, stop.asked()
+        eval_due = last or (eval_every > 0 and step % eval_every == 0)
+        # Save first: whatever fails later, the steps so far are on disk
+        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
+        if save_due and step != saved_step:
+            meta = {"settings": settings, "loader": loader.state(), "progress": progress, "iterations": iterations,
+                    "smooth_loss": [smooth_loss.decay, smooth_loss.total, smooth_loss.weight]}
+            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
+            saved_step = step
+        if stopping and not last:
+            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+            break
+
+        # Evaluate: bits per byte on the fixed validation rows
+        if eval_due:
+            val_bpb = attempt("the evaluation", lambda: evaluate_bpb(model, val_batches(), token_bytes))
+            if val_bpb is not None:
+                progress["val_bpb"] = val_bpb
+                progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
+                print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
+                metrics_log.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
+
+        # Sample, on rank 0
+        if ddp_rank == 0 and (last or (sample_every > 0 and step > 0 and step % sample_every == 0)):
+            samples = attempt("sampling", lambda: sample_texts(model, tokenizer)) or samples
+            for sample in samples:
+                print0(f"sample: {sample['text']!r}")
+        if last:
+            break
+
+        # Train: one optimizer step on this step's rows
+        synchronize(device)
+        start = time.perf_counter()
+        lr_factor = lr_multiplier(step, iterations, warmup_iters, warmdown_ratio, final_lr_frac)
+        set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=decay * (1 - step / iterations))
+        rows = loader.next_rows(rows_per_step)
+        loss, device_rows = accumulate_gradients(model, rows, rows.shape[0] * max_seq_len, device_rows, device, scaler)
+        loss = check_finite(loss, step, loader.state(), manager)
+        grad_norm = optimizer_step(model, optimizers, scaler)
+        synchronize(device)
+        dt_s = time.perf_counter() - start
+
+        # Log
+        step += 1
+        progress["train_s"] += dt_s
+        timed_from = timed_from or (step, progress["train_s"])  # the first step compiles: leave it out of the ETA
+        steps_timed = step - timed_from[0]
+        mean_s = (progress["train_s"] - timed_from[1]) / steps_timed if steps_timed else dt_s
+        metrics, line = step_line(
+            step, iterations, loss, lr_factor, dt_s, batch_tokens,
+            flops_per_s=flops_per_token * batch_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
+            eta_s=mean_s * (iterations - step), smooth_loss=smooth_loss.update(loss), grad_norm=grad_norm,
+            memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"], train_s=progress["train_s"])
+        metrics_log.log(metrics)
+        print0(line)
+
+    # Summary and cleanup
+    print0(f"peak memory: {peak_memory_bytes(device) / 2**20:,.0f} MiB | train time: {progress['train_s'] / 60:.2f}m | "
+           f"min val bpb: {progress['min_val_bpb']}")
+    get_report().log("Base model training", {
+        "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples,
+        "metrics": {"bpb": progress["val_bpb"]}, "parameters": num_params, "FLOPs per token": flops_per_token,
+        "tokens": step * batch_tokens, "tokens per step": batch_tokens, "steps": step,
+        "training FLOPs": flops_per_token * step * batch_tokens, "training minutes": progress["train_s"] / 60,
+        "minimum validation bpb": progress["min_val_bpb"], "peak memory MiB": peak_memory_bytes(device) / 2**20})
+    loader.close()
+    metrics_log.close()
+    stop.restore()
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    override_from_cli(globals(), prefix="--")
+    run_script(main)
