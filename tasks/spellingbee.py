@@ -102,7 +102,7 @@ COUNT_PHRASES = (
     "¿Cuántas {letter} hay en {word}?", "¿Cuántas veces aparece {letter} en {word}?", "Cuenta las {letter} de {word}.",
     "Combien de {letter} y a-t-il dans {word} ?", "Combien de fois trouve-t-on {letter} dans {word} ?",
     "Wie viele {letter} hat {word}?", "Wie oft kommt {letter} in {word} vor?", "Zähle die {letter} in {word}.",
-    "Quante {letter} ci sono in {word}?", "Quantas letras {letter} tem {word}?", "Hoeveel {letter} zitten er in {word}?",
+    "Quante {letter} ci sono in {word}?", "Quantas {letter} tem {word}?", "Hoeveel {letter} zitten er in {word}?",
     "Ile liter {letter} jest w słowie {word}?", "Сколько букв {letter} в слове {word}?", "{word} 里有几个 {letter}？",
     "{word} kelimesinde kaç {letter} var?", "{word}に{letter}はいくつありますか？", "{word}에 {letter}가 몇 개 있나요?",
 )

@@ -1,0 +1,233 @@
+"""Where the rows of the tasks come from and what a bad one says; the words; and real data, if NANOCHAT_DATA_DIR is."""
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.common import UserError
+from nanochat.execution import use_calculator
+from tasks.arc import ARC
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import COUNT_PHRASES, SPELL_PHRASES, SimpleSpelling, SpellingBee, is_test_word
+
+needs_real = pytest.mark.skipif(not os.environ.get("NANOCHAT_DATA_DIR"), reason="NANOCHAT_DATA_DIR is not set")
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+CHAT = [USER, ASSISTANT]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """An empty mirror."""
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "chat").mkdir()
+    return tmp_path
+
+
+def write_rows(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+# -----------------------------------------------------------------------------
+# Parquet files
+
+
+def test_the_files_of_a_mirror_are_read_in_order(mirror):
+    for i in (1, 0):
+        chats = [{"messages": [{"role": "user", "content": f"{i}{j}"}, ASSISTANT]} for j in range(2)]
+        write_rows(mirror / f"chat/train_0000{i}.parquet", chats)
+    assert [c["messages"][0]["content"] for c in SmolTalk()] == ["00", "01", "10", "11"]
+
+
+def test_a_bad_conversation_is_named_by_file_row_and_field(mirror):
+    write_rows(mirror / "chat/train_00000.parquet", [{"messages": CHAT}] * 3)
+    write_rows(mirror / "chat/train_00001.parquet", [{"messages": CHAT}, {"messages": [USER, USER]}])
+    with pytest.raises(UserError, match=r"train_00001.parquet, row 1, messages\[1\].role: got 'user', need"):
+        SmolTalk()[4]
+
+
+def test_a_file_that_the_mirror_lacks_is_named(mirror):
+    with pytest.raises(UserError, match="has no tasks/gsm8k_test.parquet"):
+        GSM8K(split="test")
+
+
+def test_a_column_that_a_file_lacks_is_named(mirror):
+    write_rows(mirror / "tasks/gsm8k_train.parquet", [{"question": "q", "solution": "#### 1"}])
+    with pytest.raises(UserError, match="gsm8k_train.parquet has no column 'answer'; it has question, solution"):
+        GSM8K()
+
+
+def test_a_value_of_the_wrong_type_is_named(mirror):
+    write_rows(mirror / "tasks/gsm8k_train.parquet", [{"question": "q", "answer": None}])
+    with pytest.raises(UserError, match="gsm8k_train.parquet, row 0, field answer: got None, need str"):
+        GSM8K()[0]
+
+
+@pytest.mark.parametrize("row", [{"choices": ["x"], "answer": 0}, {"choices": ["w", "x", "y", "z"], "answer": 4}])
+def test_a_question_without_its_answer_is_named(mirror, row):
+    write_rows(mirror / "tasks/mmlu_test.parquet", [{"question": "q", "subject": "s"} | row])
+    with pytest.raises(UserError, match="mmlu_test.parquet, row 0: need 4 choices"):
+        MMLU("all")[0]
+
+
+def test_a_torn_file_is_named(mirror):
+    write_rows(mirror / "tasks/gsm8k_train.parquet", [{"question": "q", "answer": "#### 1"}])
+    path = mirror / "tasks/gsm8k_train.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="gsm8k_train.parquet is not a whole parquet file"):
+        GSM8K()
+
+
+# -----------------------------------------------------------------------------
+# JSONL files
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_line_is_a_list_or_an_object_with_messages(tmp_path):
+    call = {"role": "assistant", "content": [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]}
+    path = write_lines(tmp_path / "a.jsonl", CHAT, "", {"messages": [SYSTEM, *CHAT], "id": 7}, [USER, call, USER, call])
+    task = CustomJSON(path)
+    assert [c["messages"] for c in task] == [CHAT, [SYSTEM, *CHAT], [USER, call, USER, call]]
+    assert len(CustomJSON(path, start=1)) == 2
+
+
+def test_without_a_path_it_is_the_identity_file_of_the_mirror(mirror):
+    write_lines(mirror / "identity_conversations.jsonl", CHAT)
+    assert CustomJSON()[0] == {"messages": CHAT}
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2: not JSON"), ("7", "line 2, messages: got 7"), ("{}", "line 2, messages: got None"),
+    ([], "line 2, messages"), ([USER], "need a user's and an assistant's message"), ([SYSTEM, USER], "need a user's"),
+    ([ASSISTANT, USER], r"messages\[0\].role: got 'assistant', need 'user'"),
+    (["hi", "ho"], r"messages\[0\]: got 'hi'"), ([USER, USER], r"messages\[1\].role"),
+    ([SYSTEM, SYSTEM, *CHAT], r"messages\[1\].role: got 'system'"),
+    ([USER, {"role": "assistant"}], r"messages\[1\].content: got None, need text"),
+    ([{"role": "user", "content": 3}, ASSISTANT], r"messages\[0\].content: got 3"),
+    ([{"role": "user", "content": [{"type": "python", "text": "1"}]}, ASSISTANT], r"messages\[0\].content.*\(text\)"),
+    ([USER, {"role": "assistant", "content": [{"type": "text"}]}], r"messages\[1\].content: .* need parts"),
+])
+def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line, message):
+    with pytest.raises(UserError, match=r"a\.jsonl, .*" + message):
+        CustomJSON(write_lines(tmp_path / "a.jsonl", CHAT, line))
+
+
+def test_a_missing_or_empty_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no file of conversations at .*none.jsonl"):
+        CustomJSON(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="holds no conversation"):
+        CustomJSON(write_lines(tmp_path / "a.jsonl", "", ""))
+
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+@pytest.fixture
+def words(mirror):
+    """200 words with a vowel after each consonant, and some that are no words to ask about."""
+    vowels, consonants = "aeiou", "bdfglmnprt"
+    words = [c + v + d + "e" for c in consonants for v in vowels[:4] for d in consonants[:5]]
+    write_lines(mirror / "words_alpha.txt", *words, "it", "A1", "don't", "élan", "", "x" * 16)
+    return set(words)
+
+
+def parts_of(conversation):
+    return [part["text"] for part in conversation["messages"][1]["content"]]
+
+
+def word_and_letter(conversation):
+    word, letter = parts_of(conversation)[1].split(".count")
+    return word.strip('"'), letter.strip('()"')
+
+
+def test_no_word_is_in_both_splits(words):
+    seen = {split: {word_and_letter(c)[0] for c in SpellingBee(2000, split)} for split in ("train", "test")}
+    spelled = {split: {c["messages"][1]["content"].split()[2] for c in SimpleSpelling(2000, split)} for split in seen}
+    assert seen["train"] | seen["test"] == words == spelled["train"] | spelled["test"]
+    assert not (seen["train"] | spelled["train"]) & (seen["test"] | spelled["test"])
+    assert all(is_test_word(word) for word in seen["test"])
+
+
+def test_the_count_is_what_the_calculator_says(words):
+    for conversation in SpellingBee(300):
+        _, call, output, answer = parts_of(conversation)
+        word, letter = word_and_letter(conversation)
+        assert use_calculator(call) == output == answer.removeprefix("\n#### ") == str(word.count(letter))
+
+
+def test_the_count_by_hand_is_right_at_every_letter(words):
+    for conversation in SpellingBee(300):
+        word, letter = word_and_letter(conversation)
+        steps = parts_of(conversation)[0].split("Counting ")[1].split(": ")[1].split(".\n")[0].split(", ")
+        assert [step[0] for step in steps] == list(word)
+        assert [int(step[2:]) for step in steps] == [word[: i + 1].count(letter) for i in range(len(word))]
+
+
+def test_a_larger_task_begins_as_a_smaller_one(words):
+    assert list(SpellingBee(50)) == list(SpellingBee(100, stop=50))
+    assert list(SpellingBee(50)) != list(SpellingBee(50, "test"))
+
+
+def test_the_answer_to_a_spelling_task_is_graded(words):
+    bee, spelling = SpellingBee(1), SimpleSpelling(1)
+    answer = int(parts_of(bee[0])[2])
+    assert bee.evaluate(bee[0], f"It has\n#### {answer}.") and not bee.evaluate(bee[0], f"#### {answer + 1}")
+    right = spelling[0]["messages"][1]["content"]
+    assert spelling.evaluate(spelling[0], right + "\n") and not spelling.evaluate(spelling[0], right[:-2])
+
+
+def test_questions_are_phrased_in_many_ways(words):
+    assert len(set(COUNT_PHRASES)) == len(COUNT_PHRASES) > 50 and len(set(SPELL_PHRASES)) == len(SPELL_PHRASES)
+    for phrase in COUNT_PHRASES:  # both are named in every one
+        assert "Q" in phrase.format(word="Q", letter="") and "Q" in phrase.format(word="", letter="Q")
+    assert len({c["messages"][0]["content"] for c in SpellingBee(300)}) > 250
+
+
+def test_a_list_without_words_is_an_error(mirror):
+    write_lines(mirror / "words_alpha.txt", "it", "is")
+    with pytest.raises(UserError, match="no words for the train split"):
+        SpellingBee()
+
+
+def test_a_mirror_without_a_list_says_what_to_put_there(mirror):
+    with pytest.raises(UserError, match="has no words_alpha.txt"):
+        SimpleSpelling()
+
+
+# -----------------------------------------------------------------------------
+# Real data
+
+
+@needs_real
+@pytest.mark.slow
+@pytest.mark.parametrize("train, test", [
+    (lambda: GSM8K(), lambda: GSM8K(split="test")), (lambda: MMLU(), lambda: MMLU("all")),
+    (lambda: ARC(), lambda: ARC(split="test")), (lambda: SmolTalk(), lambda: SmolTalk("test"))])
+def test_real_splits_share_no_conversation(train, test):
+    train, test = ({json.dumps(c["messages"]) for c in task()} for task in (train, test))
+    assert len(test) > 400 and not train & test
+
+
+@needs_real
+@pytest.mark.slow
+def test_every_real_solution_is_graded_as_right():
+    for task in (GSM8K(), GSM8K(split="test"), ARC(), ARC("ARC-Challenge", "test"), MMLU("all"), MMLU(),
+                 HumanEval(), SpellingBee(split="test"), SimpleSpelling()):
+        for conversation in task:
+            content = conversation["messages"][1]["content"]
+            text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            assert task.reward(conversation, text) == 1.0
