@@ -66,7 +66,7 @@ class Draws:
         `count` different items, each made by make(rng) from a generator of its own, none with a key that is held out.
         hold_out=True adds their own keys to the held-out ones, so that nothing drawn later shares one.
         """
-        count = max(1, round(count * self.scale))
+        count = max(8, round(count * self.scale))
         items, seen = [], set()
         for attempt in range(count * 50):
             item = make(self.rng(f"{part}:{attempt}"))
