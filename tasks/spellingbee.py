@@ -29,7 +29,7 @@ ABSENT_FRAC = 0.1  # this share of questions asks for any letter, mostly one tha
 # Words
 
 
-def find_words() -> Path:
+def find_words(url=WORDS_URL) -> Path:
     """The word list of the mirror, else of the base directory, where it is downloaded once."""
     mirror = get_data_dir()
     root = mirror or get_base_dir()
@@ -38,8 +38,8 @@ def find_words() -> Path:
             return root / name
     if mirror:
         raise UserError(f"the mirror NANOCHAT_DATA_DIR={mirror} has no words_alpha.txt or words_alpha.txt.gz",
-                        f"put {WORDS_URL} there")
-    return download_file(WORDS_URL, root / "words_alpha.txt")
+                        f"put {url} there")
+    return download_file(url, root / "words_alpha.txt")
 
 
 def is_test_word(word: str) -> bool:
