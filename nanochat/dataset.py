@@ -9,8 +9,8 @@ Where documents come from, first match:
      always downloaded and always the validation set
 
 What is held out is fixed by two rules, however many processes read:
-  - when all files are called shard_*.parquet and there are two or more, the last by name is for validation;
-  - otherwise the last 5% of all documents, in the order of file names: at least 1, at most 2,000.
+  - when all files are called shard_*.parquet and there are two or more, the last by path is for validation;
+  - otherwise the last 5% of all documents, in the order of the paths: at least 1, at most 2,000.
 """
 
 import argparse

@@ -134,11 +134,12 @@ def _cut_text(path):
             raise UserError(f"{path}:{line_number}: the text is not valid UTF-8 ({error.reason})",
                             "re-encode the file as UTF-8") from error
         line_number += line.endswith(b"\n")
-        if not (separated and line.strip() == SEPARATOR):
+        content = line.strip()
+        if not (separated and content == SEPARATOR):
             pieces.append(piece)
             num_chars += len(piece)
-            enough = num_chars >= (2 * CUT_CHARS if line.strip() else CUT_CHARS)
-            if line and (separated or not enough):
+            enough = not separated and num_chars >= (2 * CUT_CHARS if content else CUT_CHARS)
+            if line and not enough:
                 continue
         text = "".join(pieces).replace("\r\n", "\n").strip("\n")
         pieces, num_chars = [], 0

@@ -90,7 +90,8 @@ def download_file(url: str, path: str | Path, *, size: int | None = None, sha256
     (hex) and `check(path)` (raises ValueError) say what good means, beside what the server promises. `retries` counts
     tries in a row that brought no new byte; `timeout` is seconds without a byte. `progress(done, total)` gets bytes;
     what it or `sleep` raises ends the download and leaves the part for the next one. Failure is a UserError.
-    Processes that want the same file take turns by a lock, so that one of them downloads it.
+    Processes that want the same file take turns by a lock, so that one of them downloads it. A host that states no
+    hash is believed, when nothing else is given: its whole answer of the length it names is then the file.
     """
     path, wanted = Path(path), (size, sha256, check)
     if _fault(path, *wanted) is None:
@@ -129,8 +130,8 @@ def _fetch(url, path, wanted, retries, timeout, progress, sleep):
             furthest = max(furthest, reached)  # never falls, so a server that goes in circles is given up in the end
             if failures > retries:
                 raise UserError(f"{path.name}: gave up on {url} after {failures} tries in vain: {problem}",
-                                f"the same command goes on from byte {reached}; behind a firewall set HTTPS_PROXY, or "
-                                "HF_ENDPOINT to a mirror of the hub") from None
+                                f"the same command {f'goes on from byte {reached}' if reached else 'tries again'}; "
+                                "behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to a mirror of the hub") from None
             own_wait = min(2.0 ** (failures - 1), MAX_BACKOFF_S) * random.uniform(0.75, 1.0)  # workers spread out
             wait_s = own_wait if problem.wait_s is None else problem.wait_s
             log.warning("%s: %s; trying again in %.0f s from byte %d", path.name, problem, wait_s, reached)
@@ -164,7 +165,7 @@ def _try_once(url, part, wanted, timeout, progress):
         cause = error
         while cause.__context__ is not None:  # requests wraps urllib3's, which wraps the one that says it
             cause = cause.__context__
-        raise _TryAgain(f"the connection broke: {cause}") from error
+        raise _TryAgain(f"the connection broke{f': {cause}' if isinstance(cause, OSError) else ''}") from error
     except requests.RequestException as error:
         raise UserError(f"{url} cannot be requested: {error}", "check HF_ENDPOINT and the proxy settings") from error
     if total is not None and _size(part) < total:
