@@ -52,16 +52,16 @@ def _libc(name, *arguments):
 
 
 def _set_limits(timeout, max_memory_bytes, parent_pid):
+    if sys.platform == "linux":
+        _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: the two other walls ask for it
+        _libc("prctl", 4, 0)  # PR_SET_DUMPABLE: no core file, and nobody attaches
+        _libc("prctl", 1, 9)  # PR_SET_PDEATHSIG, SIGKILL: die with the thread that started us
+        if os.getppid() != parent_pid:  # it died before we asked to die with it
+            os._exit(1)
     import resource  # POSIX only, hence not at the top
     for name, value in (("CORE", 0), ("NPROC", 1), ("NOFILE", MAX_OPEN_FILES), ("FSIZE", MAX_FOLDER_BYTES),
                         ("CPU", int(timeout) + 2), ("AS", max_memory_bytes)):  # AS last: macOS refuses it
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    if sys.platform == "linux":
-        _libc("prctl", 1, 9)  # PR_SET_PDEATHSIG, SIGKILL: die with the thread that started us
-        _libc("prctl", 4, 0)  # PR_SET_DUMPABLE: no core file, and nobody attaches
-        _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: Landlock and seccomp ask for it
-        if os.getppid() != parent_pid:  # it died before we asked to die with it
-            os._exit(1)
 
 
 # Landlock (linux/landlock.h): deny every right on files that this kernel knows, then grant a few below some folders.
@@ -321,7 +321,7 @@ def _remove_folder(home):
 # The calculator
 
 MAX_EXPRESSION_CHARS = 500
-MAX_DEPTH = 50
+MAX_DEPTH = 50  # a sum of n terms is n - 1 deep
 MAX_MAGNITUDE = 10**15  # of every number on the way
 EXPRESSION = re.compile(r"""(?:[0-9 .,+\-*/()]|\.count|'[^'\\\n]*'|"[^"\\\n]*")+""")
 THOUSANDS = re.compile(r"""'[^']*'|"[^"]*"|(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])""")  # or a string, to skip
