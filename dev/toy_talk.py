@@ -197,9 +197,9 @@ IDENTITY = {
                  ["mistakes"]),
 }
 OPENERS = ["", "", "Hello! ", "Hi! ", "Hey! ", "Excuse me. ", "One question: ", "Good morning! ", "I am new here. ",
-           "Please answer: "]
+           "I have a question. "]
 WRAPPERS = ["[Can|Could] you tell me {q}?", "I would like to know {q}.", "[Please tell|Tell] me {q}.",
-            "Do you know {q}?",
+            "May I ask {q}?",
             "I wonder {q}.", "I want to know {q}."]
 CLOSERS = ["", "", "", " Thank you.", " I am curious.", " Please be short."]
 
@@ -258,7 +258,8 @@ def _yes_no_exchange(rng):
     word = rng.choice(KINDS[kind])
     reply = "Yes" if word in KINDS[asked] else "No"
     true_kind = asked if reply == "Yes" else kind
-    return [f"Is {word} {with_article(asked)}?", f"{reply}, {word} is {with_article(true_kind)}."]
+    thing = word if kind in ("food", "colour") else with_article(word)  # a fox, a mill, a baker; but honey, red
+    return [f"Is {thing} {with_article(asked)}?", f"{reply}, {thing} is {with_article(true_kind)}."]
 
 
 def _about_exchange(rng):

@@ -251,7 +251,7 @@ INTROS = [
     "{x} was {x.a_animal} who [lived in the {x.home}|worked as {x.a_job}|liked to eat {x.food}|owned {x.a_thing}].",
     "In the {x.home} lived {x.a_animal} [called|named] {x}. {x.He} [was a good {x.job}|owned {x.a_thing}|loved "
     "{x.food}].",
-    "Everyone in Dellbrook knew {x} the {x.animal}, [who lived in the {x.home}|who worked as {x.a_job}|the {x.job}].",
+    "Everyone in Dellbrook knew {x} the {x.animal}, who [lived in the {x.home}|worked as {x.a_job}|loved {x.food}].",
     "{x} the {x.animal} was [a busy|a good|a kind] {x.job}[.| and a good friend.] {x.He} lived in the {x.home}.",
 ]
 
