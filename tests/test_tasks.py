@@ -1,11 +1,15 @@
 """The tasks on a small mirror written here; tests/test_task_data.py has their files, words and the real data."""
 
+import doctest
 from fractions import Fraction
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tasks.common
+import tasks.gsm8k
+import tasks.spellingbee
 from nanochat.common import UserError
 from nanochat.execution import sandbox_walls
 from tasks.arc import ARC
@@ -152,6 +156,12 @@ def test_the_letter_of_the_prompt_and_of_the_answer_are_one_token(tokenizer):
     for letter in "ABCD":
         (answer,) = tokenizer.encode(letter)
         assert ids.count(answer) == 1 + (letter == "A")  # A also begins the last line
+
+
+@pytest.mark.parametrize("module", [tasks.common, tasks.gsm8k, tasks.spellingbee])
+def test_the_examples_in_the_docstrings_hold(module):
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed
 
 
 ANSWERS = [  # completion, value
