@@ -63,7 +63,7 @@ def override_from_cli(namespace, argv=None, prefix="--"):
             value = "true" if bare_flag else argv.pop(0)
         try:
             namespace[name] = _cast(value, types[name])
-        except ValueError:
+        except (ValueError, OverflowError):
             _fail(f"{prefix}{name}={value} is not of type {types[name]}",
                   f"for example {prefix}{name}={namespace[name]}")
     return get_settings(namespace)

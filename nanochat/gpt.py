@@ -94,10 +94,18 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.fp8 = False
 
+    def reset_parameters(self):
+        """Nothing: GPT.init_weights sets every parameter, and torch's own start on a meta device takes seconds."""
+
     def forward(self, x):
         if self.fp8 and self.training and x[..., 0].numel() % 16 == 0:
             return float8_linear(x, self.weight)
         return F.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Nothing, as in Linear."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -210,12 +218,9 @@ class _HeadLoss(torch.autograd.Function):
 
 class GPT(nn.Module):
     """
-    Built on the meta device, then `to_empty(device=...)` and `init_weights()`:
-
-        with torch.device("meta"):
-            model = GPT(config)
-        model.to_empty(device=device)
-        model.init_weights()
+    `GPT.create(config, device)` is a fresh model. Built by hand, it goes through the meta device, so that no memory
+    is touched twice: `with torch.device("meta"): model = GPT(config)`, `model.to_empty(device=...)`,
+    `model.init_weights()`.
     """
 
     def __init__(self, config):
@@ -225,18 +230,28 @@ class GPT(nn.Module):
                              "even head size n_embd / n_head and an n_kv_head that divides n_head")
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+            "wte": Embedding(config.padded_vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         })
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
-        # (1, 1, S, D / 2) each; not part of a checkpoint, and replaced by longer ones when a context outgrows them
-        cos, sin = rotary_table(config.sequence_len, config.n_embd // config.n_head, "cpu")
-        self.register_buffer("cos", cos.to(self.lm_head.weight.device), persistent=False)
-        self.register_buffer("sin", sin.to(self.lm_head.weight.device), persistent=False)
+        # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
         self._chunk_fn = _chunk_loss_and_grad_eager
         self._trunk = self.trunk
 
     # -- initialisation
+
+    @classmethod
+    def create(cls, config, device):
+        """A freshly initialised model, float32, on the device."""
+        with torch.device("meta"):
+            model = cls(config)
+        for module in model.modules():  # what to_empty does, without the seconds that its imports take
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.empty(p.shape, device=device)))
+        model.init_weights()
+        return model
 
     @torch.no_grad()
     def init_weights(self):

@@ -16,8 +16,6 @@ and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 
 import time
 
-import torch
-
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
     Ema,
@@ -97,15 +95,6 @@ PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The op
 # -----------------------------------------------------------------------------
 
 
-def build_model(vocab_size, device):
-    """A freshly initialised model of the wanted depth: built without memory, then set in place."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig.from_depth(depth, vocab_size, max_seq_len))
-    model.to_empty(device=device)
-    model.init_weights()
-    return model
-
-
 def muon_momentum(step):
     """Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged for long."""
     return 0.85 + 0.10 * min(step / 300, 1)
@@ -136,7 +125,10 @@ def main():
     # Model: new, or from the checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
     step, state = resume_step(manager, resume_from_step, settings)
-    model = build_model(vocab_size, device) if state is None else manager.load_model(device, step)
+    if state is None:
+        model = GPT.create(GPTConfig.from_depth(depth, vocab_size, max_seq_len), device)
+    else:
+        model = manager.load_model(device, step)
     if get_precision(device.type) == "fp8":
         model.use_fp8()
     if compile or (compile is None and device.type == "cuda"):

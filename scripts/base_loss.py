@@ -1,0 +1,77 @@
+"""
+Bits per byte of a checkpoint on the training and the validation text, and samples.
+
+    python -m scripts.base_loss
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
+    python -m scripts.base_loss --eval_tokens=4096 --model_tag=d4          (a CPU)
+"""
+
+from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.common import compute_cleanup, compute_init, print0, run_script
+from nanochat.configurator import get_settings, override_from_cli
+from nanochat.dataloader import to_batch, validation_rows
+from nanochat.dataset import get_spans
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes
+
+# -----------------------------------------------------------------------------
+# Settings
+source: str = "base"            # stage of the checkpoint: base, mid, sft or rl
+model_tag: str | None = None    # model to load; None = the one saved last
+model_step: int | None = None   # step to load; None = the last
+device_type: str = ""           # cuda, mps or cpu; empty = detect
+data: str | None = None         # file, folder or glob; None = the default corpus
+eval_tokens: int = 10485760     # tokens of each split to score; -1 = all
+device_batch_size: int = 8      # rows at a time
+temperature: float = 0.8        # of the unconditioned samples
+seed: int = 42                  # of the unconditioned samples
+
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
+           "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
+NUM_UNCONDITIONED, SAMPLE_TOKENS = 4, 64
+
+
+def sample_all(model, tokenizer):
+    """[{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>."""
+    engine, bos = Engine(model, tokenizer), tokenizer.get_bos_token_id()
+    samples = []
+    for prompt in PROMPTS:
+        sequences, _ = engine.generate_batch(tokenizer(prompt, prepend=bos), max_tokens=32, temperature=0)
+        samples.append({"prompt": prompt, "text": tokenizer.decode(sequences[0][1:])})
+    sequences, _ = engine.generate_batch([bos], NUM_UNCONDITIONED, max_tokens=SAMPLE_TOKENS, temperature=temperature,
+                                         seed=seed)
+    return samples + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in sequences]
+
+
+def main():
+    # Init
+    settings = get_settings(globals())
+    ddp_rank, _, ddp_world_size, device = compute_init(device_type)
+    model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)
+    token_bytes = get_token_bytes(device, tokenizer)
+    print0(f"model: {source}, step {meta['step']}, {model.num_params():,} parameters")
+
+    # Bits per byte of both splits; ranks share the rows
+    bpb = {}
+    for split in ("train", "val"):
+        rows = validation_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
+        mine = rows[ddp_rank::ddp_world_size]
+        batches = (to_batch(mine[start: start + device_batch_size], device)
+                   for start in range(0, len(mine), device_batch_size))
+        bpb[split] = evaluate_bpb(model, batches, token_bytes)
+        print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)}")
+
+    # Samples, on rank 0
+    samples = sample_all(model, tokenizer) if ddp_rank == 0 else []
+    for sample in samples:
+        print0(f"sample: {sample['text']!r}")
+    get_report().log("Base model loss", {"config": settings, "samples": samples,
+                                         "train bpb": bpb["train"], "metrics": {"bpb": bpb["val"]}})
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    override_from_cli(globals(), prefix="--")
+    run_script(main)

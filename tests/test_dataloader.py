@@ -1,0 +1,142 @@
+"""Packing and order: every token once, any split the same, exact resume, and never a spin."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.common import UserError, split_rows
+from nanochat.dataloader import IGNORE, pack_rows, packed_blocks, to_batch, training_rows, validation_rows
+from nanochat.dataset import get_spans
+
+BOS = 0
+
+
+def make_pieces(lengths):
+    """Pieces that start with bos; every other token is unique, so a lost or doubled one shows."""
+    next_id = iter(range(1, 10**6))
+    return [np.array([BOS, *(next(next_id) for _ in range(n - 1))], dtype=np.int32) for n in lengths]
+
+
+def content(arrays):
+    """All tokens but bos, sorted."""
+    tokens = np.concatenate([np.asarray(a).ravel() for a in arrays])
+    return sorted(tokens[tokens != BOS].tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_keeps_every_token_once_and_starts_rows_with_bos(seed):
+    pieces = make_pieces(np.random.default_rng(seed).integers(1, 100, size=200))
+    rows, rest = pack_rows(pieces, BOS, capacity=33)
+    assert rows.shape[1] == 33 and (rows[:, 0] == BOS).all()
+    assert content([rows, rest]) == content(pieces)
+
+
+def test_crop_drops_tails_but_invents_nothing():
+    pieces = make_pieces(np.random.default_rng(0).integers(5, 60, size=300))
+    rows, rest = pack_rows(pieces, BOS, capacity=65, crop=True)
+    kept, all_tokens = content([rows, rest]), content(pieces)
+    assert len(set(kept)) == len(kept) and set(kept) <= set(all_tokens)
+    assert 0 < 1 - len(kept) / len(all_tokens) < 0.4
+
+
+def test_best_fit_of_a_hand_made_example():
+    # capacity 6: the 4 goes first and leaves 2, which the 2 fills; then 3 and 3
+    rows, rest = pack_rows(make_pieces([3, 2, 4, 3]), BOS, capacity=6)
+    assert rows.tolist() == [[0, 4, 5, 6, 0, 3], [0, 7, 8, 0, 1, 2]] and len(rest) == 0
+
+
+def test_blocks_lose_nothing_between_them():
+    rng = np.random.default_rng(1)
+    documents = [((0, 0, i), piece[1:]) for i, piece in enumerate(make_pieces(rng.integers(2, 90, size=400)))]
+    endless = (document for documents in [documents] for document in documents)
+    seen = []
+    with pytest.raises(RuntimeError):  # the finite test stream ends inside the generator
+        for _, rows in packed_blocks(endless, BOS, 17, seed=0, block_tokens=200):
+            assert (rows[:, 0] == BOS).all()
+            seen.append(rows)
+    got = content(seen)
+    assert len(got) == len(set(got)) and len(got) > 0.9 * sum(len(ids) for _, ids in documents)
+    assert set(got) == set(content([ids for _, ids in documents])[: len(got)]) or len(got) < 18000
+
+
+@pytest.fixture
+def corpus(tmp_path, story):
+    """40 documents of different lengths in two files."""
+    paragraphs = [p for p in story.split("\n\n") if p.strip()]
+    for name, count in (("a.jsonl", 25), ("b.jsonl", 15)):
+        lines = [json.dumps({"text": f"{name} {i} " + paragraphs[i % len(paragraphs)] * (1 + i % 4)}) for i in range(count)]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    return str(tmp_path)
+
+
+def rows_of(loader, steps, rows_per_step=4):
+    rows = [loader.next_rows(rows_per_step) for _ in range(steps)]
+    loader.close()
+    return rows
+
+
+def test_same_seed_same_rows_other_seed_other_rows(tokenizer, corpus):
+    spans = get_spans(corpus, "train")
+    a, b, c = (np.stack(rows_of(training_rows(tokenizer, spans, 32, seed), 20)) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("resume_at", [1, 13, 60])
+def test_resume_is_exact(tokenizer, corpus, resume_at, crop, monkeypatch):
+    monkeypatch.setattr("nanochat.dataloader.packed_blocks.__defaults__", (0, False, 700))  # many small blocks
+    spans = get_spans(corpus, "train")
+    unbroken = rows_of(training_rows(tokenizer, spans, 32, crop=crop), 80)
+    loader = training_rows(tokenizer, spans, 32, crop=crop)
+    for _ in range(resume_at):
+        loader.next_rows(4)
+    state = json.loads(json.dumps(loader.state()))  # a few integers that survive JSON
+    loader.close()
+    resumed = rows_of(training_rows(tokenizer, spans, 32, state=state, crop=crop), 80 - resume_at)
+    assert np.array_equal(np.stack(unbroken[resume_at:]), np.stack(resumed))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("device_batch_size", [1, 2, 3, 8])
+def test_ranks_and_micro_batches_partition_a_step(world_size, device_batch_size):
+    parts = [part for rank in range(world_size) for part in split_rows(10, rank, world_size, device_batch_size)]
+    assert [row for start, stop in parts for row in range(start, stop)] == list(range(10))
+    assert all(stop - start <= device_batch_size for start, stop in parts)
+
+
+def test_empty_stream_is_an_error_not_a_spin(tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 40, encoding="utf-8")
+    with pytest.raises(UserError):
+        training_rows(tokenizer, get_spans(str(tmp_path), "train"), 32).next_rows(1)
+
+
+def test_a_bad_row_surfaces_in_the_reader_of_rows(tokenizer, tmp_path):
+    lines = ['{"text": "fine"}'] * 30
+    lines[20] = '{"text": 7}'
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match="21.*text"):
+        training_rows(tokenizer, get_spans(str(tmp_path), "train"), 32).next_rows(1)
+
+
+def test_close_ends_the_thread(tokenizer, corpus):
+    before = threading.active_count()
+    loader = training_rows(tokenizer, get_spans(corpus, "train"), 32)
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_validation_rows_hold_each_token_once_and_pad_only_the_end(tokenizer, corpus):
+    rows = validation_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=-1)
+    assert (rows[:-1] != IGNORE).all() and (rows[:, 0] == tokenizer.get_bos_token_id()).all()
+    limited = validation_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=50)
+    bos = tokenizer.get_bos_token_id()
+    assert ((limited != bos) & (limited != IGNORE)).sum() == 50
+
+
+def test_to_batch_shifts_by_one_and_ignores_padding():
+    x, y = to_batch(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), torch.device("cpu"))
+    assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
+    assert x.dtype == y.dtype == torch.int64

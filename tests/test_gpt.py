@@ -1,0 +1,139 @@
+"""The model against closed forms, plain torch, and transformers' implementation of the same architecture."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import GPT, IGNORE, GPTConfig
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("depth, millions", [(20, 561), (26, 1082), (32, 1879)])
+def test_parameter_count_of_the_published_sizes(depth, millions):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(depth, 65536, 2048))
+    assert round(model.num_params() / 1e6) == millions
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_every_depth_gives_a_valid_shape(depth):
+    config = GPTConfig.from_depth(depth, 65536, 2048)
+    assert config.n_embd == 64 * depth and config.n_layer == depth
+    assert config.n_embd % config.n_head == 0 and (config.n_embd // config.n_head) % 2 == 0
+    if depth % 2 == 0:
+        assert config.n_embd // config.n_head == 128
+
+
+def test_odd_depth_runs():
+    model = GPT.create(GPTConfig.from_depth(3, 70, 16), "cpu")
+    assert model(torch.randint(0, 70, (2, 16))).shape == (2, 16, 70)
+
+
+def test_init_sets_every_parameter_and_buffer():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(16, 70, 2, 2, 2, 32))
+    model.to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(math.nan)
+    model.init_weights()
+    assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_fresh_model_guesses_uniformly():
+    model = GPT.create(GPTConfig(16, 70, 2, 2, 2, 32), "cpu")
+    x = torch.randint(0, 70, (2, 16))
+    assert model(x, x).item() == pytest.approx(math.log(70), abs=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_logits_equal_transformers(n_kv_head):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    model = tiny_model(vocab_size=128, n_kv_head=n_kv_head)
+    c = model.config
+    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
+        vocab_size=128, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, max_position_embeddings=c.sequence_len,
+        rms_norm_eps=torch.finfo(torch.float32).eps, final_logit_softcapping=15.0, tie_word_embeddings=False)).eval()
+    names = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_q": "self_attn.q_proj",
+             "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    weights = {}
+    for name, value in model.state_dict().items():
+        for ours, other in names.items():
+            name = name.replace(ours, other)
+        weights[name] = value
+    theirs.load_state_dict(weights, strict=True)
+    x = torch.randint(0, 128, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def plain_loss(model, x, y, reduction):
+    """Cross-entropy of the full logits, by torch alone."""
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(monkeypatch):
+    model = tiny_model(vocab_size=100)  # 100 is no multiple of 64: 28 padded rows must not count
+    monkeypatch.setattr(model, "chunk_rows", lambda: 7)  # several chunks, the last one short
+    x, y = torch.randint(0, 100, (2, 3, 32))
+    y[0, :10] = IGNORE
+    grads = []
+    for loss in (model(x, y), plain_loss(model, x, y, "mean")):
+        model.zero_grad()
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-4)
+    assert model.lm_head.weight.grad[100:].abs().max() == 0
+
+
+def test_loss_reductions_agree():
+    model = tiny_model()
+    x, y = torch.randint(0, 100, (2, 3, 32))
+    y[1, 5:] = IGNORE
+    each = model(x, y, loss_reduction="none")
+    assert each.shape == (3, 32) and (each[1, 5:] == 0).all()
+    torch.testing.assert_close(model(x, y, loss_reduction="sum"), each.sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x, y), each.sum() / (y != IGNORE).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_without_targets_gives_zero_loss_and_zero_gradients():
+    model = tiny_model()
+    x = torch.randint(0, 100, (2, 8))
+    loss = model(x, torch.full_like(x, IGNORE))
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_logits_are_capped_float32_and_without_padding():
+    model = tiny_model(vocab_size=100).bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    logits = model(torch.randint(0, 100, (1, 8)))
+    assert logits.dtype == torch.float32 and logits.shape == (1, 8, 100)
+    assert 14.9 < logits.abs().max() <= 15
+
+
+def test_causality():
+    model = tiny_model()
+    x = torch.randint(0, 100, (1, 20))
+    changed = x.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 100
+    torch.testing.assert_close(model(x)[:, :10], model(changed)[:, :10])
+
+
+def test_flops_per_token_of_d20():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(20, 65536, 2048))
+    # by hand: 6 * (20 * 12 * 1280^2 + 65536 * 1280) + 12 * 20 * 1280 * 2048
+    assert model.estimate_flops() == 6 * (393_216_000 + 83_886_080) + 629_145_600
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match="n_embd=65"):
+        GPT(GPTConfig(n_embd=65))
+    with pytest.raises(ValueError, match="33 tokens exceed the rotary table of 32"):
+        tiny_model()(torch.zeros(1, 33, dtype=torch.long))
