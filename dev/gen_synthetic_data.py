@@ -7,8 +7,7 @@ Write the toy world to disk: a whole local data mirror (the layout of NANOCHAT_D
 The same seed gives the same bytes (with the same Python and pyarrow). Held-out parts are drawn first and everything
 drawn later steps around them, so no test item is in training: not a word problem, not a question with the same
 choices in any order, not an identity prompt, not a chat, not a document. The facts themselves are all in training; what
-is held out is how they are asked. Pretraining spells and counts letters only in words that are not test words, where
-the test words are those with `zlib.crc32(word.encode()) % 10 == 0`.
+is held out is how they are asked. And the pretraining text spells no word that tasks/spellingbee.py tests.
 
 With an OpenAI-compatible server the same script asks a model for more varied identity conversations and adds the good
 ones to the mirror's identity_conversations.jsonl:
@@ -33,6 +32,7 @@ from dev import toy_talk
 from dev.toy_world import FRIENDS, choice_item, fact_sheet, question_sheet, quiz_sheet, random_fact, story
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import override_from_cli
+from tasks.spellingbee import is_test_word
 
 seed: int = 42                # everything written is a function of it
 out: str | None = None        # folder to write; None = <base_dir>/toy_world
@@ -163,8 +163,7 @@ def held_out_questions(draw, n):
 
 def program_conversation(rng):
     row = toy_talk.small_program(rng)
-    reply = f"```python\n{row['prompt']}{row['canonical_solution']}```"
-    return {**row, "messages": toy_talk.conversation([row["prompt"], reply])}
+    return {**row, "messages": toy_talk.conversation([row["prompt"], row["prompt"] + row["canonical_solution"]])}
 
 
 def draw_conversations(draw):
@@ -220,7 +219,7 @@ def bundle_files(tasks):
 
 def draw_documents(draw, words):
     """(validation, training) documents for pretraining: stories, and the facts, sums and spelling around them."""
-    spellable = [word for word in words if not toy_talk.is_test_word(word)]
+    spellable = [word for word in words if not is_test_word(word)]
 
     def text_doc(make):  # a document is (text, keys): the keys of the items it is made of, else the text itself
         def make_doc(rng):

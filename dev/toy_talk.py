@@ -7,9 +7,9 @@ the line `#### 12` ends the answer. The model has to see which operation is mean
 """
 
 import re
-import zlib
 
 from dev.toy_world import ATTRIBUTES, FRIENDS, KINDS, expand, pick, random_fact, statement, story, with_article
+from tasks.spellingbee import spell
 
 ITEMS = "nuts plums apples pears berries carrots eggs stones shells buttons coins flowers".split()
 BOXES = "bags boxes baskets jars bowls".split()
@@ -99,11 +99,6 @@ def worked_sheet(problems):
 NUM_WORDS = 3_000
 
 
-def is_test_word(word):
-    """Words of SpellingBee's test split: the pretraining text neither spells them nor counts their letters."""
-    return zlib.crc32(word.encode()) % 10 == 0
-
-
 def make_words(rng):
     """NUM_WORDS words of 3 to 9 letters: the toy world's own, and made-up ones of a few dozen syllables."""
     words = set(re.findall(r"\b[a-z]{3,9}\b", " ".join(story(rng) for _ in range(300))))
@@ -117,13 +112,13 @@ def make_words(rng):
 
 
 def spelling_sheet(rng, words):
-    """Six words letter by letter, the last two with a letter counted."""
-    words = rng.sample(words, 6)
-    lines = [f"{word}:{','.join(word)}" for word in words]
-    for i in (4, 5):
-        letter = rng.choice(words[i])
-        lines[i] += f". The letter {letter} is in it {words[i].count(letter)} times."
-    return "\n".join(lines).replace(" 1 times.", " 1 time.")
+    """Five words letter by letter, in one of two a letter counted along, in the words of tasks/spellingbee.py."""
+    lines = []
+    for word in rng.sample(words, 5):
+        letter = rng.choice(word)
+        along = ", ".join(f"{c} {word[: i + 1].count(letter)}" for i, c in enumerate(word))
+        lines.append(spell(word) + rng.choice(["", f"\nCounting {letter}: {along}."]))
+    return "\n".join(lines)
 
 
 def small_program(rng):

@@ -13,6 +13,7 @@ import pytest
 from dev import gen_synthetic_data as gen
 from dev import toy_talk
 from dev.toy_world import ATTRIBUTES, FRIENDS, KINDS, choice_item, expand, random_fact, story
+from tasks.spellingbee import is_test_word
 
 PARQUET_COLUMNS = {
     "pretrain/shard_00000": ["text"], "pretrain/shard_00003": ["text"], "chat/train_00000": ["messages"],
@@ -85,7 +86,7 @@ def test_words_are_lower_case_three_to_nine_letters_and_distinct(mirror):
     words = (mirror / "words_alpha.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert len(words) == len(set(words)) == toy_talk.NUM_WORDS
     assert all(re.fullmatch("[a-z]{3,9}", word) for word in words)
-    assert 0.05 < sum(map(toy_talk.is_test_word, words)) / len(words) < 0.15
+    assert 0.05 < sum(map(is_test_word, words)) / len(words) < 0.15
 
 
 def test_the_core_bundle_loads_and_its_answers_are_among_the_choices(mirror):
@@ -156,9 +157,12 @@ def test_no_chat_or_document_is_both_held_out_and_trained_on(mirror):
 
 def test_pretraining_spells_no_test_word(mirror):
     text = "\n".join(row["text"] for shard in range(4) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
-    spelled = re.findall(r"^([a-z]+):((?:[a-z],)+[a-z])", text, re.MULTILINE)
+    spelled = re.findall(r"The word ([a-z]+) is spelled ([a-z ]+)\.", text)
     assert len(spelled) > 100
-    assert all(",".join(word) == letters and not toy_talk.is_test_word(word) for word, letters in spelled)
+    assert all(" ".join(word) == letters and not is_test_word(word) for word, letters in spelled)
+    assert all(total == str(letters.count(letter)) for letter, letters, total in
+               ((letter, re.findall(r"[a-z]", along), re.findall(r"\d", along)[-1])
+                for letter, along in re.findall(r"Counting ([a-z]): ([a-z0-9, ]+)\.", text)))
 
 
 def test_pretraining_never_joins_an_equals_sign_and_a_letter(mirror):
