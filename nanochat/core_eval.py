@@ -6,10 +6,10 @@ The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks that a base model
     language_modeling    one context, one continuation: does greedy decoding produce exactly it?
 
 A task's accuracy is centred, (accuracy - baseline) / (1 - baseline), so that guessing counts 0 and perfection 1; CORE
-is the mean over the tasks. Two baselines are more than guessing gives (boolq 62%, commonsense_qa 40.3%), so a model
-that knows nothing can be a little below 0. Few-shot examples are drawn per question, from a seed of its own: they are
-the same for any number of questions, ranks and rows in a batch. Left out: the average over categories, which two of
-the tasks could have.
+is the mean over the tasks. Two baselines are more than a guess among the options gives (boolq 62%, commonsense_qa
+40.3%), so the CORE of guessing is -0.026, and it is stated beside the model's. Few-shot examples are drawn per
+question, from a seed of its own: they are the same for any number of questions, ranks and rows in a batch. Left out:
+the average over categories, which the questions of jeopardy have.
 """
 
 import csv
@@ -277,8 +277,10 @@ def evaluate_task(model, tokenizer, device, task, *, max_seq_len, max_per_task=-
     n, scale = len(records), 1 / (1 - task.baseline)
     accuracy = sum(record["correct"] for record in records) / n
     stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+    guess = 0 if task.kind == "language_modeling" else sum(1 / len(record["losses"]) for record in records) / n
     result = {"task": task.label, "accuracy": accuracy, "stderr": stderr, "n": n, "baseline": task.baseline,
               "centered": (accuracy - task.baseline) * scale, "centered_stderr": stderr * scale,
+              "centered_guess": (guess - task.baseline) * scale,
               "truncated": sum(record["truncated"] for record in records), "seconds": time.time() - begin}
     return result, records
 
@@ -287,7 +289,8 @@ def evaluate_core(model, tokenizer, device, tasks, *, max_seq_len, max_per_task=
     """
     CORE of `model`, any causal callable: ids (B, T) int64 -> logits (B, T, V). `max_seq_len` is the longest T that it
     takes, `batch_tokens` the largest B x T (float32 logits take 4 V bytes each), `on_task(result, records)` is called
-    after each task. -> {"core", "stderr", "n", "truncated", "tasks": [result dicts]}. Every rank must call this.
+    after each task. -> {"core", "stderr", "guessing" (the CORE of blind guesses), "n", "truncated", "tasks": [result
+    dicts]}. Every rank must call this.
     """
     results = []
     for task in tasks:
@@ -296,7 +299,8 @@ def evaluate_core(model, tokenizer, device, tasks, *, max_seq_len, max_per_task=
         results.append(result)
         if on_task is not None:
             on_task(result, records)
-    return {"core": sum(result["centered"] for result in results) / len(results),
+    centered, guesses = [result["centered"] for result in results], [result["centered_guess"] for result in results]
+    return {"core": sum(centered) / len(results), "guessing": sum(guesses) / len(results),
             "stderr": math.sqrt(sum(result["centered_stderr"] ** 2 for result in results)) / len(results),
             "n": sum(result["n"] for result in results), "truncated": sum(result["truncated"] for result in results),
             "tasks": results}

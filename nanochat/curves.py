@@ -9,11 +9,11 @@ import json
 import math
 import re
 
-# One panel for each of these that the file has: the title, what the last part of a key ("val/bpb") must match, and
-# whether the axis starts at 0 (where a share of the whole is what one looks for, and noise would fill the panel).
+# One panel for each of these that the file has: the title; what a key ("lr/matrix" as "lr_matrix") or the last part of
+# it ("val/bpb" as "bpb") must match; whether the axis starts at 0 (else noise alone would fill the panel).
 CHARTS = [("loss", "(smooth_)?loss", False), ("bits per byte", "bpb", False),
           ("learning rate", "lrm?|lr_.*|learning_rate", True), ("tokens per second", "tok(en)?s?_per_sec", True),
-          ("model FLOPs utilisation, %", "mfu.*", True), ("gradient norm", "grad_?norm", True),
+          ("model FLOPs utilisation", "mfu.*", True), ("gradient norm", "grad_?norm", True),
           ("memory", "(peak_)?mem(ory)?(_.*)?", True), ("reward", ".*reward.*", False), ("pass@k", "pass@.*", True),
           ("KL to the start", "kl.*", True), ("entropy", "entropy", True), ("CORE", "core", False),
           ("accuracy", "acc(uracy)?", True)]
@@ -39,7 +39,8 @@ def read_panels(paths):
                     curves.setdefault(key, {})[row["step"]] = value
     panels = []
     for title, pattern, from_zero in CHARTS:
-        keys = [key for key in curves if re.fullmatch(pattern, key.split("/")[-1].lower())]
+        keys = [key for key in curves
+                if any(re.fullmatch(pattern, name.lower()) for name in (key.split("/")[-1], key.replace("/", "_")))]
         panel = {key: _thin(sorted(curves[key].items())) for key in keys[:len(COLORS)]}
         panels += [(title, panel, from_zero)] if panel else []
     return panels

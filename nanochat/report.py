@@ -233,7 +233,8 @@ def _stage(stage, report_dir, pictures):
     elif stage["curves"]:
         parts.append("No curves: the file of metrics is missing or has no step in it.")
     for sample in stage.get("samples") or []:
-        parts.append(f"> **{_md(sample['prompt'].strip())}** {_md(sample['text'])}")
+        prompt = sample["prompt"].strip()
+        parts.append(f"> **{_md(prompt)}** {_md(sample['text'].strip().removeprefix(prompt).strip())}")
     for title, rows in (stage.get("tables") or {}).items():
         header = list(dict.fromkeys(key for row in rows for key in row))
         body = _table(header, [[_md(_value(row.get(key, ""))) for key in header] for row in rows])

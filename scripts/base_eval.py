@@ -90,8 +90,7 @@ def write_results(folder, name, core, records):
     """CSV for the tasks, JSONL for the predictions; each under a temporary name first."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = ["task", "accuracy", "stderr", "n", "baseline", "centered", "centered_stderr", "truncated"]
-    total = {"task": "CORE", "centered": core["core"], "centered_stderr": core["stderr"], "n": core["n"],
-             "truncated": core["truncated"]}
+    total = {"task": "CORE", "centered": core["core"], "centered_stderr": core["stderr"], **core}
     with open(folder / f"{name}.csv.tmp", "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, columns, extrasaction="ignore")
         writer.writeheader()
@@ -120,8 +119,8 @@ def main():
 
     core = evaluate_core(model, tokenizer, device, tasks, max_seq_len=max_seq_len, max_per_task=max_per_task,
                          batch_tokens=batch_tokens, on_task=on_task)
-    print0(f"CORE: {core['core']:.4f} ± {core['stderr']:.4f} | questions: {core['n']:,}"
-           f" | cut from the left: {core['truncated']:,}")
+    print0(f"CORE: {core['core']:.4f} ± {core['stderr']:.4f} | CORE of guessing: {core['guessing']:.4f}"
+           f" | questions: {core['n']:,} | cut from the left: {core['truncated']:,}")
 
     # summary: files, report
     if ddp_rank == 0:
@@ -130,7 +129,7 @@ def main():
         print0(f"Wrote {folder / name}.csv and .jsonl")
     columns = ["task", "accuracy", "stderr", "centered", "n", "truncated"]
     get_report().log(f"Evaluation of {hf_path}" if hf_path else "Base model evaluation", {
-        "config": settings, "model": name, "questions cut from the left": core["truncated"],
+        "config": settings, "model": name, "CORE of guessing": core["guessing"], "questions cut": core["truncated"],
         "metrics": {"CORE": {"value": core["core"], "stderr": core["stderr"], "n": core["n"]}},
         "tables": {"CORE by task": [{column: result[column] for column in columns} for result in core["tasks"]]}})
     compute_cleanup()

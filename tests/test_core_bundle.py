@@ -94,3 +94,4 @@ def test_every_task_of_the_real_bundle_runs():
     table = torch.randn(257, 257, generator=torch.Generator().manual_seed(0))
     core = evaluate_core(table.__getitem__, Bytes(), torch.device("cpu"), tasks, max_seq_len=128, max_per_task=2)
     assert len(core["tasks"]) == NUM_TASKS and core["n"] == 2 * NUM_TASKS and core["truncated"] > 0
+    assert core["guessing"] == pytest.approx(((0.25 - 0.403) / 0.597 + (0.5 - 0.62) / 0.38) / 22)  # the others are at 0

@@ -223,7 +223,7 @@ def test_an_oracle_of_other_questions_is_wrong():
 def test_a_model_that_knows_nothing_is_at_zero(kind):
     task = make_task(kind, num_rows=40)
     result, _ = ask(task, uniform_model)  # all options alike: the first is taken, right in 1 of 4
-    assert result["centered"] == pytest.approx(0) and result["n"] == 40
+    assert result["centered"] == result["centered_guess"] == pytest.approx(0) and result["n"] == 40
 
 
 def test_core_is_the_mean_of_centred_accuracies_with_its_error():

@@ -156,6 +156,11 @@ def test_samples_and_settings_cannot_break_the_page(report):
     assert "| `run` | `x\\|y` |" in text
 
 
+def test_a_sample_that_repeats_its_prompt_shows_it_once(report):
+    report.log("Base model training", {"samples": [{"prompt": "The sky is", "text": "The sky is blue"}]})
+    assert "\n> **The sky is** blue\n" in read(report)
+
+
 def test_nan_and_none_are_shown_and_do_not_stop_the_page(report):
     report.log("Chat RL", {"metrics": {"loss": float("nan"), "reward": {"value": None, "n": 0}}})
     assert "| loss | – | – | – | nan |" in read(report) and "| reward | – | – | – | – |" in read(report)
@@ -212,9 +217,9 @@ def test_panels_read_what_a_killed_and_resumed_run_left(tmp_path):
 
 
 def test_train_and_val_share_a_panel(tmp_path):
-    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": 0, "train/loss": 5, "val/loss": 6, "val/bpb": 1}])
-    assert [(title, list(lines)) for title, lines, _ in read_panels([path])] == [
-        ("loss", ["train/loss", "val/loss"]), ("bits per byte", ["val/bpb"])]
+    row = {"step": 0, "train/loss": 5, "val/loss": 6, "val/bpb": 1, "lr/matrix": 0.1, "epoch": 0}
+    assert [(title, list(lines)) for title, lines, _ in read_panels([write_metrics(tmp_path / "m.jsonl", [row])])] == [
+        ("loss", ["train/loss", "val/loss"]), ("bits per byte", ["val/bpb"]), ("learning rate", ["lr/matrix"])]
 
 
 def test_long_curves_are_thinned_to_means_that_keep_mean_and_last_step(tmp_path):
