@@ -211,7 +211,7 @@ def score_rows(model, rows, device, batch_tokens):
         groups.setdefault(tuple(row.ids[:-1]), []).append(i)
     inputs, scores = sorted(groups, key=len, reverse=True), [None] * len(rows)  # longest first: memory runs out at once
     while inputs:
-        size = max(1, batch_tokens // len(inputs[0]))
+        size = max(1, batch_tokens // len(inputs[0]))  # inputs[0] is the longest that is left
         batch, inputs = inputs[:size], inputs[size:]
         ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # (B, T)
         for b, sequence in enumerate(batch):
@@ -220,10 +220,11 @@ def score_rows(model, rows, device, batch_tokens):
         # each target of a span, and the place in (B, T) whose logits predict it: one to the left
         places = torch.tensor([(b, t - 1, rows[i].ids[t]) for b, i in members
                                for t in range(rows[i].start, len(rows[i].ids))]).to(device)  # (K, 3)
-        logits = model(ids.to(device))[places[:, 0], places[:, 1]]  # (B, T, V) -> (K, V)
+        # (B, T, V) -> (K, V): only what counts goes on, which is far less than all
+        logits = model(ids.to(device))[places[:, 0], places[:, 1]]
         losses = F.cross_entropy(logits.float(), places[:, 2], reduction="none").tolist()
         greedy = logits.argmax(dim=-1).tolist()
-        end = 0
+        end = 0  # of the span that was taken from losses and greedy last
         for _, i in members:
             begin, end = end, end + len(rows[i].ids) - rows[i].start
             scores[i] = (sum(losses[begin:end]) / (end - begin), greedy[begin:end])
@@ -237,6 +238,7 @@ def score_rows(model, rows, device, batch_tokens):
 def _ask(model, tokenizer, device, task, indices, max_seq_len, batch_tokens):
     """Put the questions to the model -> one record (a dict for JSON) per question."""
     bos, texts = tokenizer.get_bos_token_id(), [render_prompts(task, index) for index in indices]
+    # all texts of the chunk in one call, which tokenizes on several threads; then back to one group a question
     sequences = iter(tokenizer([text for options in texts for text in options], prepend=bos))
     questions = [make_rows(task.kind, [next(sequences) for _ in options]) for options in texts]
     cut = [[cut_row(row, max_seq_len) for row in rows] for rows in questions]
@@ -247,7 +249,7 @@ def _ask(model, tokenizer, device, task, indices, max_seq_len, batch_tokens):
         record = {"task": task.label, "index": index, "fewshot": pick_fewshot(task, index),
                   "truncated": any(was_cut for _, was_cut in rows), "losses": [round(loss, 5) for loss in losses]}
         if task.kind == "language_modeling":
-            target = rows[0][0].ids[rows[0][0].start:]
+            target = rows[0][0].ids[rows[0][0].start:]  # right only if greedy decoding gives every id of it
             record |= {"gold": tokenizer.decode(target), "prediction": tokenizer.decode(greedy[0]),
                        "correct": greedy[0] == target}
         else:
@@ -269,7 +271,7 @@ def _gather(records):
 def evaluate_task(model, tokenizer, device, task, *, max_seq_len, max_per_task=-1, batch_tokens=16384):
     """One task, shared by the ranks -> (result dict, records of all questions), the same on every rank."""
     begin = time.time()
-    rank = dist.get_rank() if world_size() > 1 else 0
+    rank = dist.get_rank() if world_size() > 1 else 0  # it has the questions rank, rank + world, rank + 2 world...
     indices, records = pick_questions(task, max_per_task)[rank::world_size()], []
     for i in range(0, len(indices), CHUNK_QUESTIONS):
         records += _ask(model, tokenizer, device, task, indices[i:i + CHUNK_QUESTIONS], max_seq_len, batch_tokens)

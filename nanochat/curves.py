@@ -84,7 +84,7 @@ def _draw_panel(title, lines, from_zero):
     body = [f'<text x="{LEFT}" y="20" font-size="13" font-weight="bold" fill="#0f172a">{html.escape(title)}</text>',
             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end" fill="#94a3b8">step</text>']
     for tick, label in y_ticks:
-        y = at(x_low, tick)[1]
+        y = at(x_low, tick)[1]  # + 4 centres the label on its line
         body += [f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#e2e8f0"/>',
                  f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>']
     for tick, label in _axis(x_low, x_high, 6)[2]:
@@ -109,12 +109,13 @@ def _axis(low, high, count):
     """About `count` round ticks (steps of 1, 2 or 5) around [low, high] -> (lowest, highest, [(tick, label)])."""
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):  # a constant: some room on both sides of it
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    raw = (high - low) / count
+    raw = (high - low) / count  # then rounded up to the next 1, 2 or 5 times a power of ten
     base = 10.0 ** math.floor(math.log10(raw))
     step = next(base * nice for nice in (1, 2, 5, 10) if base * nice >= raw * (1 - 1e-9))
     ticks = [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
     units = [(1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, "")]  # (from, divisor, suffix)
     scale, suffix = next(unit[1:] for unit in units if max(map(abs, ticks)) >= unit[0])
+    # as many decimals as the step has, so that no two ticks read the same
     decimals = max(0, -math.floor(math.log10(step / scale) + 1e-9))
     style = f".{decimals}f" if decimals <= 5 else ".1e"
     return ticks[0], ticks[-1], [(tick, f"{tick / scale:{style}}{suffix}" if tick else "0") for tick in ticks]

@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from nanochat.common import get_base_dir, get_dist_info, run_script
 from nanochat.curves import draw, read_panels
 
@@ -61,7 +63,7 @@ class Report:
         rank, _, world_size = get_dist_info()
         if rank != 0:
             return
-        number = list(SECTIONS).index(section) + 1 if section in SECTIONS else len(SECTIONS) + 1
+        number = list(SECTIONS).index(section) + 1 if section in SECTIONS else len(SECTIONS) + 1  # sorts the files
         record = {"section": section, "start_time": _IMPORT_TIME, "end_time": time.time(), "world_size": world_size,
                   "command": _this_command(world_size), **data}
         curves = [record["curves"]] if isinstance(record.get("curves"), str | Path) else record.get("curves") or []
@@ -111,9 +113,10 @@ def _this_command(world_size):
     """What was typed to start this process, as far as it can tell (under torchrun, rebuilt from the world size)."""
     words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
     if world_size > 1 and "-m" in words:
-        per_node = os.environ.get("LOCAL_WORLD_SIZE", world_size)
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        nodes = "--standalone" if per_node == world_size else f"--nnodes={world_size // per_node}"
         module, *args = words[words.index("-m") + 1:]
-        words = ["torchrun", "--standalone", f"--nproc_per_node={per_node}", "-m", module, "--", *args]
+        words = ["torchrun", nodes, f"--nproc_per_node={per_node}", "-m", module, "--", *args]
     return shlex.join(words)
 
 
@@ -128,7 +131,6 @@ def _ask(*command):
 
 def get_environment():
     """What the run stands on: code, machine and packages. What cannot be found out is left empty."""
-    import torch  # here, so that `generate` alone starts fast
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     cpu = _ask("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else ""
     if os.path.exists("/proc/cpuinfo"):
@@ -173,7 +175,7 @@ def _render(start, stages, rate, report_dir, pictures):
 
 def _busy_seconds(stages):
     """Wall time of all stages; what two sections of one process, or two stages side by side, share counts once."""
-    seconds, until = 0.0, 0.0
+    seconds, until = 0.0, 0.0  # counted so far, and up to which point in time
     for stage in sorted(stages, key=lambda stage: stage["start_time"]):
         seconds += max(0.0, stage["end_time"] - max(stage["start_time"], until))
         until = max(until, stage["end_time"])
@@ -181,6 +183,7 @@ def _busy_seconds(stages):
 
 
 def _header(start, stages, seconds, rate):
+    """The list on top of the page: when, what code, which machine, how long, what cost."""
     env = start["environment"]
     code = env["commit"] and f"commit {env['commit']} on {env['branch']}" + " with local changes" * env["dirty"]
     gpus = ", ".join(f"{env['gpus'].count(name)} x {name}" for name in dict.fromkeys(env["gpus"]))
@@ -199,7 +202,7 @@ def _cost(num_gpus, stages, seconds, rate):
     if not num_gpus and rate is None:
         return "not counted: no GPU, and no --gpu_hourly_rate given"
     rate = DEFAULT_GPU_HOURLY_RATE if rate is None else rate
-    units = max([num_gpus, *(stage["world_size"] for stage in stages)]) if num_gpus else 1
+    units = max([num_gpus, *(stage["world_size"] for stage in stages)]) if num_gpus else 1  # one machine without GPUs
     return f"${rate * units * seconds / 3600:,.2f} ({units} x ${rate:,.2f} an hour)"
 
 
@@ -234,10 +237,11 @@ def _stage(stage, report_dir, pictures):
         parts.append("No curves: the file of metrics is missing or has no step in it.")
     for sample in stage.get("samples") or []:
         prompt = sample["prompt"].strip()
-        parts.append(f"> **{_md(prompt)}** {_md(sample['text'].strip().removeprefix(prompt).strip())}")
+        text = sample["text"].strip().removeprefix(prompt).strip()  # base models' samples begin with their prompt
+        parts.append(f"> **{_md(prompt)}** {_md(text)}" if prompt else f"> {_md(text)}")
     for title, rows in (stage.get("tables") or {}).items():
-        header = list(dict.fromkeys(key for row in rows for key in row))
-        body = _table(header, [[_md(_value(row.get(key, ""))) for key in header] for row in rows])
+        header = list(dict.fromkeys(key for row in rows for key in row))  # of all rows, in the order of the first
+        body = _table(list(map(_md, header)), [[_md(_value(row.get(key, ""))) for key in header] for row in rows])
         parts += [_details(title, body)] if len(rows) > LONG_TABLE else [f"**{_md(title)}**", body]
     if stage.get("config"):
         settings = [[_code(name), _code(value)] for name, value in stage["config"].items()]
@@ -251,6 +255,7 @@ def _stage(stage, report_dir, pictures):
 
 def _md(text):
     """Plain text -> markdown that shows just this text, in a paragraph or in a table cell."""
+    # an underscore within a word is no markup, and device_batch_size reads better without backslashes
     text = re.sub(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda match: "\\" + match.group(), text)
     return html.escape(text, quote=False).replace("\r", "").replace("\n", "<br>")
 
@@ -289,9 +294,9 @@ def _value(value, style=".4g"):
         return ", ".join(f"{key}: {_value(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(_value(item) for item in value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):  # a bool is an int, too
         return {True: "yes", False: "no", None: "–"}.get(value, str(value))
-    if abs(value) >= 1e15:
+    if abs(value) >= 1e15:  # FLOPs: nobody counts the zeros
         return f"{value:.3e}"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:{style}}"
 

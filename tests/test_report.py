@@ -161,6 +161,14 @@ def test_a_sample_that_repeats_its_prompt_shows_it_once(report):
     assert "\n> **The sky is** blue\n" in read(report)
 
 
+def test_the_command_of_several_nodes_names_their_number(report, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "scripts.chat_sft"])
+    report.log("Chat SFT", {})
+    assert "\ntorchrun --nnodes=2 --nproc_per_node=8 -m scripts.chat_sft --\n" in read(report)
+
+
 def test_nan_and_none_are_shown_and_do_not_stop_the_page(report):
     report.log("Chat RL", {"metrics": {"loss": float("nan"), "reward": {"value": None, "n": 0}}})
     assert "| loss | – | – | – | nan |" in read(report) and "| reward | – | – | – | – |" in read(report)
