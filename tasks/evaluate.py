@@ -1,0 +1,210 @@
+"""
+Chat evaluation: the table of tasks, and the two ways to put a task's questions to a model.
+
+A categorical task (multiple choice) is one forward pass a question: the answer is the letter with the highest logit
+where the assistant's answer would begin, among the letters that this question offers. So a model that knows the answer
+is not failed for wording it freely, and guessing gives exactly the baseline. A generative task lets the engine write,
+with its tools, and grades the text; of n samples a problem pass@k is estimated without bias (arXiv 2107.03374).
+
+Both return (result, records): the figures, and a record for JSONL of every single answer, equal on every rank and for
+any number of ranks and any batch size (but for ties within float rounding). Every rank must call them.
+"""
+
+import difflib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from nanochat.common import UserError, all_gather, get_dist_info
+from nanochat.engine import Sampling
+from nanochat.precision import get_autocast_ctx
+from tasks.arc import ARC
+from tasks.common import Task, shuffled
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.identity import Identity, identity_path
+from tasks.mmlu import MMLU
+from tasks.spellingbee import SpellingBee
+
+# -----------------------------------------------------------------------------
+# The table of tasks
+
+# name: (how to make it, accuracy of blind guesses). Some ARC questions have 3 or 5 choices: 9 of 2,000 in Easy's train
+# split, which moves the guesses by 0.0001
+TASKS = {
+    "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
+    "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
+    "MMLU": (partial(MMLU, "all", split="test"), 0.25),
+    "GSM8K": (partial(GSM8K, split="test"), 0.0),
+    "HumanEval": (HumanEval, 0.0),
+    "SpellingBee": (partial(SpellingBee, size=256, split="test"), 0.0),
+    "Identity": (Identity, 0.0),
+}
+CHATCORE_TASKS = tuple(name for name in TASKS if name != "Identity")  # who it should be differs from model to model
+
+
+def available_tasks() -> list[str]:
+    """All names, without Identity where there is no file of questions for it."""
+    return [name for name in TASKS if name != "Identity" or identity_path().is_file()]
+
+
+def parse_names(text: str) -> list[str]:
+    """Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"]."""
+    names = list(dict.fromkeys(name.strip() for name in text.split("|")))
+    lower = {name.lower(): name for name in TASKS}
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+            raise UserError(f"no task is named {name!r}; there are {', '.join(TASKS)}",
+                            f"did you mean -a {lower[near[0]]}?" if near else 'for example -a "ARC-Easy|GSM8K"')
+    return names
+
+
+def make_task(name: str, **options) -> Task:
+    return TASKS[name][0](**options)
+
+
+def centered(name: str, accuracy: float) -> float:
+    """0 for blind guesses, 1 when all is right."""
+    baseline = TASKS[name][1]
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def chat_core(results: dict[str, dict]) -> dict | None:
+    """ChatCORE of {name: result} as {value, stderr, n}: the mean of the six centred accuracies. None if one is missing.
+    Its error is that of a mean of independent figures."""
+    if not all(name in results for name in CHATCORE_TASKS):
+        return None
+    errors = [results[name]["stderr"] / (1 - TASKS[name][1]) for name in CHATCORE_TASKS]
+    return {"value": sum(centered(name, results[name]["accuracy"]) for name in CHATCORE_TASKS) / len(CHATCORE_TASKS),
+            "stderr": math.hypot(*errors) / len(CHATCORE_TASKS), "n": sum(results[n]["n"] for n in CHATCORE_TASKS)}
+
+
+# -----------------------------------------------------------------------------
+# Questions in, figures out
+
+
+def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
+    """Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2, 3]."""
+    return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1:]]
+
+
+def read_questions(task, tokenizer, max_prompt, max_problems):
+    """This rank's share of the problems: [(conversation, prompt ids, the record so far)]. A limited number of them is
+    drawn from the whole task (MMLU is sorted by subject), always the same ones, and a larger number holds a smaller."""
+    rank, _, num_ranks = get_dist_info()
+    chosen = shuffled(range(len(task)), "problems")[:max_problems] if max_problems > 0 else range(len(task))
+    questions = []
+    for index in sorted(chosen)[rank::num_ranks]:
+        conversation = task[index]
+        ids = tokenizer.render_for_completion(conversation)
+        prompt, answer = cut_prompt(ids, max_prompt), conversation["messages"][-1]["content"]
+        answer = answer if isinstance(answer, str) else "".join(part["text"] for part in answer)
+        questions.append((conversation, prompt, {"index": index, "prompt": tokenizer.decode(prompt), "answer": answer,
+                                                 "truncated": len(prompt) < len(ids)}))
+    return questions
+
+
+def gather_records(records, device):
+    """The records of all ranks, on every rank, by problem and sample. As JSON, which may end in spaces: so all ranks
+    can send the same number of bytes."""
+    sent = json.dumps(records).encode()
+    lengths = all_gather(torch.tensor([len(sent)], device=device))
+    sent = torch.frombuffer(bytearray(sent.ljust(int(lengths.max()))), dtype=torch.uint8)
+    parts = all_gather(sent.to(device)).view(len(lengths), -1).cpu()
+    gathered = [record for part in parts for record in json.loads(part.numpy().tobytes())]
+    return sorted(gathered, key=lambda record: (record["index"], record["sample"]))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def summarize(task, records) -> dict:
+    """{accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}"""
+    outcomes = {}  # index -> right or wrong, for each sample
+    for record in records:
+        outcomes.setdefault(record["index"], []).append(record["correct"])
+    if not outcomes:
+        raise UserError(f"{type(task).__name__} has no problem to ask")
+    n, num_samples = len(outcomes), len(next(iter(outcomes.values())))
+    rates = [sum(right) / num_samples for right in outcomes.values()]
+    accuracy = sum(rates) / n
+    # over problems, for samples of one problem are not independent; with one sample it is sqrt(p (1 - p) / n)
+    stderr = math.sqrt(sum((rate - accuracy) ** 2 for rate in rates) / n / n)
+    ks = sorted({min(2**i, num_samples) for i in range(num_samples.bit_length() + 1)})  # 1, 2, 4, ..., num_samples
+    passes = {k: sum(pass_at_k(num_samples, sum(right), k) for right in outcomes.values()) / n for k in ks}
+    truncated = sum(record["truncated"] for record in records if record["sample"] == 0)
+    return {"accuracy": accuracy, "stderr": stderr, "n": n, "pass_at_k": passes, "truncated": truncated}
+
+
+# -----------------------------------------------------------------------------
+# The two evaluations
+
+
+def evaluate_task(task, engine, tokenizer, *, batch_rows=32, max_problems=-1, **sampling):
+    """Whichever of the two below suits the task; `sampling` is for generative ones alone."""
+    if task.eval_type == "categorical":
+        return evaluate_categorical(task, engine.model, tokenizer, batch_rows=batch_rows, max_problems=max_problems)
+    return evaluate_generative(task, engine, tokenizer, batch_rows=batch_rows, max_problems=max_problems, **sampling)
+
+
+def evaluate_categorical(task, model, tokenizer, *, batch_rows=32, max_problems=-1):
+    questions = read_questions(task, tokenizer, model.config.sequence_len, max_problems)
+    letters = [tokenizer.encode(conversation["letters"]) for conversation, _, _ in questions]  # one token each
+    logits = letter_logits(model, [prompt for _, prompt, _ in questions], letters, batch_rows)
+    records = []
+    for (conversation, _, record), values in zip(questions, logits, strict=True):
+        letter = conversation["letters"][values.index(max(values))]
+        records.append(record | {"sample": 0, "completion": letter, "correct": task.evaluate(conversation, letter)})
+    records = gather_records(records, model.device)
+    return summarize(task, records), records
+
+
+@torch.inference_mode()
+def letter_logits(model, prompts, letters, batch_rows):
+    """
+    Logits, before the cap, of the token after each prompt: for letters[i] = [[id], [id], ...] a list of floats.
+    Prompts of like length go together, padded on the right, where a causal model does not look.
+    """
+    logits = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
+    for batch in (order[start : start + batch_rows] for start in range(0, len(order), batch_rows)):
+        T = len(prompts[batch[0]])
+        ids = torch.tensor([prompts[i] + [0] * (T - len(prompts[i])) for i in batch], device=model.device)  # (B, T)
+        with get_autocast_ctx(model.device):
+            x = model.trunk(ids)  # (B, T, C)
+        for row, i in enumerate(batch):  # float32, and no more of the head than these letters: B * T * V is gigabytes
+            weight = model.lm_head.weight[[token for (token,) in letters[i]]].float()
+            logits[i] = (weight @ x[row, len(prompts[i]) - 1].float()).tolist()
+    return logits
+
+
+def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_tokens=512, temperature=0.0, top_k=50,
+                        batch_rows=32, max_problems=-1, seed=42):
+    """A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less."""
+    context = engine.model.config.sequence_len
+    questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
+    rows, asked = [], {}  # asked: id(row) -> (conversation, record so far)
+    for conversation, prompt, record in questions:
+        for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
+            sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
+            rows.append(engine.make_row(prompt, sampling, max_new_tokens))
+            asked[id(rows[-1])] = conversation, record | {"sample": sample}
+    graded = []
+    # HumanEval runs programs, so grading goes on beside the model; not more at once than there are cores for them
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // get_dist_info()[2]))) as pool:
+        for row in engine.generate_rows(rows, batch_rows):
+            conversation, record = asked[id(row)]
+            # tool calls and their results are part of the text; the token that ended it is not
+            completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
+            record |= {"completion": completion, "finish_reason": row.finish_reason}
+            graded.append((record, pool.submit(task.evaluate, conversation, completion)))
+    records = [record | {"correct": bool(outcome.result())} for record, outcome in graded]
+    records = gather_records(records, engine.model.device)
+    return summarize(task, records), records

@@ -1,0 +1,75 @@
+"""
+Does the model know who it is? Held-out questions about itself, from the file tasks/identity_test.jsonl of the mirror
+$NANOCHAT_DATA_DIR, else of the base directory. dev/gen_synthetic_data.py writes one; your own has an object a line:
+
+    {"messages": [{"role": "user", "content": "Who made you?"}, {"role": "assistant", "content": "Jo Smith made me."}],
+     "accept": ["Jo Smith", "Dr. Smith"]}
+
+An answer is right if it holds one of the phrases in `accept` as whole words, whatever the case and the line breaks.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from nanochat.common import UserError, get_base_dir, get_data_dir
+from tasks.common import Task, check_messages
+
+
+def identity_path() -> Path:
+    """Where the questions are, if there are any."""
+    return (get_data_dir() or get_base_dir()) / "tasks" / "identity_test.jsonl"
+
+
+class Identity(Task):
+    """For evaluation only; to train on, there are the identity conversations of tasks/customjson.py."""
+
+    eval_type = "generative"
+
+    def __init__(self, filepath=None, **kwargs):
+        super().__init__(**kwargs)
+        self.rows = read_questions(identity_path() if filepath is None else Path(filepath))
+
+    def num_examples(self):
+        return len(self.rows)
+
+    def get_example(self, index):
+        return self.rows[index]
+
+    def evaluate(self, conversation, completion):
+        return any(holds(completion, phrase) for phrase in conversation["accept"])
+
+
+def holds(text: str, phrase: str) -> bool:
+    """
+    >>> holds("I am nanochat,\\na small Language  Model.", "language model"), holds("Who knows?", "no")
+    (True, False)
+    """
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def read_questions(path: Path) -> list[dict]:
+    """Every line, checked; blank lines are skipped."""
+    if not path.is_file():
+        raise UserError(f"no questions about identity at {path}",
+                        "write a toy world with `python -m dev.gen_synthetic_data`, or leave Identity out")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            rows.append(read_line(line, f"{path}, line {number}"))
+    if not rows:
+        raise UserError(f"{path} holds no question")
+    return rows
+
+
+def read_line(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    row = row if isinstance(row, dict) else {}
+    accept = row.get("accept")
+    if not (isinstance(accept, list) and accept and all(isinstance(p, str) and p.strip() for p in accept)):
+        raise UserError(f"{where}, accept: got {accept!r:.60}, need a list of phrases")
+    return {"messages": check_messages(row.get("messages"), where), "accept": accept}
