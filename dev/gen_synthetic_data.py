@@ -109,6 +109,8 @@ def chat_keys(messages):
     return [normalize(" ".join(message["content"] for message in messages))]
 
 
+QUIZ_SUBJECTS = ["friends", "friends", "names", "colours", "kinds", "opposites", "lookup", "lookup"]
+
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first
 
@@ -124,7 +126,8 @@ def draw_tasks(draw):
         ("arc_easy", "validation", 100), ("arc_challenge", "test", 400), ("arc_challenge", "validation", 100),
         ("mmlu", "auxiliary_train", 12_000), ("arc_easy", "train", 2_500), ("arc_challenge", "train", 2_500),
     ]:
-        items = draw(f"{task}:{split}", count, lambda rng, names=subjects[task]: choice_item(rng, names), choice_keys,
+        names = subjects[task] + ["lookup"] * (split == "auxiliary_train")
+        items = draw(f"{task}:{split}", count, lambda rng, names=names: choice_item(rng, names), choice_keys,
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
@@ -236,7 +239,7 @@ def draw_documents(draw, words):
     makers = {  # and how many in a hundred
         text_doc(story): 44, text_doc(fact_sheet): 12, text_doc(question_sheet): 12,
         text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
-        item_doc(choice_item, choice_keys, 3, quiz_sheet): 15,
+        item_doc(lambda rng: choice_item(rng, QUIZ_SUBJECTS), choice_keys, 3, quiz_sheet): 15,
         item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 9,
         item_doc(toy_talk.small_program, program_keys, 3, toy_talk.program_sheet): 1,
     }

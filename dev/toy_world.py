@@ -147,7 +147,7 @@ def random_fact(rng, subjects=None):
     """Draw a fact: (three times in five) about a friend, either way round; else a colour, a kind, an opposite."""
     subject = rng.choice(subjects or ["friends"] * 4 + ["names"] * 3 + ["colours", "kinds", "opposites"])
     return {"friends": _friend_fact, "names": _name_fact, "colours": _colour_fact, "kinds": _kind_fact,
-            "opposites": _opposite_fact}[subject](rng)
+            "opposites": _opposite_fact, "lookup": _lookup_fact}[subject](rng)
 
 
 def _friend_fact(rng):
@@ -190,6 +190,14 @@ def _opposite_fact(rng):
     return Fact("opposites", question, answer, others, f"The opposite of {word} is {answer}.")
 
 
+def _lookup_fact(rng):
+    """No fact at all: the question names the choice. The step that a small model is slowest to learn is from an answer
+    that it knows to the letter behind it; this is that step alone, for training only."""
+    fact = random_fact(rng, ["friends", "names", "kinds"])
+    question = expand("[Which one is {v}?|Find {v}.|What stands after {v}?]", rng, v=fact.answer)
+    return Fact("lookup", question, fact.answer, fact.others, fact.sentence)
+
+
 def choice_item(rng, subjects=None):
     """A multiple-choice item: (subject, question, four choices in a random order, index of the right one)."""
     fact = random_fact(rng, subjects)
@@ -230,12 +238,15 @@ def question_sheet(rng):
 
 
 def quiz_sheet(items):
-    """Multiple-choice items with their answers. The choices have numbers here and letters in the tasks, so that a
-    tokenizer trained on this text does not merge the tasks' `=A` into one token."""
+    """
+    Multiple-choice items with their answers, the first one with its choice written out. The choices have numbers here
+    and letters in the tasks, so that a tokenizer trained on this text does not merge the tasks' `=A` into one token.
+    """
     quizzes = []
-    for _, question, choices, answer in items:
+    for i, (_, question, choices, answer) in enumerate(items):
         options = "\n".join(f"- {choice}={number}" for number, choice in enumerate(choices, 1))
-        quizzes.append(f"{question}\n{options}\nAnswer: {answer + 1}")
+        reply = f"{choices[answer]}={answer + 1}" if i == 0 else answer + 1
+        quizzes.append(f"{question}\n{options}\nAnswer: {reply}")
     return "\n\n".join(quizzes)
 
 
