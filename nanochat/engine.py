@@ -1,5 +1,5 @@
 """
-Generation: a KV cache, sampling, tool use and batching. The model and the tokenizer are passed in.
+Generation: a KV cache, tool use and batching. The model and the tokenizer are passed in.
 
 One core serves everything: a `Decoder` holds a number of rows in one cache and advances all of them by a token per
 step. Rows come and go between steps, and each has its own sampling settings, random numbers, tool state and end.
@@ -11,6 +11,7 @@ Shapes: B rows, T new tokens, S cached positions, H heads, D head size, L layers
 
 import codecs
 import random
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ import torch
 
 from nanochat.execution import use_calculator
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
+from nanochat.sampling import Sampling, sample_rows, top_logprobs
 
 # -----------------------------------------------------------------------------
 # KV cache
@@ -91,56 +93,6 @@ class KVCache:
 
 
 # -----------------------------------------------------------------------------
-# Sampling
-
-
-@dataclass
-class Sampling:
-    """How a row picks its tokens. None switches a filter off; temperature 0 takes the most likely token."""
-    temperature: float = 1.0
-    top_k: int | None = None     # keep the k most likely tokens (0 = off)
-    top_p: float | None = None   # keep the most likely ones that together reach this probability
-    min_p: float | None = None   # keep those at least this fraction as likely as the most likely
-    seed: int | str = 42         # of the row's own random numbers
-
-    def __post_init__(self):
-        checks = {"temperature": self.temperature >= 0, "top_k": (self.top_k or 0) >= 0,
-                  "top_p": self.top_p is None or 0 < self.top_p <= 1,
-                  "min_p": self.min_p is None or 0 <= self.min_p <= 1}
-        for name, ok in checks.items():
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
-                                 "0 <= min_p <= 1")
-
-    @property
-    def filters(self):
-        return bool(self.top_k) or self.top_p not in (None, 1.0) or bool(self.min_p)
-
-
-def sample_row(logits, sampling, u):
-    """
-    One token id from logits (V,) by a uniform number u in [0, 1): the u-quantile of the filtered distribution.
-    One number per token keeps a row reproducible whatever runs beside it.
-    """
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    order = None
-    if sampling.filters:
-        k = min(sampling.top_k or logits.numel(), logits.numel())
-        logits, order = logits.topk(k)  # descending
-    p = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    if sampling.top_p is not None and order is not None:
-        p = p * ((p.cumsum(0) - p) < sampling.top_p)  # drop what lies wholly beyond top_p; the first always stays
-    if sampling.min_p and order is not None:
-        p = p * (p >= sampling.min_p * p[0])
-    cumulative = p.cumsum(0)
-    # right=True and the clamp: never a token of probability 0, not even when u meets a boundary exactly
-    index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    index = int(index.clamp(max=int(p.count_nonzero()) - 1 if order is not None else p.numel() - 1))
-    return int(order[index]) if order is not None else index
-
-
-# -----------------------------------------------------------------------------
 # Tool use
 
 
@@ -186,11 +138,48 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
 
+def split_at_stop(text, stops):
+    """
+    (ready, held, found): the part of a growing text that is surely before any stop string, the tail that may be the
+    start of one, and whether one has been found.
+
+    >>> split_at_stop("one two thr", ["three"])
+    ('one two ', 'thr', False)
+    """
+    places = [place for place in map(text.find, stops) if place >= 0]
+    if places:
+        return text[: min(places)], "", True
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], text[len(text) - held:], False
+
+
+def fit_conversation(tokenizer, messages, max_prompt):
+    """
+    (prompt ids, number of messages left out) for {role, content} messages: while the prompt is longer than max_prompt
+    tokens, its oldest exchange goes, never the system message or the newest question.
+    """
+    num_system = int(messages[0]["role"] == "system")
+    head, turns = messages[:num_system], messages[num_system:]
+
+    def render(start):
+        return tokenizer.render_for_completion({"messages": head + turns[start:]})
+
+    ids = render(0)  # also refuses what is no conversation
+    if len(ids) <= max_prompt:
+        return ids, 0
+    newest = (len(turns) - 1) // 2 * 2  # exchanges begin at even places
+    start = 2 * bisect_left(range(0, newest, 2), True, key=lambda start: len(render(start)) <= max_prompt)
+    ids = render(start)
+    if len(ids) > max_prompt:
+        raise ValueError(f"the newest message takes {len(ids)} tokens with the system message; {max_prompt} fit")
+    return ids, start
+
+
 # -----------------------------------------------------------------------------
 # Rows, and the decoder that advances them
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sequence being generated. `tokens` and `mask` hold what was generated: mask 0 = forced by a tool."""
     prompt: list[int]
@@ -198,20 +187,21 @@ class Row:
     max_tokens: int
     stop_tokens: frozenset[int]
     tool: ToolState | None = None
+    num_top: int | None = None  # wanted of each token: its log-probability, and those of so many likeliest ones
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # entries of `top_logprobs`, when num_top is set
     forced: deque = field(default_factory=deque)
     finish_reason: str | None = None  # 'stop': a stop token, which is in `tokens`; 'length': out of room
 
     def __post_init__(self):
         self.random = random.Random(f"{self.sampling.seed}")
 
-    def advance(self, logits, room):
-        """Pick the next token from logits (V,), or take a forced one; `room` is how many more the cache can hold."""
+    def advance(self, token, room):
+        """Take the sampled token, or the one that is forced; `room` is how many more the cache can hold."""
+        sampled = int(not self.forced)
         if self.forced:
-            token, sampled = self.forced.popleft(), 0
-        else:
-            token, sampled = sample_row(logits, self.sampling, self.random.random()), 1
+            token = self.forced.popleft()
         self.tokens.append(token)
         self.mask.append(sampled)
         if sampled and token in self.stop_tokens:
@@ -220,12 +210,11 @@ class Row:
             self.finish_reason = "length"
         elif self.tool is not None and sampled:
             self.forced.extend(self.tool.feed(token))
-        return token
 
 
 class Decoder:
     """
-    Up to num_rows rows in one KV cache. `prefill` reads a prompt, `admit` lets rows start from it, `step` gives every
+    Up to num_rows rows in one KV cache. `prefill` reads a prompt, `admit` lets a row start from it, `step` gives every
     row its next token, `release` frees a row. The active rows are always the first ones of the cache.
     """
 
@@ -237,6 +226,7 @@ class Decoder:
         dtype = get_precision_dtype(model.device.type)
         self.cache = KVCache(model.config, num_rows, self.max_length, model.device, dtype)
         self.staging = KVCache(model.config, 1, self.max_length, model.device, dtype)
+        self.staged = []  # the tokens that `staging` holds
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
 
@@ -244,15 +234,31 @@ class Decoder:
     def num_free(self):
         return self.num_rows - len(self.rows)
 
-    def prefill(self, prompt):
-        """Read a prompt into the staging cache, chunk by chunk: a generator that ends with its logits (V,)."""
+    def check_prompt(self, prompt):
         if not 0 < len(prompt) < self.max_length:
             raise ValueError(f"a prompt of {len(prompt)} tokens does not fit: need 1 to {self.max_length - 1}")
-        self.staging.lengths = [0]
-        for start in range(0, len(prompt), self.PREFILL_CHUNK):
-            logits = self._forward([prompt[start: start + self.PREFILL_CHUNK]], self.staging)
-            yield
-        return logits[0]
+
+    def prefill(self, prompt, chunk=None, scores=None, num_top=1):
+        """
+        Read a prompt into the staging cache: a generator that yields the tokens read, chunk by chunk, and ends with
+        the logits (V,). What the prompt shares with the one before, as turns of a chat do, is not read again. A list
+        `scores` gets the `top_logprobs` of every prompt token but the first.
+        """
+        self.check_prompt(prompt)
+        pairs = zip(self.staged, prompt[:-1], strict=False)
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.staged), len(prompt) - 1))
+        start = start if scores is None else 0
+        self.staged, self.staging.lengths = prompt[:start], [start]
+        while start < len(prompt):
+            ids = prompt[start: start + (chunk or self.PREFILL_CHUNK)]
+            start += len(ids)
+            logits = self._forward([ids], self.staging, last_only=scores is None)[0]  # (1 or T, V)
+            self.staged = prompt[:start]
+            if scores is not None:
+                targets = prompt[start - len(ids) + 1: start + 1]  # the last token of all has none
+                scores.extend(top_logprobs(logits[: len(targets)], targets, num_top))
+            yield len(ids)
+        return logits[-1]
 
     def admit(self, row, logits):
         """Let a row start from the prompt in the staging cache, whose last logits (V,) are given."""
@@ -263,14 +269,33 @@ class Decoder:
 
     def step(self):
         """One token for every row. Returns [(row, token, mask)]; finished rows are released."""
-        room = [self.max_length - 1 - length for length in self.cache.lengths]
-        emitted = [(row, row.advance(self.logits[i], room[i]), row.mask[-1]) for i, row in enumerate(self.rows)]
-        for row in [row for row in self.rows if row.finish_reason]:
-            self.release(row)
+        emitted = self.pick()
+        self.forward()
+        return emitted
+
+    def pick(self):
+        """The first half of a step: choose the tokens."""
+        rows, logits = list(self.rows), self.logits[: len(self.rows)]
+        draws = [0.0 if row.forced else row.random.random() for row in rows]
+        tokens = sample_rows(logits, [row.sampling for row in rows], draws).tolist() if rows else []
+        for row, token, length in zip(rows, tokens, self.cache.lengths[: len(rows)], strict=True):
+            row.advance(token, self.max_length - 1 - length)
+        scored = [i for i, row in enumerate(rows) if row.num_top is not None]
+        if scored:
+            num_top = max(rows[i].num_top for i in scored)
+            entries = top_logprobs(logits[scored], [rows[i].tokens[-1] for i in scored], num_top)
+            for i, (logprob, top) in zip(scored, entries, strict=True):
+                rows[i].logprobs.append((logprob, top[: rows[i].num_top]))
+        for row in rows:
+            if row.finish_reason:
+                self.release(row)
+        return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
+
+    def forward(self):
+        """The second half: the logits after these tokens."""
         if self.rows:
             self.cache.num_active = len(self.rows)
-            self.logits[: len(self.rows)] = self._forward([[row.tokens[-1]] for row in self.rows], self.cache)
-        return emitted
+            self.logits[: len(self.rows)] = self._forward([[row.tokens[-1]] for row in self.rows], self.cache)[:, -1]
 
     def release(self, row):
         """Free a row's place; the last row moves into it."""
@@ -282,11 +307,11 @@ class Decoder:
         self.cache.lengths[len(self.rows)] = 0
 
     @torch.inference_mode()
-    def _forward(self, ids, cache):
-        """ids: B lists of T tokens -> logits (B, V) of the last position."""
+    def _forward(self, ids, cache, last_only=True):
+        """ids: B lists of T tokens -> logits (B, T, V), or (B, 1, V) of the last position."""
         ids = torch.tensor(ids, device=self.model.device)
         with get_autocast_ctx(self.model.device):
-            return self.model(ids, kv_cache=cache, last_only=True)[:, 0]
+            return self.model(ids, kv_cache=cache, last_only=last_only)
 
 
 class Engine:

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from nanochat.engine import Decoder, Engine, KVCache, Sampling, TextStream, ToolState, sample_row
+from nanochat.engine import Decoder, Engine, KVCache, TextStream, ToolState
+from nanochat.sampling import Sampling, sample_row
 from tests.tiny import tiny_model
 
 
