@@ -237,7 +237,8 @@ def draw_documents(draw, words):
         return make_doc
 
     makers = {  # and how many in a hundred
-        text_doc(story): 44, text_doc(fact_sheet): 12, text_doc(question_sheet): 12,
+        text_doc(story): 36, text_doc(fact_sheet): 12, text_doc(question_sheet): 12,
+        text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 8,
         text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
         item_doc(lambda rng: choice_item(rng, QUIZ_SUBJECTS), choice_keys, 3, quiz_sheet): 15,
         item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 9,

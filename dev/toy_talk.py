@@ -121,6 +121,22 @@ def spelling_sheet(rng, words):
     return "\n".join(lines)
 
 
+def list_sheet(rng, words):
+    """
+    Shopping lists read out, repeated, and asked about. Nothing predicts their words but the first reading, so they make
+    a small model look back and copy, which word problems, choices and spelling all need and stories rarely ask for.
+    """
+    lines = []
+    for x, y in (rng.sample(FRIENDS, 2) for _ in range(2)):
+        goods = rng.sample(ITEMS, 3) + rng.sample(words, 2)
+        counts = dict(zip(rng.sample(goods, 5), rng.sample(range(2, 98), 5), strict=True))
+        read = ", ".join(f"{n} {thing}" for thing, n in counts.items())
+        lines += [f'"{read}," read {x}.', f'"{read}," said {y}.']
+        asked = rng.sample(goods, 3)
+        lines += [f'"How many {thing}?" asked {x}. "{counts[thing]} {thing}," said {y}.' for thing in asked]
+    return "\n".join(lines)
+
+
 def small_program(rng):
     """A function of one line, in HumanEval's columns: x plus 7, or x plus 7 and that times 3."""
     steps = [(*rng.choice([("plus", "+"), ("minus", "-"), ("times", "*")]), rng.randint(2, 20))
