@@ -1,7 +1,7 @@
 //! Applies a merge table to text; the ids are exactly those of tiktoken with the same ranks and pattern.
 
 use crate::split::Splitter;
-use crate::words::{locked, mix, short_key, Interner};
+use crate::words::{hash, is_short, key_of, locked, Interner, Key};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::panic::resume_unwind;
@@ -14,18 +14,24 @@ const CHUNK_BYTES: usize = 1 << 17; // texts are handed to threads in portions o
 /// The ids of a short word. A slot of the cache is 32 bytes, half a cache line.
 #[derive(Clone, Copy, Default)]
 struct CachedWord {
-    key: u128,     // see `short_key`; 0 = empty
+    key: Key,      // 0 = empty
     len: u32,      // ids in use
     ids: [u32; 3], // words with more ids are rare and not cached
 }
 
-type Cache = Vec<CachedWord>;
+/// What a thread needs to encode: a cache of words, and room to work in.
+struct Worker {
+    cache: Vec<CachedWord>,
+    next: Vec<u32>,                             // by start of a part of a word: where the next part starts
+    prev: Vec<u32>,                             // and where the one before starts
+    heap: BinaryHeap<Reverse<(u32, u32, u32)>>, // (rank, start, end) of pairs of parts
+}
 
 pub struct Encoder {
     splitter: Splitter,
-    pub tokens: Interner,      // the number of a token is its rank
-    max_token_len: usize,      // bytes
-    caches: Mutex<Vec<Cache>>, // one for each thread that ever encoded at the same time
+    pub tokens: Interner,        // the number of a token is its rank
+    max_token_len: u32,          // bytes
+    workers: Mutex<Vec<Worker>>, // as many as ever encoded at the same time
 }
 
 /// The ids of a run of texts, one after another.
@@ -47,6 +53,13 @@ impl Encoded {
     }
 }
 
+impl Worker {
+    fn new() -> Self {
+        let cache = vec![CachedWord::default(); 1 << CACHE_BITS];
+        Worker { cache, next: Vec::new(), prev: Vec::new(), heap: BinaryHeap::new() }
+    }
+}
+
 impl Encoder {
     /// Checks that the ranks are a table BPE can have produced.
     pub fn from_ranks(splitter: Splitter, mut ranks: Vec<(Vec<u8>, u64)>) -> Result<Self, String> {
@@ -56,14 +69,14 @@ impl Encoder {
             if *rank != i as u64 {
                 return Err(format!("ranks must be 0 to {}, each once, but rank {i} is missing", ranks.len() - 1));
             }
-            let is_known = |part: &[u8]| tokens.find(part).is_some();
+            let is_known = |part: &[u8]| tokens.find_bytes(part).is_some();
             if (i < 256) != (token.len() == 1) {
                 return Err(format!("the first 256 ranks must be the single bytes, but rank {i} is {token:?}"));
             }
             if i >= 256 && !(1..token.len()).any(|cut| is_known(&token[..cut]) && is_known(&token[cut..])) {
                 return Err(format!("token {token:?} of rank {i} does not split into two tokens of lower rank"));
             }
-            if tokens.insert(token) as usize != i {
+            if tokens.insert_bytes(token) as usize != i {
                 return Err(format!("token {token:?} has two ranks, the second is {i}"));
             }
         }
@@ -74,78 +87,83 @@ impl Encoder {
     }
 
     pub fn new(splitter: Splitter, tokens: Interner) -> Self {
-        let max_token_len = (0..tokens.len()).map(|id| tokens.get(id as u32).len()).max().unwrap_or(0);
-        Encoder { splitter, tokens, max_token_len, caches: Mutex::default() }
+        let max_token_len = tokens.iter().map(<[u8]>::len).max().unwrap_or(0) as u32;
+        Encoder { splitter, tokens, max_token_len, workers: Mutex::default() }
     }
 
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
         let mut ids = Vec::new();
-        self.with_cache(|cache| self.encode_into(text, cache, &mut ids))?;
+        self.with_worker(|worker| self.encode_into(text, worker, &mut ids))?;
         Ok(ids)
     }
 
-    fn with_cache<T>(&self, f: impl FnOnce(&mut Cache) -> T) -> T {
-        let cache = locked(&self.caches).pop();
-        let mut cache = cache.unwrap_or_else(|| vec![CachedWord::default(); 1 << CACHE_BITS]);
-        let result = f(&mut cache);
-        locked(&self.caches).push(cache);
+    fn with_worker<T>(&self, f: impl FnOnce(&mut Worker) -> T) -> T {
+        let idle = locked(&self.workers).pop();
+        let mut worker = idle.unwrap_or_else(Worker::new);
+        let result = f(&mut worker);
+        locked(&self.workers).push(worker);
         result
     }
 
-    fn encode_into(&self, text: &str, cache: &mut Cache, ids: &mut Vec<u32>) -> Result<(), String> {
+    fn encode_into(&self, text: &str, worker: &mut Worker, ids: &mut Vec<u32>) -> Result<(), String> {
         let bytes = text.as_bytes();
         self.splitter.for_each(text, |start, end| {
-            let Some(key) = short_key(bytes, start, end) else {
-                return self.encode_word(&bytes[start..end], ids);
-            };
-            let slot = &mut cache[(mix(key) >> (64 - CACHE_BITS)) as usize];
-            if slot.key != key {
-                let before = ids.len();
-                self.encode_word(&bytes[start..end], ids);
-                let len = ids.len() - before;
-                if len <= slot.ids.len() {
-                    (slot.key, slot.len) = (key, len as u32);
-                    slot.ids[..len].copy_from_slice(&ids[before..]);
-                }
-                return;
+            let key = key_of(bytes, start, end);
+            let slot = (hash(key) >> (64 - CACHE_BITS)) as usize;
+            let cached = &worker.cache[slot];
+            if cached.key == key && is_short(key) {
+                return ids.extend_from_slice(&cached.ids[..cached.len as usize]);
             }
-            ids.extend_from_slice(&slot.ids[..slot.len as usize]);
+            let before = ids.len();
+            match self.tokens.find(key, bytes, start, end) {
+                Some(id) => ids.push(id),
+                None => self.merge_word(&bytes[start..end], worker, ids),
+            }
+            let new = &ids[before..];
+            if let (true, Some(ids)) = (is_short(key), worker.cache[slot].ids.get_mut(..new.len())) {
+                ids.copy_from_slice(new);
+                (worker.cache[slot].key, worker.cache[slot].len) = (key, new.len() as u32);
+            }
         })
     }
 
     /// BPE of one word: the pair of lowest rank is merged first, the leftmost among equals. The pairs wait in a heap,
     /// so a word of n bytes takes n log n steps, also when it is one letter a hundred thousand times.
-    fn encode_word(&self, word: &[u8], ids: &mut Vec<u32>) {
-        if let Some(id) = self.tokens.find(word) {
-            return ids.push(id);
-        }
-        let end = word.len();
-        let mut next: Vec<usize> = (1..=end).collect(); // by start of a part: where the next one starts
-        let mut prev: Vec<usize> = (0..=end).map(|i| i.wrapping_sub(1)).collect();
-        let is_short = |from: usize, to: usize| to - from <= self.max_token_len;
-        let rank = |from, to| if is_short(from, to) { self.tokens.find(&word[from..to]) } else { None };
-        let mut heap: BinaryHeap<Reverse<(u32, usize, usize)>> = BinaryHeap::new(); // (rank, from, to)
-        heap.extend((2..=end).filter_map(|to| Some(Reverse((rank(to - 2, to)?, to - 2, to)))));
+    fn merge_word(&self, word: &[u8], worker: &mut Worker, ids: &mut Vec<u32>) {
+        let end = word.len() as u32;
+        let Worker { next, prev, heap, .. } = worker;
+        next.clear();
+        prev.clear();
+        next.extend(1..=end);
+        prev.extend((0..=end).map(|i| i.wrapping_sub(1)));
+        let find = |from: u32, to: u32| {
+            let (from, to) = (from as usize, to as usize);
+            self.tokens.find(key_of(word, from, to), word, from, to)
+        };
+        let pair = |from: u32, to: u32| {
+            let rank = if to - from > self.max_token_len { None } else { find(from, to) };
+            rank.map(|rank| Reverse((rank, from, to)))
+        };
+        heap.extend((2..=end).filter_map(|to| pair(to - 2, to)));
         while let Some(Reverse((_, from, to))) = heap.pop() {
             // Stale unless two parts still start at `from` and end at `to`; a part merged away has next = 0.
-            let middle = next[from];
-            if middle == 0 || middle >= to || next[middle] != to {
+            let middle = next[from as usize];
+            if middle == 0 || middle >= to || next[middle as usize] != to {
                 continue;
             }
-            (next[from], next[middle]) = (to, 0);
+            (next[from as usize], next[middle as usize]) = (to, 0);
             if to < end {
-                prev[to] = from;
-                heap.extend(rank(from, next[to]).map(|rank| Reverse((rank, from, next[to]))));
+                prev[to as usize] = from;
+                heap.extend(pair(from, next[to as usize]));
             }
             if from > 0 {
-                let before = prev[from];
-                heap.extend(rank(before, to).map(|rank| Reverse((rank, before, to))));
+                heap.extend(pair(prev[from as usize], to));
             }
         }
         let mut start = 0;
         while start < end {
-            ids.extend(self.tokens.find(&word[start..next[start]])); // every part is a token
-            start = next[start];
+            ids.extend(find(start, next[start as usize])); // every part is a token
+            start = next[start as usize];
         }
     }
 
@@ -154,12 +172,12 @@ impl Encoder {
         let chunks = chunks_of(texts);
         let next_chunk = AtomicUsize::new(0);
         let work = || {
-            self.with_cache(|cache| {
+            self.with_worker(|worker| {
                 let mut done = Vec::new();
                 loop {
                     let index = next_chunk.fetch_add(1, Ordering::Relaxed);
                     let Some(chunk) = chunks.get(index) else { return Ok(done) };
-                    done.push((index, self.encode_chunk(chunk, cache)?));
+                    done.push((index, self.encode_chunk(chunk, worker)?));
                 }
             })
         };
@@ -174,11 +192,11 @@ impl Encoder {
         Ok(done.into_iter().map(|(_, encoded)| encoded).collect())
     }
 
-    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], cache: &mut Cache) -> Result<Encoded, String> {
+    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], worker: &mut Worker) -> Result<Encoded, String> {
         let mut encoded = Encoded { ids: Vec::new(), lens: Vec::with_capacity(texts.len()) };
         for text in texts {
             let before = encoded.ids.len();
-            self.encode_into(text.as_ref(), cache, &mut encoded.ids)?;
+            self.encode_into(text.as_ref(), worker, &mut encoded.ids)?;
             encoded.lens.push(encoded.ids.len() - before);
         }
         Ok(encoded)

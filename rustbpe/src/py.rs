@@ -141,7 +141,7 @@ impl Tokenizer {
     /// [(bytes of a token, its id), ...] in the order of ids, as tiktoken takes them.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyBytes>, u32)>, Failure> {
         let tokens = &self.trained()?.tokens;
-        Ok((0..tokens.len() as u32).map(|id| (PyBytes::new(py, tokens.get(id)), id)).collect())
+        Ok(tokens.iter().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect())
     }
 
     /// The number of tokens; 0 before training.

@@ -134,10 +134,8 @@ impl Scan<'_> {
         let (next_class, next_len) = self.class(next);
         if next_class == LETTER {
             self.run_end(next, LETTER) // [^\r\n\p{L}\p{N}]\p{L}+
-        } else if class == OTHER {
-            self.symbols_end(next) // [^\s\p{L}\p{N}]++[\r\n]*
-        } else if self.bytes[start] == b' ' && next_class == OTHER && next_len > 0 {
-            self.symbols_end(next) // the same after one space
+        } else if class == OTHER || (self.bytes[start] == b' ' && next_class == OTHER && next_len > 0) {
+            self.run_end(self.run_end(next, OTHER), NEWLINE) //  ?[^\s\p{L}\p{N}]++[\r\n]*
         } else {
             self.space_end(start)
         }
@@ -151,11 +149,6 @@ impl Scan<'_> {
             (0xC5, 0xBF) => Some(i + 2), // U+017F, the long s: an s without case
             _ => None,
         }
-    }
-
-    #[inline(always)]
-    fn symbols_end(&self, i: usize) -> usize {
-        self.run_end(self.run_end(i, OTHER), NEWLINE)
     }
 
     /// \s*[\r\n] | \s+(?!\S) | \s+ : up to the last newline of the run; without one, all but the last character,

@@ -57,7 +57,7 @@ pub fn learn_tokens<E: From<String>>(
 ) -> Result<Interner, E> {
     let mut trainer = Trainer::new(corpus)?;
     let mut tokens = Interner::default();
-    (0..=255).for_each(|byte: u8| _ = tokens.insert(&[byte]));
+    (0..=255).for_each(|byte: u8| _ = tokens.insert_bytes(&[byte]));
     while tokens.len() < vocab_size {
         if tokens.len() % CHECK_EVERY == 0 {
             check()?;
@@ -66,9 +66,9 @@ pub fn learn_tokens<E: From<String>>(
         let Reverse((left, right)) = best.pair;
         let token = [tokens.get(left), tokens.get(right)].concat();
         // A second pair that spells a token we have is passed over: a table of ranks has one id for each byte string.
-        if tokens.find(&token).is_none() {
+        if tokens.find_bytes(&token).is_none() {
             trainer.merge(&best);
-            tokens.insert(&token);
+            tokens.insert_bytes(&token);
         }
     }
     Ok(tokens)
@@ -79,8 +79,7 @@ impl Trainer {
         let edge = Cell { token: EDGE, word: 0 };
         let (mut cells, mut counts) = (vec![edge], Vec::new());
         for shard in corpus {
-            for (id, &count) in shard.counts.iter().enumerate() {
-                let word = shard.words.get(id as u32);
+            for (word, &count) in shard.words.iter().zip(&shard.counts) {
                 if word.len() > 1 {
                     cells.extend(word.iter().map(|&byte| Cell { token: byte as u32, word: counts.len() as u32 }));
                     cells.push(edge);

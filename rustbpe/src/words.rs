@@ -1,28 +1,51 @@
 //! Words by number, and how often each occurs.
 
 use crate::split::Splitter;
-use hashbrown::hash_table::{Entry, HashTable};
+use hashbrown::HashTable;
 use rustc_hash::FxHasher;
 use std::hash::Hasher;
 use std::sync::{mpsc, Mutex, MutexGuard, OnceLock};
 
+/// A word as one number, so that most comparisons are a single step. Up to 15 bytes: the bytes themselves, and their
+/// number in the top byte. Longer words: a hash, marked by LONG in the top byte. Never 0.
+pub type Key = u128;
+
+const LONG: u128 = 0xFF;
+
+#[inline(always)]
+pub fn key_of(text: &[u8], start: usize, end: usize) -> Key {
+    let len = end - start;
+    let (tag, low) = if len > 15 {
+        let mut hasher = FxHasher::default();
+        hasher.write(&text[start..end]);
+        (LONG, hasher.finish() as u128)
+    } else if let Some(Ok(window)) = text.get(start..start + 16).map(TryInto::try_into) {
+        (len as u128, u128::from_le_bytes(window) & ((1 << (8 * len)) - 1))
+    } else {
+        (len as u128, text[start..end].iter().rev().fold(0, |key, &byte| key << 8 | byte as u128))
+        // near the end
+    };
+    tag << 120 | low
+}
+
+#[inline(always)]
+pub fn is_short(key: Key) -> bool {
+    key >> 120 != LONG
+}
+
+/// 64 well-mixed bits of a key.
+#[inline(always)]
+pub fn hash(key: Key) -> u64 {
+    let product = (key as u64 ^ 0x9E37_79B9_7F4A_7C15) as u128 * ((key >> 64) as u64 ^ 0xC2B2_AE3D_27D4_EB4F) as u128;
+    (product as u64 ^ (product >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
 /// Byte strings numbered in order of arrival, without an allocation per string.
 #[derive(Default)]
 pub struct Interner {
-    bytes: Vec<u8>,        // all strings, one after another
-    ends: Vec<usize>,      // where each ends in `bytes`
-    table: HashTable<u32>, // number of a string, found by its hash
-}
-
-fn hash(word: &[u8]) -> u64 {
-    let mut hasher = FxHasher::default();
-    hasher.write(word);
-    hasher.finish()
-}
-
-fn slice<'a>(bytes: &'a [u8], ends: &[usize], id: u32) -> &'a [u8] {
-    let id = id as usize;
-    &bytes[if id == 0 { 0 } else { ends[id - 1] }..ends[id]]
+    bytes: Vec<u8>,               // all strings, one after another
+    ends: Vec<usize>,             // where each ends in `bytes`
+    table: HashTable<(Key, u32)>, // key and number of each
 }
 
 impl Interner {
@@ -31,27 +54,39 @@ impl Interner {
     }
 
     pub fn get(&self, id: u32) -> &[u8] {
-        slice(&self.bytes, &self.ends, id)
+        let id = id as usize;
+        &self.bytes[if id == 0 { 0 } else { self.ends[id - 1] }..self.ends[id]]
     }
 
-    pub fn find(&self, word: &[u8]) -> Option<u32> {
-        self.table.find(hash(word), |&id| self.get(id) == word).copied()
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        (0..self.len() as u32).map(|id| self.get(id))
     }
 
-    /// The number of `word`, a new one if it was not known.
-    pub fn insert(&mut self, word: &[u8]) -> u32 {
-        let Interner { bytes, ends, table } = self;
-        let is_word = |&id: &u32| slice(bytes, ends, id) == word;
-        match table.entry(hash(word), is_word, |&id| hash(slice(bytes, ends, id))) {
-            Entry::Occupied(entry) => *entry.get(),
-            Entry::Vacant(entry) => {
-                let id = ends.len() as u32;
-                entry.insert(id);
-                bytes.extend_from_slice(word);
-                ends.push(bytes.len());
-                id
-            }
+    /// The number of the string `text[start..end]`.
+    #[inline]
+    pub fn find(&self, key: Key, text: &[u8], start: usize, end: usize) -> Option<u32> {
+        let is_equal = |entry: &(Key, u32)| entry.0 == key && (is_short(key) || self.get(entry.1) == &text[start..end]);
+        self.table.find(hash(key), is_equal).map(|entry| entry.1)
+    }
+
+    /// The same for a string on its own; a new number if it was not known.
+    pub fn insert(&mut self, key: Key, word: &[u8]) -> u32 {
+        if let Some(id) = self.find(key, word, 0, word.len()) {
+            return id;
         }
+        let id = self.ends.len() as u32;
+        self.table.insert_unique(hash(key), (key, id), |entry| hash(entry.0));
+        self.bytes.extend_from_slice(word);
+        self.ends.push(self.bytes.len());
+        id
+    }
+
+    pub fn insert_bytes(&mut self, word: &[u8]) -> u32 {
+        self.insert(key_of(word, 0, word.len()), word)
+    }
+
+    pub fn find_bytes(&self, word: &[u8]) -> Option<u32> {
+        self.find(key_of(word, 0, word.len()), word, 0, word.len())
     }
 
     pub fn clear(&mut self) {
@@ -59,28 +94,6 @@ impl Interner {
         self.ends.clear();
         self.table.clear();
     }
-}
-
-/// Words up to 15 bytes as one number, the length in the top byte, for a comparison in one step; never 0.
-#[inline(always)]
-pub fn short_key(text: &[u8], start: usize, end: usize) -> Option<u128> {
-    let len = end - start;
-    if len > 15 {
-        return None;
-    }
-    let bytes = match text.get(start..start + 16) {
-        Some(window) => u128::from_le_bytes(window.try_into().ok()?) & ((1 << (8 * len)) - 1),
-        None => text[start..end].iter().rev().fold(0, |key, &byte| key << 8 | byte as u128), // near the end of the text
-    };
-    Some(bytes | (len as u128) << 120)
-}
-
-/// A well-mixed number from a short key; callers take the high bits.
-#[inline(always)]
-pub fn mix(key: u128) -> u64 {
-    let folded =
-        (key as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ ((key >> 64) as u64).wrapping_mul(0xC2B2_AE3D_27D4_EB4F);
-    (folded ^ (folded >> 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 
 // -----------------------------------------------------------------------------
@@ -94,8 +107,8 @@ pub struct WordCounts {
 }
 
 impl WordCounts {
-    pub fn add(&mut self, word: &[u8], count: u64) {
-        let id = self.words.insert(word) as usize;
+    fn add(&mut self, key: Key, word: &[u8], count: u64) {
+        let id = self.words.insert(key, word) as usize;
         if id == self.counts.len() {
             self.counts.push(0);
         }
@@ -115,7 +128,7 @@ const MAX_LOCAL_WORDS: usize = 1 << 16; // a worker hands its own counts over at
 const CACHE_BITS: u32 = 14; // frequent short words are counted in 2^14 slots of 32 bytes, mostly in the L2 cache
 
 struct Counter<'a> {
-    cache: Vec<(u128, u64)>, // (short key, count); a word that meets another in its slot evicts it to `local`
+    cache: Vec<(Key, u64)>, // (short key, count); a word that meets another in its slot evicts it to `local`
     local: WordCounts,
     shards: &'a [Mutex<WordCounts>],
 }
@@ -137,10 +150,11 @@ impl<'a> Counter<'a> {
 
     #[inline(always)]
     fn count(&mut self, text: &[u8], start: usize, end: usize) {
-        let Some(key) = short_key(text, start, end) else {
-            return self.add_local(&text[start..end], 1);
-        };
-        let slot = &mut self.cache[(mix(key) >> (64 - CACHE_BITS)) as usize];
+        let key = key_of(text, start, end);
+        if !is_short(key) {
+            return self.add_local(key, &text[start..end], 1);
+        }
+        let slot = &mut self.cache[(hash(key) >> (64 - CACHE_BITS)) as usize];
         if slot.0 == key {
             slot.1 += 1;
         } else {
@@ -149,24 +163,23 @@ impl<'a> Counter<'a> {
         }
     }
 
-    fn evict(&mut self, key: u128, count: u64) {
+    fn evict(&mut self, key: Key, count: u64) {
         if count > 0 {
-            self.add_local(&key.to_le_bytes()[..(key >> 120) as usize], count);
+            self.add_local(key, &key.to_le_bytes()[..(key >> 120) as usize], count);
         }
     }
 
-    fn add_local(&mut self, word: &[u8], count: u64) {
-        self.local.add(word, count);
+    fn add_local(&mut self, key: Key, word: &[u8], count: u64) {
+        self.local.add(key, word, count);
         if self.local.counts.len() >= MAX_LOCAL_WORDS {
             self.share();
         }
     }
 
     fn share(&mut self) {
-        for (id, &count) in self.local.counts.iter().enumerate() {
-            let word = self.local.words.get(id as u32);
-            let shard = &self.shards[(hash(word) >> 20) as usize % NUM_SHARDS];
-            locked(shard).add(word, count);
+        for (word, &count) in self.local.words.iter().zip(&self.local.counts) {
+            let key = key_of(word, 0, word.len());
+            locked(&self.shards[hash(key) as usize % NUM_SHARDS]).add(key, word, count);
         }
         self.local.words.clear();
         self.local.counts.clear();
