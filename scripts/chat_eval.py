@@ -31,7 +31,7 @@ from nanochat.common import (
 from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
 from nanochat.report import get_report
-from tasks.evaluate import available_tasks, centered, chat_core, evaluate_task, make_task, parse_names
+from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate_task, parse_names
 
 
 def parse_args():
@@ -54,32 +54,32 @@ def parse_args():
                         help="run HumanEval's programs even where the system cannot wall them in")
     parser.add_argument("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     argv = sys.argv[1:]
-    return check_args(parser.parse_args(argv[1:] if argv[:1] == ["--"] else argv))  # torchrun passes its -- on
-
-
-def check_args(args):
+    args = parser.parse_args(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun passes its -- on
     for name, low in (("num_samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("top_k", 0), ("batch_rows", 1)):
         if not getattr(args, name) >= low:
             raise UserError(f"--{name}={getattr(args, name)}: need {low} or more")
+    if args.max_problems == 0:
+        raise UserError("--max_problems=0: need 1 or more, or -1 for all")
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError(f"--num_samples={args.num_samples} at temperature 0 gives the same answer again and again",
                         f"-n {args.num_samples} -t 1.0")
     return args
 
 
-def choose_tasks(asked, allow_unsafe, device):
-    """{name: task}. HumanEval runs what the model writes: only within walls, on all ranks, or if the user says so."""
+def choose_names(asked, allow_unsafe, device, find_walls=sandbox_walls):
+    """Names of the tasks. HumanEval runs what the model writes: within walls, on all ranks, or if the user says so."""
     names = available_tasks() if asked is None else parse_names(asked)
     if "HumanEval" in names and not allow_unsafe:
-        walls = sandbox_walls()
+        walls = find_walls()
         absent = all_reduce_sum(torch.tensor([int(wall not in walls) for wall in WALLS], device=device)).tolist()
         missing = [wall for wall, num_ranks in zip(WALLS, absent, strict=True) if num_ranks]
         if missing:
             names.remove("HumanEval")
             print0(f"HumanEval is skipped: this system has no {', '.join(missing)} to wall in what a model writes "
                    "(needs Linux 5.13 or newer); --allow_unsafe runs it all the same, with your rights to your files")
-    options = {"HumanEval": {"allow_unsafe": allow_unsafe}}
-    return {name: make_task(name, **options.get(name, {})) for name in names}
+            if not names:
+                raise UserError("no task is left to evaluate", 'for example -a "ARC-Easy|GSM8K"')
+    return names
 
 
 def task_line(name, result):
@@ -113,9 +113,11 @@ def log_report(args, model_name, results, core):
 def main():
     args = parse_args()
     rank, _, _, device = compute_init(args.device_type)
-    tasks = choose_tasks(args.tasks, args.allow_unsafe, device)
+    names = choose_names(args.tasks, args.allow_unsafe, device)
     tag = find_checkpoint_dir(args.source, args.model_tag).name
     model, tokenizer, meta = load_checkpoint(args.source, device, tag, args.step)
+    options = {"HumanEval": {"allow_unsafe": args.allow_unsafe}}
+    tasks = {name: TASKS[name][0](**options.get(name, {})) for name in names}  # all: a missing file should show now
     engine, model_name = Engine(model, tokenizer), f"{tag}_step_{meta['step']}"
     folder = get_base_dir() / "chat_eval" / args.source / model_name
     print0(f"{args.source} model {model_name} on {device}, context of {model.config.sequence_len} tokens; "

@@ -2,19 +2,16 @@
 Chat evaluation: the table of tasks, and the two ways to put a task's questions to a model.
 
 A categorical task (multiple choice) is one forward pass a question: the answer is the letter with the highest logit
-where the assistant's answer would begin, among the letters that this question offers. So a model that knows the answer
-is not failed for wording it freely, and guessing gives exactly the baseline. A generative task lets the engine write,
-with its tools, and grades the text; of n samples a problem pass@k is estimated without bias (arXiv 2107.03374).
-
-Both return (result, records): the figures, and a record for JSONL of every single answer, equal on every rank and for
-any number of ranks and any batch size (but for ties within float rounding). Every rank must call them.
+where the assistant's answer would begin, among those that the question offers. A generative task lets the engine write,
+with its tools, and grades the text; of n samples a problem pass@k is estimated without bias (arXiv 2107.03374). Both
+return (result, records): figures, and a record for JSONL of every single answer, equal on every rank, and (but for ties
+within float rounding) for any number of ranks and any batch size. Every rank must call them.
 """
 
-import difflib
 import json
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
+from difflib import SequenceMatcher
 from functools import partial
 
 import torch
@@ -23,7 +20,7 @@ from nanochat.common import UserError, all_gather, get_dist_info
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
 from tasks.arc import ARC
-from tasks.common import Task, shuffled
+from tasks.common import shuffled
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.identity import Identity, identity_path
@@ -33,8 +30,7 @@ from tasks.spellingbee import SpellingBee
 # -----------------------------------------------------------------------------
 # The table of tasks
 
-# name: (how to make it, accuracy of blind guesses). Some ARC questions have 3 or 5 choices: 9 of 2,000 in Easy's train
-# split, which moves the guesses by 0.0001
+# name: (how to make it, accuracy of blind guesses). ARC has a few questions of 3 or 5 choices: 9 in 2,000 for training
 TASKS = {
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
@@ -55,17 +51,10 @@ def available_tasks() -> list[str]:
 def parse_names(text: str) -> list[str]:
     """Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"]."""
     names = list(dict.fromkeys(name.strip() for name in text.split("|")))
-    lower = {name.lower(): name for name in TASKS}
-    for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
-            raise UserError(f"no task is named {name!r}; there are {', '.join(TASKS)}",
-                            f"did you mean -a {lower[near[0]]}?" if near else 'for example -a "ARC-Easy|GSM8K"')
+    for name in [name for name in names if name not in TASKS]:
+        nearest = max(TASKS, key=lambda known: SequenceMatcher(None, known.lower(), name.lower()).ratio())
+        raise UserError(f"no task is named {name!r}; there are {', '.join(TASKS)}", f"did you mean -a {nearest}?")
     return names
-
-
-def make_task(name: str, **options) -> Task:
-    return TASKS[name][0](**options)
 
 
 def centered(name: str, accuracy: float) -> float:
@@ -75,17 +64,13 @@ def centered(name: str, accuracy: float) -> float:
 
 
 def chat_core(results: dict[str, dict]) -> dict | None:
-    """ChatCORE of {name: result} as {value, stderr, n}: the mean of the six centred accuracies. None if one is missing.
-    Its error is that of a mean of independent figures."""
-    if not all(name in results for name in CHATCORE_TASKS):
+    """ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if one is missing."""
+    if not set(CHATCORE_TASKS) <= set(results):
         return None
+    values = [centered(name, results[name]["accuracy"]) for name in CHATCORE_TASKS]
     errors = [results[name]["stderr"] / (1 - TASKS[name][1]) for name in CHATCORE_TASKS]
-    return {"value": sum(centered(name, results[name]["accuracy"]) for name in CHATCORE_TASKS) / len(CHATCORE_TASKS),
-            "stderr": math.hypot(*errors) / len(CHATCORE_TASKS), "n": sum(results[n]["n"] for n in CHATCORE_TASKS)}
-
-
-# -----------------------------------------------------------------------------
-# Questions in, figures out
+    return {"value": sum(values) / 6, "stderr": math.hypot(*errors) / 6,
+            "n": sum(results[name]["n"] for name in CHATCORE_TASKS)}
 
 
 def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
@@ -104,15 +89,14 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
         ids = tokenizer.render_for_completion(conversation)
         prompt, answer = cut_prompt(ids, max_prompt), conversation["messages"][-1]["content"]
         answer = answer if isinstance(answer, str) else "".join(part["text"] for part in answer)
-        questions.append((conversation, prompt, {"index": index, "prompt": tokenizer.decode(prompt), "answer": answer,
-                                                 "truncated": len(prompt) < len(ids)}))
+        record = {"index": index, "prompt": tokenizer.decode(prompt), "answer": answer, "truncated": prompt != ids}
+        questions.append((conversation, prompt, record))
     return questions
 
 
 def gather_records(records, device):
-    """The records of all ranks, on every rank, by problem and sample. As JSON, which may end in spaces: so all ranks
-    can send the same number of bytes."""
-    sent = json.dumps(records).encode()
+    """The records of all ranks, on every rank, by problem and sample."""
+    sent = json.dumps(records).encode()  # JSON may end in spaces, so that all ranks can send the same number of bytes
     lengths = all_gather(torch.tensor([len(sent)], device=device))
     sent = torch.frombuffer(bytearray(sent.ljust(int(lengths.max()))), dtype=torch.uint8)
     parts = all_gather(sent.to(device)).view(len(lengths), -1).cpu()
@@ -139,8 +123,8 @@ def summarize(task, records) -> dict:
     stderr = math.sqrt(sum((rate - accuracy) ** 2 for rate in rates) / n / n)
     ks = sorted({min(2**i, num_samples) for i in range(num_samples.bit_length() + 1)})  # 1, 2, 4, ..., num_samples
     passes = {k: sum(pass_at_k(num_samples, sum(right), k) for right in outcomes.values()) / n for k in ks}
-    truncated = sum(record["truncated"] for record in records if record["sample"] == 0)
-    return {"accuracy": accuracy, "stderr": stderr, "n": n, "pass_at_k": passes, "truncated": truncated}
+    return {"accuracy": accuracy, "stderr": stderr, "n": n, "pass_at_k": passes,
+            "truncated": sum(record["truncated"] for record in records) // num_samples}  # the same for all samples
 
 
 # -----------------------------------------------------------------------------
@@ -168,10 +152,8 @@ def evaluate_categorical(task, model, tokenizer, *, batch_rows=32, max_problems=
 
 @torch.inference_mode()
 def letter_logits(model, prompts, letters, batch_rows):
-    """
-    Logits, before the cap, of the token after each prompt: for letters[i] = [[id], [id], ...] a list of floats.
-    Prompts of like length go together, padded on the right, where a causal model does not look.
-    """
+    """The logits, before the cap, after prompts[i] of letters[i] = [[id], [id], ...], as floats. Prompts of like length
+    go together, padded on the right, where a causal model does not look."""
     logits = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
     for batch in (order[start : start + batch_rows] for start in range(0, len(order), batch_rows)):
@@ -190,18 +172,16 @@ def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_token
     """A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less."""
     context = engine.model.config.sequence_len
     questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
-    rows, asked = [], {}  # asked: id(row) -> (conversation, record so far)
+    rows, asked, graded = [], {}, []  # asked: id(row) -> (conversation, record so far)
     for conversation, prompt, record in questions:
         for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
             sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
             rows.append(engine.make_row(prompt, sampling, max_new_tokens))
             asked[id(rows[-1])] = conversation, record | {"sample": sample}
-    graded = []
-    # HumanEval runs programs, so grading goes on beside the model; not more at once than there are cores for them
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // get_dist_info()[2]))) as pool:
+    with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
         for row in engine.generate_rows(rows, batch_rows):
             conversation, record = asked[id(row)]
-            # tool calls and their results are part of the text; the token that ended it is not
+            # with tool calls and their results, without the token that ended it
             completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
             record |= {"completion": completion, "finish_reason": row.finish_reason}
             graded.append((record, pool.submit(task.evaluate, conversation, completion)))
