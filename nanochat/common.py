@@ -239,20 +239,25 @@ def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac
     return progress + (1 - progress) * final_frac
 
 
-def split_rows(num_rows, ddp_rank, ddp_world_size, device_batch_size):
-    """
-    This rank's part of a step's rows, as [(start, stop)] of its micro-batches. Parts may differ by a row, and the
-    last micro-batch may be short: losses are summed and divided by the step's global token count, so any split of
-    the rows gives the same gradient.
+# Losses are summed and divided by the step's global token count, so ranks may have different numbers of rows, and
+# any split of a step into ranks and micro-batches gives the same gradient.
 
-    >>> split_rows(10, 0, 3, 2)
-    [(0, 2), (2, 4)]
+
+def rank_slice(num_rows, ddp_rank, ddp_world_size):
+    """This rank's part of a step's rows, as a slice; parts differ by one row at most."""
+    return slice(num_rows * ddp_rank // ddp_world_size, num_rows * (ddp_rank + 1) // ddp_world_size)
+
+
+def micro_batches(num_rows, device_batch_size):
     """
-    start, stop = (num_rows * rank // ddp_world_size for rank in (ddp_rank, ddp_rank + 1))
-    # never more than device_batch_size rows at once, and as even as possible, so that few batch shapes occur
-    num_micro = max(1, -(-(stop - start) // device_batch_size))
-    bounds = [start + (stop - start) * i // num_micro for i in range(num_micro + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    Slices of at most device_batch_size rows, as even as possible, so that few batch shapes occur.
+
+    >>> micro_batches(5, 2)
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    """
+    num_micro = -(-num_rows // device_batch_size)
+    bounds = [num_rows * i // num_micro for i in range(num_micro + 1)] if num_micro else [0]
+    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 class Ema:

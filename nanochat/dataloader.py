@@ -172,7 +172,7 @@ class RowLoader:
     """
 
     def __init__(self, documents, bos, sequence_len, seed=42, state=None, crop=False):
-        state = state or {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 0}
+        state = state or {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 0}  # files: span; else 0
         position = (state["epoch"], state["span"], state["row"])
         self._blocks = packed_blocks(documents(position), bos, sequence_len + 1, seed, state["offset"], crop)
         self._queue, self._stop = queue.Queue(maxsize=2), threading.Event()
@@ -251,9 +251,49 @@ def validation_rows(tokenizer, spans, sequence_len, max_tokens):
     return rows
 
 
+def conversation_rows(dataset, indices, tokenizer, max_len):
+    """
+    One conversation per row: (inputs, targets, number of conversations cut), int32 (R, T) each, T the longest of
+    them rounded up to a multiple of 32 (few shapes occur), at most max_len. Targets are the tokens that the assistant
+    itself produces, IGNORE elsewhere; what goes beyond max_len is cut off.
+    """
+    rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
+    longest = max(len(ids) for ids, _ in rendered) - 1
+    T = min(max_len, -(-longest // 32) * 32)
+    inputs = np.full((len(rendered), T), tokenizer.get_bos_token_id(), dtype=np.int32)
+    targets = np.full((len(rendered), T), IGNORE, dtype=np.int32)
+    for row, (ids, mask) in enumerate(rendered):
+        ids, mask = np.array(ids[: T + 1]), np.array(mask[: T + 1])
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE)
+    return inputs, targets, sum(len(ids) > T + 1 for ids, _ in rendered)
+
+
+def conversation_documents(dataset, tokenizer, start=(0, 0, 0)):
+    """Conversations as an endless stream of documents for packing: ((epoch, 0, index), ids without <|bos|>)."""
+    epoch, _, index = start
+    if len(dataset) == 0:
+        raise UserError("the mixture of conversations is empty", "check the data of its tasks")
+    while True:
+        for i in range(index, len(dataset)):
+            ids, _ = tokenizer.render_conversation(dataset[i], max_tokens=None)
+            yield (epoch, 0, i), np.array(ids[1:])
+        epoch, index = epoch + 1, 0
+
+
+def shift(rows):
+    """Rows (R, T + 1) -> (inputs, targets), (R, T) each; an IGNORE stays one among the targets."""
+    return np.maximum(rows[:, :-1], 0), rows[:, 1:]
+
+
+def to_device(array, device):
+    """An array as a tensor on the device: token ids as int64, weights as they are."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = tensor if tensor.is_floating_point() else tensor.long()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def to_batch(rows, device):
     """Rows (B, T + 1) -> inputs and targets, int64 (B, T) on the device; targets are IGNORE where a row is."""
-    rows = torch.from_numpy(np.ascontiguousarray(rows)).long()
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
+    inputs, targets = shift(rows)
+    return to_device(inputs, device), to_device(targets, device)

@@ -154,50 +154,48 @@ class Block(nn.Module):
 # Loss: head, cap and cross-entropy over chunks of rows, so that B * T * V logits never exist at once
 
 
-def _chunk_loss_and_grad(logits, targets, valid):
+def _chunk_loss_and_grad(logits, targets, weights):
     """
-    Per-row loss (n,) and its gradient by the raw logits (n, V), from raw logits (n, V) and targets (n,).
+    Per-row loss (n,), times weights (n,), and its gradient by the raw logits (n, V), for targets (n,).
     The cap bounds what goes into exp at e^15, so no maximum has to be subtracted first.
     """
     t = torch.tanh(logits.float() / LOGIT_CAP)
     p = torch.exp(LOGIT_CAP * t)
     Z = p.sum(dim=-1, keepdim=True)
     index = targets[:, None]
-    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * valid
-    p = p * (valid[:, None] / Z)
-    p = p.scatter_add(1, index, -valid[:, None])
+    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * weights
+    p = p * (weights[:, None] / Z)
+    p = p.scatter_add(1, index, -weights[:, None])
     return loss, (p * (1 - t * t)).to(logits.dtype)
 
 
-def _chunk_loss_and_grad_eager(logits, targets, valid):
+def _chunk_loss_and_grad_eager(logits, targets, weights):
     """The same in place, for a device without a compiler: two buffers of (n, V) instead of seven."""
     t = logits.float().div_(LOGIT_CAP).tanh_()
     p = (t * LOGIT_CAP).exp_()
     Z = p.sum(dim=-1, keepdim=True)
     index = targets[:, None]
-    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * valid
-    p.mul_(valid[:, None] / Z).scatter_add_(1, index, -valid[:, None])
+    loss = (Z.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1) * weights
+    p.mul_(weights[:, None] / Z).scatter_add_(1, index, -weights[:, None])
     t.mul_(t).neg_().add_(1)
     return loss, p.mul_(t).to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
     """
-    sum of cross-entropy(cap(x W'), targets) over rows whose target is not IGNORE. The gradients by x and W are made
-    in the forward pass, chunk by chunk while the logits are at hand; the backward pass only scales them.
+    sum of weights * cross-entropy(cap(x W'), targets) over the rows. The gradients by x and W are made in the forward
+    pass, chunk by chunk while the logits are at hand; the backward pass only scales them.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_rows, chunk_fn):  # (N, C), (V, C), (N,)
+    def forward(ctx, x, weight, targets, row_weights, chunk_rows, chunk_fn):  # (N, C), (V, C), (N,), (N,)
         dtype = x.dtype
         w = weight.to(dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
-        valid = (targets != IGNORE).float()
-        targets = targets.clamp(min=0)
         for rows in torch.arange(x.size(0)).split(chunk_rows):
             s = slice(int(rows[0]), int(rows[-1]) + 1)
-            loss, dlogits = chunk_fn(x[s] @ w.T, targets[s], valid[s])
+            loss, dlogits = chunk_fn(x[s] @ w.T, targets[s], row_weights[s])
             total += loss.sum()
             torch.mm(dlogits, w, out=dx[s])
             if dtype == dw.dtype:
@@ -210,7 +208,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -299,18 +297,18 @@ class GPT(nn.Module):
             x = block(x, cos, sin, kv_cache, mask)
         return norm(x)
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False):
+    def forward(self, idx, targets=None, weights=None, kv_cache=None, loss_reduction="mean", last_only=False):
         """
         idx (B, T) int64 -> logits (B, T, V) in float32, capped; last_only: those of the last position, (B, 1, V).
         With targets (B, T), IGNORE where there is none -> the loss in nats: 'mean' or 'sum' over the targets (0 when
-        there are none), or 'none' for (B, T), 0 at ignored places.
+        there are none), or 'none' for (B, T), 0 at ignored places. weights (B, T) multiply the summed losses.
         """
         T = idx.size(1)
         if kv_cache is None and T > self.cos.size(2):
             raise ValueError(f"{T} tokens exceed the rotary table of {self.cos.size(2)}; call set_rotary({T})")
         x = self._trunk(idx) if kv_cache is None else self.trunk(idx, kv_cache)
         if targets is not None:
-            return self._loss(x.flatten(0, 1), targets.flatten(), loss_reduction, targets.shape)
+            return self._loss(x.flatten(0, 1), targets, weights, loss_reduction)
         return self._logits(x[:, -1:] if last_only else x)
 
     def _logits(self, x):
@@ -318,16 +316,18 @@ class GPT(nn.Module):
         weight = self.lm_head.weight[: self.config.vocab_size]
         return LOGIT_CAP * torch.tanh(F.linear(x, weight).float() / LOGIT_CAP)
 
-    def _loss(self, x, targets, reduction, shape):
-        rows = self.chunk_rows()
+    def _loss(self, x, targets, weights, reduction):
+        rows, shape, targets = self.chunk_rows(), targets.shape, targets.flatten()
         if reduction == "none":
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
             losses = [F.cross_entropy(self._logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
             return torch.cat(losses).view(shape)
+        counted = (targets != IGNORE).float()
+        row_weights = counted if weights is None else counted * weights.flatten()
         with torch.autocast(x.device.type, enabled=False):
             weight = self.lm_head.weight[: self.config.vocab_size]
-            total = _HeadLoss.apply(x, weight, targets, rows, self._chunk_fn)
-        return total if reduction == "sum" else total / (targets != IGNORE).sum().clamp(min=1)
+            total = _HeadLoss.apply(x, weight, targets.clamp(min=0), row_weights, rows, self._chunk_fn)
+        return total if reduction == "sum" else total / counted.sum().clamp(min=1)
 
     def chunk_rows(self):
         """Rows of logits made at once: about 64 MB of float32 on a CPU, 2 GB on a GPU."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, get_dist_info, print0, split_rows
-from nanochat.dataloader import to_batch
+from nanochat.common import UserError, all_reduce_sum, get_dist_info, micro_batches, print0
+from nanochat.dataloader import to_device
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
 # -----------------------------------------------------------------------------
@@ -89,24 +89,23 @@ def _free_memory_bytes():
 # One step
 
 
-def accumulate_gradients(model, rows, num_targets, device_batch_size, device, scaler=None):
+def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size, weights=None, scaler=None):
     """
-    Add the gradient of this step's loss, summed over the targets and divided by the global num_targets, from this
-    rank's share of `rows` (R, T + 1). Returns (this rank's part of the loss as a tensor, device_batch_size).
+    Add the gradient of this step's loss over this rank's rows: arrays (R, T) of inputs, targets (IGNORE = no loss)
+    and perhaps weights on the targets' losses. The loss is their sum divided by num_targets, the step's number over
+    all ranks. Returns (this rank's part of the loss as a tensor, device_batch_size).
 
     A micro-batch that does not fit the GPU's memory is tried again at half the size: gradients are sums, so the
     result is the same, and the smaller size is returned for the next steps.
     """
-    rank, _, world_size = get_dist_info()
+    arrays = [inputs, targets] if weights is None else [inputs, targets, weights]
     while True:
         try:
-            loss = torch.zeros((), device=device)
-            for start, stop in split_rows(len(rows), rank, world_size, device_batch_size):
-                if start == stop:
-                    continue
-                x, y = to_batch(rows[start:stop], device)
-                with get_autocast_ctx(device):
-                    part = model(x, y, loss_reduction="sum") / max(num_targets, 1)
+            loss = torch.zeros((), device=model.device)
+            for rows in micro_batches(len(inputs), device_batch_size):
+                x, y, *w = (to_device(array[rows], model.device) for array in arrays)
+                with get_autocast_ctx(model.device):
+                    part = model(x, y, *w, loss_reduction="sum") / max(num_targets, 1)
                 (part if scaler is None else scaler.scale(part)).backward()
                 loss += part.detach()
             return loss, device_batch_size

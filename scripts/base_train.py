@@ -25,11 +25,12 @@ from nanochat.common import (
     lr_multiplier,
     peak_memory_bytes,
     print0,
+    rank_slice,
     run_script,
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import to_batch, training_rows, validation_rows
+from nanochat.dataloader import shift, to_batch, training_rows, validation_rows
 from nanochat.dataset import get_spans
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
@@ -140,7 +141,7 @@ def main():
     iterations, batch_tokens, rule = derive_horizon(num_iterations, target_flops, target_param_data_ratio,
                                                     total_batch_size, model)
     rows_per_step = batch_tokens // max_seq_len
-    device_rows = device_batch_size
+    my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
         device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
     print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, {device_rows} at a time on each "
@@ -209,8 +210,8 @@ def main():
         start = time.perf_counter()
         lr_factor = lr_multiplier(step, iterations, warmup_iters, warmdown_ratio, final_lr_frac)
         set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=decay * (1 - step / iterations))
-        rows = loader.next_rows(rows_per_step)
-        loss, device_rows = accumulate_gradients(model, rows, rows.shape[0] * max_seq_len, device_rows, device, scaler)
+        inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
+        loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
         loss = check_finite(loss, step, loader.state(), manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)

@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.tokenizer import RustBPETokenizer
+
+
+# Tiny models gain nothing from threads, and a process without a thread pool can be forked (test_distributed.py).
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

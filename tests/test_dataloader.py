@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import UserError, split_rows
+from nanochat.common import UserError, micro_batches, rank_slice
 from nanochat.dataloader import IGNORE, pack_rows, packed_blocks, to_batch, training_rows, validation_rows
 from nanochat.dataset import get_spans
 
@@ -67,7 +67,8 @@ def corpus(tmp_path, story):
     """40 documents of different lengths in two files."""
     paragraphs = [p for p in story.split("\n\n") if p.strip()]
     for name, count in (("a.jsonl", 25), ("b.jsonl", 15)):
-        lines = [json.dumps({"text": f"{name} {i} " + paragraphs[i % len(paragraphs)] * (1 + i % 4)}) for i in range(count)]
+        texts = [f"{name} {i} " + paragraphs[i % len(paragraphs)] * (1 + i % 4) for i in range(count)]
+        lines = [json.dumps({"text": text}) for text in texts]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
     return str(tmp_path)
 
@@ -102,9 +103,13 @@ def test_resume_is_exact(tokenizer, corpus, resume_at, crop, monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("device_batch_size", [1, 2, 3, 8])
 def test_ranks_and_micro_batches_partition_a_step(world_size, device_batch_size):
-    parts = [part for rank in range(world_size) for part in split_rows(10, rank, world_size, device_batch_size)]
-    assert [row for start, stop in parts for row in range(start, stop)] == list(range(10))
-    assert all(stop - start <= device_batch_size for start, stop in parts)
+    seen = []
+    for rank in range(world_size):
+        mine = list(range(10))[rank_slice(10, rank, world_size)]
+        parts = [mine[part] for part in micro_batches(len(mine), device_batch_size)]
+        assert all(0 < len(part) <= device_batch_size for part in parts)
+        seen += [row for part in parts for row in part]
+    assert seen == list(range(10))
 
 
 def test_empty_stream_is_an_error_not_a_spin(tokenizer, tmp_path):

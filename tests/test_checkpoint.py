@@ -1,0 +1,166 @@
+"""Checkpoints: only whole ones are seen, none fails to load, and what is saved is what comes back."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import FORMAT_VERSION, CheckpointManager, find_checkpoint_dir, load_checkpoint
+from nanochat.common import UserError
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return CheckpointManager(tmp_path / "base_checkpoints" / "d2")
+
+
+@pytest.fixture
+def saved(manager, tokenizer):
+    """Steps 10 and 20, everything in them."""
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size())
+    optimizers = model.setup_optimizers()
+    for step in (10, 20):
+        manager.save(step, model, optimizers, tokenizer, {"settings": {"depth": 2}})
+    return model
+
+
+def test_the_documented_pattern(manager):
+    model = tiny_model()
+    manager.save_model(model, 5)
+    loaded = manager.load_model(CPU, 5)
+    assert loaded.config == model.config
+    x = torch.randint(0, 100, (1, 8))
+    assert torch.equal(model(x), loaded(x))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_load_checkpoint_brings_model_tokenizer_and_meta(manager, saved, tokenizer):
+    model, loaded_tokenizer, meta = load_checkpoint("base", CPU)
+    assert meta["step"] == 20 and meta["settings"] == {"depth": 2} and not model.training
+    assert loaded_tokenizer.hash() == tokenizer.hash()
+
+
+@pytest.mark.parametrize("tag", ["d2_big", "my model", "v1.5", "a_b-c"])
+def test_any_tag_resolves(tag, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    CheckpointManager(find_checkpoint_dir("base", tag)).save_model(tiny_model(), 1)
+    assert find_checkpoint_dir("base").name == tag
+
+
+def files_of(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_file_that_is_truncated_or_missing_makes_the_checkpoint_invisible(manager, saved):
+    folder = manager.checkpoint_dir / "step_000020"
+    names = files_of(folder)
+    assert {"meta.json", "model.safetensors", "optimizer.safetensors"} <= set(names)
+    for name in names:
+        path, data = folder / name, (folder / name).read_bytes()
+        for damaged in (data[: len(data) // 2], b"", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            assert manager.last_step() == 10, name
+            manager.load_model(CPU)
+            path.write_bytes(data)
+    assert manager.last_step() == 20
+
+
+def test_damage_that_keeps_the_size_is_one_line(manager, saved):
+    path = manager.checkpoint_dir / "step_000020" / "model.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        manager.load_model(CPU, 20)
+
+
+def test_a_write_that_never_finished_is_not_seen(manager, saved):
+    shutil.copytree(manager.checkpoint_dir / "step_000020", manager.checkpoint_dir / ".tmp_step_000030")
+    assert manager.steps() == [10, 20]
+
+
+def test_keep_last_prunes_the_oldest(manager):
+    model = tiny_model()
+    for step in range(5):
+        manager.save(step, model, keep_last=2)
+    assert manager.steps() == [3, 4]
+
+
+def test_saving_a_step_again_replaces_it(manager):
+    model = tiny_model()
+    manager.save_model(model, 1)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    manager.save_model(model, 1)
+    assert torch.equal(manager.load_model(CPU, 1).lm_head.weight, model.lm_head.weight)
+    assert [p.name for p in manager.checkpoint_dir.iterdir()] == ["step_000001"]
+
+
+def test_a_new_run_moves_the_old_one_aside(manager):
+    manager.save_model(tiny_model(), 1)
+    moved = manager.move_aside()
+    assert CheckpointManager(moved).steps() == [1] and manager.steps() == []
+    assert manager.move_aside() is None
+
+
+def test_another_tokenizer_is_refused(manager, saved, tokenizer, story):
+    other = type(tokenizer).train_from_iterator(iter([story[::-1]]), vocab_size=512)
+    folder = manager.checkpoint_dir / "step_000020"
+    shutil.rmtree(folder / "tokenizer")
+    other.save(folder / "tokenizer")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"] = {name: (folder / name).stat().st_size for name in meta["files"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="not the tokenizer this model was trained with"):
+        load_checkpoint("base", CPU)
+
+
+def test_a_newer_format_says_update(manager, saved):
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(UserError, match="git pull"):
+        manager.load_meta(20)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: m.load_model(CPU), "no checkpoint in .*none"),
+    (lambda m: m.load_model(CPU, 7), "no whole checkpoint of step 7"),
+    (lambda m: load_checkpoint("base", CPU), "no base checkpoint.*\n.*scripts.base_train"),
+    (lambda m: load_checkpoint("nonsense", CPU), "stage 'nonsense' is unknown"),
+])
+def test_what_is_not_there_is_said(manager, call, message):
+    with pytest.raises(UserError, match=message):
+        call(manager)
+
+
+def test_a_model_alone_cannot_be_resumed(manager):
+    model = tiny_model()
+    manager.save_model(model, 1)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        manager.load_optimizers(model.setup_optimizers(), 1)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path):
+    model = tiny_model(n_embd=128)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = int(sum(p.numel() for p in model.parameters()) * 4 * 1.5)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this system does not let us mount a tmpfs")
+    try:
+        manager = CheckpointManager(disk / "d2")
+        manager.save_model(model, 1)
+        with pytest.raises(UserError, match="step_000002 could not be written.*\n?.*free disk space"):
+            manager.save_model(model, 2)
+        assert manager.steps() == [1]
+        assert [p.name for p in manager.checkpoint_dir.iterdir()] == ["step_000001"]
+        manager.load_model(CPU)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights may still be mapped

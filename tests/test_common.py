@@ -1,0 +1,179 @@
+"""Schedules and batch arithmetic against closed forms; places; the log."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+from nanochat.common import Ema, UserError, get_base_dir, get_data_dir, lr_multiplier, run_script
+from nanochat.dataloader import shift
+from nanochat.gpt import GPTConfig
+from nanochat.training import (
+    MetricsLog,
+    StopSignal,
+    accumulate_gradients,
+    align_batch_size,
+    attempt,
+    check_finite,
+    derive_batch_size,
+    derive_horizon,
+    guess_device_batch_size,
+)
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("step, expected", [(0, 0.1), (4, 0.5), (9, 1.0), (50, 1.0), (60, 1.0), (80, 0.5), (100, 0.0)])
+def test_learning_rate_rises_holds_and_falls(step, expected):
+    assert lr_multiplier(step, 100, warmup_iters=10, warmdown_ratio=0.4) == pytest.approx(expected)
+
+
+def test_learning_rate_falls_to_the_final_fraction():
+    assert lr_multiplier(100, 100, 0, 0.5, final_frac=0.1) == pytest.approx(0.1)
+    assert lr_multiplier(75, 100, 0, 0.5, final_frac=0.1) == pytest.approx(0.55)
+
+
+def test_ema_has_no_start_up_bias():
+    ema = Ema(0.9)
+    assert ema.value is None and ema.update(3.0) == pytest.approx(3.0)
+    assert ema.update(5.0) == pytest.approx((0.9 * 3 + 5) / 1.9)
+
+
+def test_derived_batch_is_the_published_one_at_d20_and_shrinks_with_the_run():
+    assert derive_batch_size(20 * 561e6) == 2**19
+    sizes = [derive_batch_size(tokens) for tokens in (1e6, 1e8, 1e10, 1e12)]
+    assert sizes == sorted(sizes) and all(math.log2(size).is_integer() for size in sizes)
+
+
+def test_the_first_positive_horizon_decides():
+    model = tiny_model()
+    flops, params = model.estimate_flops(), model.num_params()
+    assert derive_horizon(7, 1e18, 20, 320, model) == (7, 320, "--num_iterations")
+    assert derive_horizon(-1, flops * 320 * 9, 20, 320, model) == (9, 320, "--target_flops")
+    assert derive_horizon(-1, -1, 20, 320, model) == (round(20 * params / 320), 320, "--target_param_data_ratio")
+    with pytest.raises(UserError, match="no end"):
+        derive_horizon(-1, -1, -1, 320, model)
+
+
+def test_a_batch_that_is_no_multiple_is_aligned_and_said(capsys):
+    assert align_batch_size(1000, 512) == 1024
+    assert "--total_batch_size=1000" in capsys.readouterr().out
+    assert align_batch_size(1024, 512) == 1024
+    assert capsys.readouterr().out == ""
+
+
+def test_guessed_micro_batch_is_a_power_of_two_within_the_step():
+    for depth in (4, 20, 32):
+        rows = guess_device_batch_size(GPTConfig.from_depth(depth, 65536, 2048), CPU, max_rows=6)
+        assert rows in (1, 2, 4)
+
+
+@pytest.mark.parametrize("device_batch_size", [1, 2, 3, 5])
+def test_gradients_do_not_depend_on_the_micro_batch(device_batch_size):
+    model = tiny_model()
+    rows = torch.randint(0, 100, (5, 33)).numpy()
+    rows[0, 3:] = -1  # one row with few targets: a mean per micro-batch would weigh it wrongly
+    targets = int((rows[:, 1:] >= 0).sum())
+    x, y = torch.from_numpy(rows[:, :-1]).clamp(min=0), torch.from_numpy(rows[:, 1:])
+    model(x, y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss, _ = accumulate_gradients(model, *shift(rows), targets, device_batch_size)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(loss, model(x, y).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(monkeypatch):
+    model = tiny_model()
+    rows = torch.randint(0, 100, (8, 33)).numpy()
+    accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    forward = model.forward
+
+    def small_device(idx, *args, **kwargs):
+        if idx.size(0) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(idx, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small_device)
+    _, size = accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    assert size == 2
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    from nanochat.checkpoint_manager import CheckpointManager
+    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*'row': 3.*resume"):
+        check_finite(torch.tensor(math.nan), 7, {"row": 3}, CheckpointManager(tmp_path))
+    assert check_finite(torch.tensor(2.5), 7, {}, CheckpointManager(tmp_path)) == 2.5
+
+
+def test_an_evaluation_that_fails_costs_a_warning(capsys):
+    def fail():
+        raise torch.OutOfMemoryError("out of memory")
+    assert attempt("the evaluation", fail) is None
+    assert "warning: the evaluation failed" in capsys.readouterr().out
+    assert attempt("the evaluation", lambda: 3) == 3
+
+
+def test_signals_ask_to_stop_and_a_second_interrupt_interrupts():
+    stop = StopSignal(CPU)
+    try:
+        assert not stop.asked()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, {})
+    for step in range(6):
+        log.log({"step": step, "x": 0})
+    log.close()
+    with open(path, "a", encoding="utf-8") as f:
+        f.write('{"step": 6, "x"')  # a line that a crash cut short
+    log = MetricsLog(path, {}, step=4)
+    log.log({"step": 4, "x": 1})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *({"step": step, "x": 0} for step in range(4)), {"step": 4, "x": 1}]
+
+
+def test_a_missing_wandb_is_one_line(tmp_path):
+    try:
+        import wandb  # noqa: F401
+        pytest.skip("wandb is installed")
+    except ImportError:
+        pass
+    with pytest.raises(UserError, match="wandb is not installed"):
+        MetricsLog(tmp_path / "m.jsonl", {}, run="my-run")
+
+
+def test_base_dir_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "a" / "b"))
+    assert get_base_dir() == tmp_path / "a" / "b" and get_base_dir().is_dir()
+
+
+def test_a_data_dir_that_is_no_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        get_data_dir()
+
+
+def test_run_script_prints_a_users_mistake_without_traceback(capsys):
+    def main():
+        raise UserError("--depth=0 is too small", "--depth=4")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "error: --depth=0 is too small\nhint: --depth=4\n"

@@ -1,0 +1,120 @@
+"""1, 2, 3 and 4 gloo ranks: the same parameters, the same losses, and checkpoints that move between rank counts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.common import compute_cleanup, compute_init, rank_slice
+from nanochat.dataloader import IGNORE, shift
+from nanochat.training import accumulate_gradients, optimizer_step, set_rates
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(out, load=None, steps=10):
+    """
+    Some steps on fixed rows with few targets in one of them, as rank of whatever world this process is in. Rank 0
+    writes parameters, optimizer state and losses to `out`.
+    """
+    rank, _, world_size, _ = compute_init("cpu")
+    torch.set_num_threads(1)
+    model = tiny_model(n_layer=3)
+    # Adam divides by the gradient: at a large rate, rounding in a tiny gradient would move its weight visibly
+    optimizers = model.setup_optimizers(embedding_lr=0.003, weight_decay=0.1)
+    first = 0
+    if load:
+        saved = torch.load(load)
+        model.load_state_dict(saved["model"])
+        for optimizer in optimizers:
+            optimizer.load_full_state(saved["optimizer"])
+        first = saved["step"]
+    losses, norms = [], []
+    for step in range(first, first + steps):
+        rows = torch.randint(0, 100, (7, 33), generator=torch.Generator().manual_seed(step)).int().numpy()
+        rows[0, 4:] = IGNORE
+        set_rates(optimizers, 1 - step / 40)
+        inputs, targets = shift(rows)
+        mine = rank_slice(len(rows), rank, world_size)
+        loss, _ = accumulate_gradients(model, inputs[mine], targets[mine], int((targets >= 0).sum()), 2)
+        norms.append(optimizer_step(model, optimizers))
+        torch.distributed.is_initialized() and torch.distributed.all_reduce(loss)
+        losses.append(loss.item())
+    state = {k: v for optimizer in optimizers for k, v in optimizer.full_state().items()}
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "optimizer": state, "step": first + steps, "losses": losses,
+                    "norms": norms}, out)
+    compute_cleanup()
+
+
+def run_rank(rank, world_size, port, out, kwargs):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    train(out, **kwargs)
+
+
+def launch(world_size, out, **kwargs):
+    """Run train() on so many ranks, forked from here, since importing torch once more takes longer than the test."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.start_processes(run_rank, (world_size, port, out, kwargs), world_size, start_method="fork")
+    return torch.load(out)
+
+
+def assert_same_run(a, b):
+    for part in ("model", "optimizer"):
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            torch.testing.assert_close(a[part][name], b[part][name], atol=5e-4, rtol=1e-3)
+    torch.testing.assert_close(torch.tensor(a["losses"]), torch.tensor(b["losses"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(a["norms"]), torch.tensor(b["norms"]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    tiny_model().setup_optimizers()  # torch imports its compiler with the first optimizer: once, before the forks
+    return launch(1, tmp_path_factory.mktemp("one") / "one.pt")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_give_the_same_parameters_after_ten_steps(world_size, one_rank, tmp_path):
+    # 18 matrices of three shapes: neither 3 nor 4 ranks divide them evenly. The tolerance is for single weights whose
+    # cautious decay switches on another sign of an update that is almost 0.
+    assert_same_run(one_rank, launch(world_size, tmp_path / "n.pt"))
+
+
+@pytest.mark.parametrize("save_at, resume_at", [(2, 1), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(save_at, resume_at, one_rank, tmp_path):
+    launch(save_at, tmp_path / "half.pt", steps=5)
+    resumed = launch(resume_at, tmp_path / "end.pt", steps=5, load=str(tmp_path / "half.pt"))
+    resumed["losses"] = one_rank["losses"][:5] + resumed["losses"]
+    resumed["norms"] = one_rank["norms"][:5] + resumed["norms"]
+    assert_same_run(one_rank, resumed)
+
+
+@pytest.mark.slow
+def test_base_train_has_the_same_losses_on_two_ranks(tmp_path, tokenizer, story):
+    """The whole script under torchrun on CPU: a process group starts, rank 0 speaks, the losses agree."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": f"{i} {story}"}) for i in range(30)), encoding="utf-8")
+    curves = []
+    for world_size in (1, 2):
+        base = tmp_path / f"base{world_size}"
+        tokenizer.save(base / "tokenizer")
+        flags = [f"--data={corpus}", "--depth=1", "--max_seq_len=32", "--total_batch_size=96", "--num_iterations=3",
+                 "--eval_tokens=200", "--device_batch_size=2"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if world_size == 2 else []
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *launcher, "-m", "scripts.base_train", "--", *flags], cwd=ROOT, env=env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (base / "base_checkpoints" / "d1" / "metrics.jsonl").read_text().splitlines()
+        curves.append([line.get("train/loss", line.get("val/bpb")) for line in map(json.loads, lines)])
+    assert len(curves[0]) == 5 and curves[0] == pytest.approx(curves[1], abs=2e-5)

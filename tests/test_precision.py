@@ -1,0 +1,67 @@
+"""The choice of number format, the autocast context, and the 8-bit product."""
+
+import pytest
+import torch
+
+from nanochat import precision
+from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_PRECISION", raising=False)
+
+
+@pytest.mark.parametrize("name, dtype", [("bfloat16", torch.bfloat16), ("float16", torch.float16),
+                                         ("float32", torch.float32)])
+def test_the_environment_decides(monkeypatch, name, dtype):
+    monkeypatch.setenv("NANOCHAT_PRECISION", name)
+    assert get_precision("cpu") == name and get_precision_dtype("cpu") == dtype
+
+
+def test_the_default_is_what_the_hardware_multiplies():
+    native = precision._has_native_bf16("cpu")
+    assert get_precision("cpu") == ("bfloat16" if native else "float32")
+
+
+def test_fp8_falls_back_and_says_so(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "fp8")
+    assert get_precision("cpu") in ("bfloat16", "float32")
+    assert "NANOCHAT_PRECISION=fp8 needs a GPU of compute capability 9.0" in precision.describe_precision("cpu")
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "int3")
+    with pytest.raises(ValueError, match="NANOCHAT_PRECISION=int3.*\n.*bfloat16"):
+        get_precision("cpu")
+
+
+def test_autocast_computes_in_the_dtype_and_ends_with_the_block(monkeypatch):
+    a = torch.randn(4, 4)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        monkeypatch.setenv("NANOCHAT_PRECISION", name)
+        with get_autocast_ctx(torch.device("cpu")):
+            assert (a @ a).dtype == dtype
+        assert (a @ a).dtype == torch.float32
+
+
+def test_float8_quantisation_error_is_within_the_format():
+    x = torch.randn(64, 64) * 37
+    x8, scale = precision._to_float8(x, torch.float8_e4m3fn)
+    # 3 mantissa bits: half a unit in the last place is 1/16 of a value; values near 0 have a fixed step
+    assert ((x8.float() * scale - x).abs() <= x.abs() / 16 + scale * 2**-9).all()
+
+
+def test_float8_linear_and_its_gradients_are_near_float32(monkeypatch):
+    def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum=False):
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)  # the kernel needs a GPU; the arithmetic around it does not
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    g = torch.randn(2, 16, 48)
+    exact = torch.autograd.grad(torch.nn.functional.linear(x, w), (x, w), g)
+    y = precision.float8_linear(x, w)
+    ours = torch.autograd.grad(y, (x, w), g)
+    for a, b in zip((y, *ours), (x @ w.T, *exact), strict=True):
+        assert (a - b).norm() / b.norm() < 0.1
