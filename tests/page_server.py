@@ -1,0 +1,256 @@
+"""
+A stand-in for scripts/chat_web on 127.0.0.1: it serves the page with the same headers and answers from a script of
+canned streams, delays and faults, so that a browser can be tried against what real servers do wrong.
+
+    with PageServer() as server:
+        server.script = [Answer(["Hel", "lo"]), Answer(status=429, headers={"Retry-After": "1"})]  # one per request
+        server.url, server.requests                              # the address; [(body, headers), ...] of the chat calls
+
+    python tests/page_server.py                                  # look at the page by hand, without a model
+"""
+
+import json
+import math
+import re
+import secrets
+import select
+import socket
+import threading
+import time
+import zlib
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "nanochat" / "ui.html"
+CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
+       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+MAX_CONTEXT = 2048  # tokens
+
+
+@dataclass
+class Answer:
+    """One answer to a chat request. A piece is a token of text, or ("python" | "python_output", text)."""
+    pieces: list = field(default_factory=list)
+    finish: str = "stop"
+    pace_s: float = 0.0            # wait this long before each piece
+    status: int = 200              # any other: an error in OpenAI's shape and no stream
+    headers: dict = field(default_factory=dict)
+    message: str = "scripted error"
+    hold: int | None = None        # after this many pieces, wait until server.release is set or the client goes
+    cut: int | None = None         # after this many pieces, close the connection as a killed server does
+    error: str | None = None       # after the pieces, an error inside the stream
+    slice_bytes: int | None = None  # write the stream in slices of this size, wherever they fall
+    dropped: int = 0               # turns that the server says it left out
+    prompt_tokens: int = 100
+
+
+def token_odds(piece):
+    """(logprob, top 5 [(token, logprob)]) of a canned token: made from its checksum, so the same in every run."""
+    p = max(0.02, 1 - (zlib.crc32(piece.encode()) % 1000 / 1000) ** 3)
+    top = [(piece, p)] + [(other, (1 - p) / 2 ** (i + 1)) for i, other in enumerate([" the", " a", ".", "\n"])]
+    ranked = sorted(((token, math.log(max(q, 1e-9))) for token, q in top), key=lambda pair: -pair[1])
+    return math.log(p), ranked
+
+
+def sse(data):
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n\n".encode()
+
+
+def chunk(delta=None, finish=None, **extra):
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "d4"}
+    return head | {"choices": choices} | extra
+
+
+def piece_chunk(piece, with_logprobs):
+    if isinstance(piece, tuple):
+        return chunk({"nanochat": {"type": piece[0], "text": piece[1]}})
+    made = chunk({"content": piece})
+    if with_logprobs:
+        logprob, top = token_odds(piece)
+        top = [{"token": token, "logprob": q, "bytes": list(token.encode())} for token, q in top]
+        made["choices"][0]["logprobs"] = {"content": [
+            {"token": piece, "bytes": list(piece.encode()), "logprob": logprob, "top_logprobs": top}]}
+    return made
+
+
+class PageServer:
+    def __init__(self, script=(), port=0):
+        self.script: list[Answer] = list(script)
+        self.default = Answer(["Hello", " there", "."])  # once the script is used up
+        self.models = ["d4-sft", "d4-base"]
+        self.requests: list[tuple[dict, dict]] = []
+        self.models_status = 200
+        self.api_key: str | None = None                  # None: anybody may ask
+        self.release, self.hung_up = threading.Event(), threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.get(self)
+
+            def do_POST(self):
+                outer.post(self)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def allowed(self, handler):
+        return self.api_key is None or handler.headers.get("Authorization") == f"Bearer {self.api_key}"
+
+    def get(self, handler):
+        path = handler.path.split("?")[0]
+        if path == "/":
+            nonce = secrets.token_urlsafe(16)
+            page = PAGE.read_text(encoding="utf-8").replace("__NONCE__", nonce)
+            return reply(handler, 200, page.encode(), "text/html; charset=utf-8",
+                         {"Content-Security-Policy": CSP.format(nonce)})
+        if path == "/v1/models" and not self.allowed(handler):
+            return fail(handler, 401, "invalid API key")
+        if path == "/v1/models" and self.models_status != 200:
+            return fail(handler, self.models_status, "Loading model", {"Retry-After": "1"})
+        if path == "/v1/models":
+            models = [{"id": name, "object": "model"} for name in self.models]
+            return send_json(handler, {"object": "list", "data": models})
+        if path == "/stats":
+            return send_json(handler, {"max_context": MAX_CONTEXT})
+        fail(handler, 404, f"no such path: {path}")
+
+    def post(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        if not self.allowed(handler):
+            return fail(handler, 401, "invalid API key")
+        self.requests.append((body, dict(handler.headers)))
+        answer = self.script.pop(0) if self.script else self.default
+        if answer.status != 200:
+            return fail(handler, answer.status, answer.message, answer.headers)
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.end_headers()
+        try:
+            self.stream(handler, answer, body)
+        except OSError:  # the client went away
+            self.hung_up.set()
+
+    def stream(self, handler, answer, body):
+        def write(data):
+            data, size = sse(data), answer.slice_bytes or 1 << 20
+            for i in range(0, len(data), size):
+                handler.wfile.write(data[i:i + size])
+                handler.wfile.flush()
+                if answer.slice_bytes:
+                    time.sleep(0.001)  # or the kernel joins the slices again
+
+        about = {"seed": body.get("seed") or 1234, "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
+        write(chunk({"role": "assistant", "content": ""}, nanochat=about))
+        for i, piece in enumerate(answer.pieces):
+            if i == answer.cut:
+                return kill(handler)
+            if i == answer.hold and self.wait_for_release(handler):
+                return
+            time.sleep(answer.pace_s)
+            write(piece_chunk(piece, body.get("logprobs")))
+        if answer.error:
+            return write({"error": {"message": answer.error, "type": "server_error", "param": None, "code": None}})
+        write(chunk({}, answer.finish))
+        count = len(answer.pieces)
+        usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": count}
+        write(chunk(usage=usage | {"total_tokens": answer.prompt_tokens + count}))
+        write("[DONE]")
+
+    def wait_for_release(self, handler):
+        """True when the client hung up first."""
+        while not self.release.wait(0.01):
+            if select.select([handler.connection], [], [], 0)[0] and not handler.connection.recv(1, socket.MSG_PEEK):
+                self.hung_up.set()
+                return True
+        return False
+
+
+def kill(handler):
+    """End the connection with a reset, in the middle of whatever it was."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def reply(handler, status, body, content_type, headers=None):
+    handler.send_response(status)
+    for name, value in ({"Content-Type": content_type, "Content-Length": str(len(body))} | (headers or {})).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def send_json(handler, data, status=200, headers=None):
+    reply(handler, status, json.dumps(data).encode(), "application/json", headers)
+
+
+def fail(handler, status, message, headers=None):
+    error = {"message": message, "type": "error", "param": None, "code": None}
+    send_json(handler, {"error": error}, status, headers)
+
+
+def split(text):
+    """Into pieces that look like tokens."""
+    return re.findall(r"\s?\w{1,5}|\s*[^\w\s]+|\s+", text)
+
+
+def demo_answer(pace_s=0.0):
+    """Markdown of every kind, and a tool call."""
+    before, after = "Let me count them.\n\n", """
+
+There are **3** letters *r* in `strawberry`.
+
+### How it was counted
+
+1. Spell the word: s-t-**r**-a-w-b-e-**r**-**r**-y
+2. Go through it letter by letter
+   - count the ones that match
+   - skip the others
+
+```python
+def count(word, letter):
+    # one pass over the word
+    return sum(1 for c in word if c == letter)
+
+print(count("strawberry", "r"))  # 3
+```
+
+| word | letter | count |
+|:---|:---:|---:|
+| strawberry | r | 3 |
+| banana | a | 3 |
+| bookkeeper | e | 3 |
+
+> A model that sees tokens, not letters, has to learn spelling.
+
+More on [tokenization](https://en.wikipedia.org/wiki/Byte-pair_encoding).
+"""
+    call = [("python", "'strawberry'.count('r')"), ("python_output", "3")]
+    return Answer(split(before) + call + split(after), pace_s=pace_s)
+
+
+if __name__ == "__main__":
+    server = PageServer(port=8000)
+    server.default = demo_answer(pace_s=0.02)
+    with server:
+        print(f"{server.url}  (Ctrl+C ends it)")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass

@@ -1,0 +1,208 @@
+"""The chat page when things go wrong: cut streams, dead and busy servers, missing keys, a full or damaged storage."""
+
+import json
+import time
+
+import pytest
+from page_driver import open_browser, open_page
+from page_server import Answer, PageServer
+
+pytestmark = pytest.mark.slow  # half a minute, nearly all of it Chromium's
+RETRY = {"Retry-After": "20"}  # longer than a test waits: it presses the button
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def server():
+    with PageServer() as server:
+        yield server
+
+
+@pytest.fixture
+def chat(browser, server):
+    with open_page(browser, server) as chat:
+        yield chat
+
+
+def roles(server):
+    return [message["role"] for message in server.requests[-1][0]["messages"]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_chunks_split_anywhere_lose_nothing(chat, server, size):
+    text = "naïve ☃ 漢字 🙂 – “quoted”"
+    server.script = [Answer([text[:7], text[7:12], text[12:]], slice_bytes=size)]
+    chat.say("Hi")
+    assert chat.turns()[-1] == ["assistant", text]
+    assert chat.answer().locator(".facts").inner_text().startswith("3 tokens")
+
+
+def test_a_server_killed_in_mid_answer_leaves_the_text_and_a_retry(chat, server):
+    server.script = [Answer(["Half", " of", " it"], cut=2), Answer(["All of it"])]
+    chat.say("Hi")
+    assert chat.turns() == [["user", "Hi"], ["assistant", "Half of"]]
+    chat.see("The connection was lost before the answer was complete.")
+    chat.reload()  # the error is part of what is kept
+    chat.button("Retry").click()
+    chat.wait()
+    assert chat.turns() == [["user", "Hi"], ["assistant", "All of it"]]
+    assert roles(server) == ["user"]
+
+
+def test_a_dead_server_then_retry(browser):
+    with PageServer() as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        with open_page(browser, server) as chat:
+            chat.say("One")
+            server.__exit__()
+            chat.say("Two")
+            chat.see("The server cannot be reached.")
+            with PageServer(port=port) as revived:
+                chat.button("Retry").click()
+                chat.wait()
+                assert chat.turns() == [["user", "One"], ["assistant", "Hello there."],
+                                        ["user", "Two"], ["assistant", "Hello there."]]
+                assert roles(revived) == ["user", "assistant", "user"]
+
+
+def test_a_message_after_a_failed_one_takes_its_place(chat, server):
+    server.script = [Answer(["A"]), Answer(status=400, message="too many tokens"), Answer(["B"])]
+    chat.say("one")
+    chat.say("two")
+    chat.see("too many tokens")
+    chat.say("three")
+    assert roles(server) == ["user", "assistant", "user"]
+    assert chat.turns() == [["user", "one"], ["assistant", "A"], ["user", "three"], ["assistant", "B"]]
+    chat.button("Previous version").click()
+    assert chat.turns()[2][1] == "two"  # nothing that was typed is lost
+
+
+def test_stopping_before_the_first_word_does_not_leave_two_questions(chat, server):
+    server.script = [Answer(["A"], hold=0), Answer(["B"])]
+    chat.send("one")
+    chat.button("Stop").click()
+    chat.wait()
+    chat.see("Stopped before the first word.")
+    chat.say("two")
+    assert roles(server) == ["user"] and chat.turns() == [["user", "two"], ["assistant", "B"]]
+
+
+@pytest.mark.parametrize("status, words", [(429, "The server is busy"), (503, "The model is not ready")])
+def test_a_busy_or_loading_server_is_waited_for(chat, server, status, words):
+    server.script = [Answer(status=status, headers=RETRY), Answer(["Now"])]
+    chat.send("Hi")
+    chat.page.get_by_text(f"{words}: scripted error. Trying again in").wait_for()
+    chat.button("Try now").click()
+    chat.wait()
+    assert chat.turns() == [["user", "Hi"], ["assistant", "Now"]] and len(server.requests) == 2
+
+
+def test_the_wait_is_as_long_as_the_server_says(chat, server):
+    server.script = [Answer(status=429, headers={"Retry-After": "1"}), Answer(["Now"])]
+    begin = time.monotonic()
+    chat.say("Hi")
+    assert 1 <= time.monotonic() - begin and chat.turns()[-1][1] == "Now"
+
+
+def test_the_wait_can_be_stopped(chat, server):
+    server.script = [Answer(status=429, headers=RETRY)]
+    chat.send("Hi")
+    chat.see("The server is busy")
+    chat.page.keyboard.press("Escape")
+    chat.wait()
+    assert len(server.requests) == 1 and chat.button("Retry").is_visible()
+
+
+def test_a_key_is_asked_for_and_sent(browser, server):
+    server.api_key = "secret"
+    with open_page(browser, server) as chat:
+        chat.page.fill("#key input", "wrong")
+        chat.button("Continue").click()
+        chat.page.wait_for_selector("#key[open]:has-text('refused')")
+        chat.page.fill("#key input", "secret")
+        chat.button("Continue").click()
+        chat.page.wait_for_selector("#model:has(option[value=d4-sft])")
+        chat.say("Hi")
+        assert server.requests[0][1]["Authorization"] == "Bearer secret"
+        chat.reload()
+        chat.say("Again")
+        assert "secret" not in chat.page.evaluate("JSON.stringify(localStorage)")
+        server.api_key = "changed"
+        chat.send("And now")
+        chat.button("Cancel").click()
+        chat.wait()
+        chat.see("The API key was refused: invalid API key")
+
+
+def test_an_error_inside_the_stream_keeps_what_came_before(chat, server):
+    server.script = [Answer(["Some", " text"], error="the engine failed"), Answer(["Fine"])]
+    chat.say("Hi")
+    chat.see("The server ended the answer: the engine failed")
+    assert chat.turns()[-1] == ["assistant", "Some text"]
+    chat.say("Go on")
+    assert roles(server) == ["user", "assistant", "user"]
+
+
+def test_a_loading_server_is_asked_again_for_its_models(browser, server):
+    server.models_status = 503
+    with open_page(browser, server) as chat:
+        chat.page.wait_for_selector("#model:has-text('Loading model')")
+        server.models_status = 200
+        chat.page.wait_for_selector("#model:has(option[value=d4-sft])")
+
+
+def test_an_answer_goes_on_in_a_conversation_that_is_not_shown(chat, server):
+    server.script = [Answer(["One", " two", " three"], hold=1), Answer(["Other"])]
+    chat.send("first")
+    chat.see("One")
+    chat.button("New conversation").click()
+    chat.say("second")
+    assert chat.turns() == [["user", "second"], ["assistant", "Other"]]
+    server.release.set()
+    chat.button("first").click()
+    chat.see("One two three")
+    assert chat.turns() == [["user", "first"], ["assistant", "One two three"]]
+
+
+# a storage of `limit` characters; the browser's own holds about 5 million
+SMALL_STORAGE = """const put = Storage.prototype.setItem; Storage.prototype.setItem = function (key, value) {
+    const used = Object.entries(localStorage).reduce((sum, [k, v]) => sum + (k === key ? 0 : v.length), 0);
+    if (used + value.length > %d) throw new DOMException("full", "QuotaExceededError");
+    put.call(this, key, value); };"""
+
+
+def test_a_full_storage_gives_up_token_probabilities_first(browser, server):
+    server.default = Answer(["word "] * 20)
+    with open_page(browser, server, init_script=SMALL_STORAGE % 8000) as chat:
+        for text in ("one", "two", "three"):
+            chat.button("New conversation").click()
+            chat.say(text)
+        chat.reload()
+        assert chat.titles() == ["three", "two", "one"]
+        assert [chat.page.evaluate("t => [...chats.values()].find(c => c.title === t).turns.some(hasTokens)", title)
+                for title in ("one", "three")] == [False, True]
+
+
+def test_a_full_storage_is_told(browser, server):
+    with open_page(browser, server, init_script=SMALL_STORAGE % 600) as chat:
+        chat.say("x" * 700)
+        chat.see("The browser's storage is full")
+        assert chat.turns()[-1] == ["assistant", "Hello there."]
+
+
+def test_damaged_conversations_are_skipped(chat):
+    chat.say("Hi")
+    broken = {"nanochat.chat.a": "{", "nanochat.chat.b": json.dumps({"turns": [{}]}), "nanochat.chat.c": "null"}
+    turns = [{"id": one, "parent": other, "role": "user", "parts": []} for one, other in ("xy", "yx")]
+    circle = {"id": "d", "title": "Circle", "leaf": "x", "updated": 0, "turns": turns}
+    broken["nanochat.chat.d"] = json.dumps(circle)
+    chat.page.evaluate("entries => Object.assign(localStorage, entries)", broken)
+    chat.reload()
+    assert chat.titles() == ["Hi", "Circle"]
+    chat.button("Circle").click()
+    assert len(chat.turns()) == 2
