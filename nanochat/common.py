@@ -271,6 +271,10 @@ class Ema:
         self.weight = self.decay * self.weight + (1 - self.decay)
         return self.value
 
+    def state(self):
+        """What `Ema(*state)` goes on from."""
+        return [self.decay, self.total, self.weight]
+
     @property
     def value(self):
         return self.total / self.weight if self.weight else None

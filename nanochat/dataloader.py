@@ -233,12 +233,18 @@ def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=Fals
 
 
 def validation_rows(tokenizer, spans, sequence_len, max_tokens):
+    """The fixed validation set as rows (see pack_documents): the held-out documents from the first one on."""
+    documents = token_documents(tokenizer, spans, seed=0, epochs=1)
+    return pack_documents(documents, tokenizer.get_bos_token_id(), sequence_len, max_tokens)
+
+
+def pack_documents(documents, bos, sequence_len, max_tokens):
     """
-    The fixed validation set as rows, int32 (R, T + 1): documents from the start until max_tokens (-1 = all), packed
+    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens (-1 = all), packed
     as in training with nothing cropped; the last row is filled with IGNORE.
     """
-    bos, pieces, total = tokenizer.get_bos_token_id(), [], 0
-    for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1):
+    pieces, total = [], 0
+    for _, ids in documents:
         if 0 <= max_tokens <= total:
             break
         keep = len(ids) if max_tokens < 0 else min(len(ids), max_tokens - total)
@@ -269,12 +275,15 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
     return inputs, targets, sum(len(ids) > T + 1 for ids, _ in rendered)
 
 
-def conversation_documents(dataset, tokenizer, start=(0, 0, 0)):
-    """Conversations as an endless stream of documents for packing: ((epoch, 0, index), ids without <|bos|>)."""
+def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
+    """
+    Conversations as a stream of documents for packing: ((epoch, 0, index), ids without <|bos|>), for ever or for so
+    many epochs.
+    """
     epoch, _, index = start
     if len(dataset) == 0:
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
-    while True:
+    while epochs is None or epoch < epochs:
         for i in range(index, len(dataset)):
             ids, _ = tokenizer.render_conversation(dataset[i], max_tokens=None)
             yield (epoch, 0, i), np.array(ids[1:])

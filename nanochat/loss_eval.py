@@ -1,9 +1,11 @@
 """
-Bits per byte: the loss that can be compared between tokenizers.
+Two losses on held-out text.
 
-A model with a larger vocabulary has a higher loss per token because each token says more. Summing nats over the
-tokens and dividing by the bytes that they stand for takes the tokenizer out. Special tokens stand for no bytes and
-count neither way.
+Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss per token because
+each token says more. Summing nats over the tokens and dividing by the bytes that they stand for takes the tokenizer
+out. Special tokens stand for no bytes and count neither way.
+
+The loss per target token serves where the targets are the assistant's tokens, special ones included.
 """
 
 import math
@@ -18,34 +20,48 @@ def evaluate_bpb(model, batches, token_bytes):
     """
     Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where ignored.
     token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
+    Collective; raises as `_nats_per_unit` does.
+    """
+    def num_bytes(y):
+        return torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+    return _nats_per_unit(model, batches, num_bytes) / math.log(2)
+
+
+def evaluate_loss(model, batches):
+    """Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit` does."""
+    return _nats_per_unit(model, batches, lambda y: (y >= 0).long())
+
+
+def _nats_per_unit(model, batches, units):
+    """
+    Sum of the losses over the sum of units(y), a count per target; a target of 0 units is left out of both.
 
     Collective: every rank brings its own batches (perhaps none) and gets the same number. An error on one rank, out
     of memory for example, becomes a RuntimeError on all of them, after the collective, so that no rank waits for ever.
-    Raises ValueError when there is not one byte to score.
+    Raises ValueError when there is nothing to score.
     """
     was_training, failure = model.training, None
     model.eval()
     try:
-        sums = _sum_nats_and_bytes(model, batches, token_bytes)
+        sums = _sum_nats_and_units(model, batches, units)
     except Exception as error:  # whatever it is, the other ranks must hear of it
         sums, failure = torch.full((2,), math.nan, dtype=torch.float64), error
     model.train(was_training)
-    nats, num_bytes = all_reduce_sum(sums.cuda() if token_bytes.is_cuda else sums).tolist()
-    if math.isnan(num_bytes):
+    nats, total = all_reduce_sum(sums.cuda() if model.device.type == "cuda" else sums).tolist()
+    if math.isnan(total):
         raise RuntimeError(f"the evaluation failed: {failure or 'on another rank'}") from failure
-    if num_bytes == 0:
-        raise ValueError("the validation rows hold no text to score; need at least one token with bytes")
-    return nats / (math.log(2) * num_bytes)
+    if total == 0:
+        raise ValueError("the held-out rows hold nothing to score; need at least one target token")
+    return nats / total
 
 
 @torch.no_grad()
-def _sum_nats_and_bytes(model, batches, token_bytes):
-    """This rank's (nats, bytes), in float64: adding millions of terms must not depend on how they were split."""
+def _sum_nats_and_units(model, batches, units):
+    """This rank's (nats, units), in float64: adding millions of terms must not depend on how they were split."""
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")
-        num_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
-        nats = (nats * (num_bytes > 0)).cpu().double()
-        sums += torch.stack([nats.sum(), num_bytes.sum().cpu().double()])
+        counts = units(y)
+        sums += torch.stack([(nats * (counts > 0)).cpu().double().sum(), counts.sum().cpu().double()])
     return sums

@@ -181,7 +181,7 @@ def main():
         save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
         if save_due and step != saved_step:
             meta = {"settings": settings, "loader": loader.state(), "progress": progress, "iterations": iterations,
-                    "smooth_loss": [smooth_loss.decay, smooth_loss.total, smooth_loss.weight]}
+                    "smooth_loss": smooth_loss.state()}
             save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
             saved_step = step
         if stopping and not last:

@@ -1,0 +1,272 @@
+"""
+Reinforcement learning on word problems: GRPO reduced to its core.
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
+    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8     (a CPU, to try)
+
+Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its reward
+minus the mean of its question's (arXiv 2402.03300, without the division by the standard deviation, arXiv 2503.20783).
+Every step trains once on what the present model wrote, so there is no ratio to clip, and no KL term: the loss is the
+negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (the ending one too, what
+a tool forced not) and divided by their number over all ranks. KL to the start and entropy are logged.
+"""
+
+import time
+from itertools import islice
+
+import numpy as np
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
+from nanochat.common import (
+    all_reduce_sum,
+    compute_cleanup,
+    compute_init,
+    get_dist_info,
+    lr_multiplier,
+    peak_memory_bytes,
+    print0,
+    run_script,
+    synchronize,
+)
+from nanochat.configurator import get_settings, override_from_cli
+from nanochat.dataloader import IGNORE, to_device
+from nanochat.engine import Engine, Sampling
+from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
+from nanochat.report import get_report
+from nanochat.training import (
+    MetricsLog,
+    StopSignal,
+    accumulate_gradients,
+    attempt,
+    check_finite,
+    guess_device_batch_size,
+    make_scaler,
+    optimizer_step,
+    resume_step,
+    save_or_warn,
+    set_rates,
+)
+from tasks.evaluate import cut_prompt, evaluate_generative
+from tasks.gsm8k import GSM8K
+
+# -----------------------------------------------------------------------------
+# Settings
+run: str = "dummy"                   # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                # cuda, mps or cpu; empty = detect
+seed: int = 42                       # of the order of questions and of the samples
+# Model
+source: str = "sft"                  # stage to start from: sft or mid
+model_tag: str | None = None         # its tag, and the result's; None = the one saved last
+model_step: int | None = None        # its step; None = the last
+# Horizon
+num_epochs: int = 1                  # passes over the questions
+num_iterations: int = -1             # optimizer steps; -1 = num_epochs
+# Rollouts
+examples_per_step: int = 16          # questions per optimizer step over all ranks
+num_samples: int = 16                # answers per question
+max_new_tokens: int = 256            # per answer
+temperature: float = 1.0             # of the samples; 1 = what the loss assumes
+top_k: int = 0                       # of the samples; 0 = off, what the loss assumes
+rollout_rows: int = 64               # answers generated at a time on each rank
+# Optimization
+device_batch_size: int = -1          # rows per micro-batch; -1 = what the device's memory holds
+embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
+matrix_lr: float = 0.02              # Muon, all matrices of the blocks
+init_lr_frac: float = 0.05           # all learning rates start at this fraction and fall linearly to 0
+# Evaluation and checkpoints
+eval_every: int = 60                 # steps between evaluations on held-out questions; -1 = at the end only
+eval_examples: int = 400             # held-out questions to ask
+eval_samples: int = 1                # answers to each, for pass@k; 1 = greedy
+save_every: int = 60                 # steps between checkpoints (one is also saved before every evaluation)
+keep_last: int = 2                   # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
+
+
+# -----------------------------------------------------------------------------
+
+
+def step_questions(task, step):
+    """This rank's share of the questions of a step: one shuffled pass after another, dealt out to the ranks."""
+    ddp_rank, _, ddp_world_size = get_dist_info()
+    places = range(step * examples_per_step, (step + 1) * examples_per_step)[ddp_rank::ddp_world_size]
+    for place in places:
+        epoch, place = divmod(place, len(task))
+        yield int(np.random.default_rng([seed, epoch]).permutation(len(task))[place])
+
+
+def roll_out(engine, task, step):
+    """
+    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with num_samples entries a
+    question; what is sampled depends on (seed, step, question, sample) alone.
+    """
+    context = engine.model.config.sequence_len
+    room = min(max_new_tokens, context // 2)
+    rows, conversations = [], []
+    for index in step_questions(task, step):
+        conversation = task[index]
+        prompt = cut_prompt(engine.tokenizer.render_for_completion(conversation), context - room)
+        for sample in range(num_samples):
+            sampling = Sampling(temperature, top_k, seed=f"{seed}:{step}:{index}:{sample}")
+            rows.append(engine.make_row(prompt, sampling, room))
+            conversations.append(conversation)
+    for _ in engine.generate_rows(rows, rollout_rows):
+        pass
+    rewards = np.array([task.reward(conversation, engine.tokenizer.decode(row.tokens))
+                        for row, conversation in zip(rows, conversations, strict=True)], dtype=np.float32)
+    by_question = rewards.reshape(-1, num_samples)
+    return rows, rewards, (by_question - by_question.mean(axis=1, keepdims=True)).reshape(-1)
+
+
+def training_arrays(rows, advantages):
+    """
+    (inputs, targets, weights), (R, T) each, of finished rows: the targets are the tokens that the model sampled, the
+    weight of each is its answer's advantage.
+    """
+    longest = max((len(row.prompt) + len(row.tokens) for row in rows), default=1) - 1
+    T = -(-longest // 32) * 32  # few shapes occur
+    inputs = np.zeros((len(rows), T), dtype=np.int32)
+    targets = np.full((len(rows), T), IGNORE, dtype=np.int32)
+    weights = np.zeros((len(rows), T), dtype=np.float32)
+    for i, (row, advantage) in enumerate(zip(rows, advantages, strict=True)):
+        ids = np.array(row.prompt + row.tokens)
+        start = len(row.prompt) - 1  # the position that predicts the first sampled token
+        inputs[i, : len(ids) - 1] = ids[:-1]
+        targets[i, start: len(ids) - 1] = np.where(np.array(row.mask) == 1, row.tokens, IGNORE)
+        weights[i] = advantage
+    return inputs, targets, weights
+
+
+@torch.no_grad()
+def compare_models(model, start_model, inputs, targets):
+    """
+    (KL to the start model, entropy) in nats per token, estimated on sampled tokens: the means of log p - log p_start
+    and of -log p (Schulman 2020, "Approximating KL divergence", k1).
+    """
+    x, y = to_device(inputs, model.device), to_device(targets, model.device)
+    with get_autocast_ctx(model.device):
+        nll, nll_start = (m(x, y, loss_reduction="none") for m in (model, start_model))
+    count = (y != IGNORE).sum().clamp(min=1)
+    return ((nll_start - nll).sum() / count).item(), (nll.sum() / count).item()
+
+
+def main():
+    # Init: device, ranks, the model to start from and its tokenizer
+    settings = get_settings(globals())
+    _, _, ddp_world_size, device = compute_init(device_type, seed)
+    print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
+    source_step, _ = source_manager.load_meta(model_step)
+    tokenizer = source_manager.load_tokenizer(source_step)
+    manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
+    step, state = resume_step(manager, resume_from_step, settings)
+    start_model = source_manager.load_model(device, source_step).requires_grad_(False)
+    start_model.to(get_precision_dtype(device.type))  # only compared with: the compute dtype is enough
+    model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
+    engine = Engine(model, tokenizer)
+
+    # Data and horizon
+    train_task, test_task = GSM8K(split="train"), GSM8K(split="test")
+    iterations = num_iterations if num_iterations > 0 else max(1, len(train_task) * num_epochs // examples_per_step)
+    device_rows = device_batch_size
+    if device_rows <= 0:
+        rows_per_rank = -(-examples_per_step // ddp_world_size) * num_samples
+        device_rows = guess_device_batch_size(model.config, device, rows_per_rank)
+    print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | questions: {len(train_task):,} | "
+           f"{examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of {ddp_world_size} "
+           f"ranks | steps: {iterations:,}")
+
+    # Optimizers
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
+    scaler = make_scaler(device)
+    if state is not None:
+        manager.load_optimizers(optimizers, step)
+
+    # State of the loop
+    progress = (state or {}).get("progress", {"train_s": 0.0, "start": None, "accuracy": None, "rollouts": 0})
+    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
+    stop, saved_step, samples = StopSignal(device), (step if state else -1), []
+
+    def evaluate():
+        sampled = dict(num_samples=eval_samples, temperature=1.0, top_k=50) if eval_samples > 1 else {}
+        return evaluate_generative(test_task, engine, tokenizer, max_new_tokens=max_new_tokens, batch_rows=rollout_rows,
+                                   max_problems=eval_examples, **sampled)[0]
+
+    # Loop: save, evaluate, roll out, train
+    while True:
+        last, stopping = step == iterations, stop.asked()
+        eval_due = last or (eval_every > 0 and step % eval_every == 0)
+        # Save first: whatever fails later, the steps so far are on disk
+        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
+        if save_due and step != saved_step:
+            meta = {"settings": settings, "progress": progress, "iterations": iterations}
+            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
+            saved_step = step
+        if stopping and not last:
+            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+            break
+
+        # Evaluate: held-out questions, pass@k
+        if eval_due:
+            result = attempt("the evaluation", evaluate)
+            if result is not None:
+                progress["accuracy"] = {"value": result["accuracy"], "n": result["n"], "stderr": result["stderr"]}
+                progress["start"] = progress["start"] or progress["accuracy"]
+                passes = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
+                print0(f"step: {step:05d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in passes.items()) +
+                       f" | n: {result['n']} | stderr: {result['stderr']:.4f}")
+                metrics_log.log({"step": step, **passes})
+        if last:
+            break
+
+        # Roll out: answers of the present model to this step's questions
+        synchronize(device)
+        start = time.perf_counter()
+        rows, rewards, advantages = roll_out(engine, train_task, step)
+        rollout_s = time.perf_counter() - start
+        samples = [{"prompt": tokenizer.decode(row.prompt[1:]), "text": f"{tokenizer.decode(row.tokens)} -> {reward:g}"}
+                   for row, reward in islice(zip(rows, rewards, strict=True), 4)]
+
+        # Train: one optimizer step; ranks may have sampled different numbers of tokens
+        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
+        set_rates(optimizers, lr_factor)
+        inputs, targets, weights = training_arrays(rows, advantages)
+        local = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
+        num_targets, reward_sum, num_rollouts, num_useful = all_reduce_sum(
+            torch.tensor(local, dtype=torch.float32, device=device)).tolist()
+        kl, entropy = compare_models(model, start_model, inputs[:device_rows], targets[:device_rows])
+        loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
+        loss = check_finite(loss, step, {"questions": step * examples_per_step}, manager)
+        grad_norm = optimizer_step(model, optimizers, scaler)
+        synchronize(device)
+        dt_s = time.perf_counter() - start
+
+        # Log
+        step += 1
+        progress["train_s"] += dt_s
+        progress["rollouts"] += int(num_rollouts)
+        reward, length = reward_sum / num_rollouts, num_targets / num_rollouts
+        metrics_log.log({"step": step, "reward": reward, "kl": kl, "entropy": entropy, "train/loss": loss,
+                         "lrm": lr_factor, "grad_norm": grad_norm, "answer_tokens": length, "dt_ms": 1000 * dt_s,
+                         "useful": num_useful / num_rollouts, "rollouts_per_sec": num_rollouts / rollout_s,
+                         "memory_bytes": peak_memory_bytes(device)})
+        print0(f"step: {step:05d}/{iterations:05d} ({100 * step / iterations:.1f}%) | reward: {reward:.4f} | "
+               f"kl: {kl:.4f} | entropy: {entropy:.4f} | tokens: {length:.1f} | lrm: {lr_factor:.3f} | "
+               f"dt: {1000 * dt_s:.0f}ms | rollouts/s: {num_rollouts / rollout_s:.1f} | "
+               f"eta: {progress['train_s'] / step * (iterations - step) / 60:.1f}m")
+
+    # Summary and cleanup
+    print0(f"peak memory: {peak_memory_bytes(device) / 2**20:,.0f} MiB | train time: {progress['train_s'] / 60:.2f}m")
+    get_report().log("Chat RL", {
+        "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples, "steps": step,
+        "metrics": {"GSM8K while training": progress["accuracy"]}, "GSM8K before": progress["start"],
+        "answers sampled": progress["rollouts"], "training minutes": progress["train_s"] / 60})
+    metrics_log.close()
+    stop.restore()
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    override_from_cli(globals(), prefix="--")
+    run_script(main)

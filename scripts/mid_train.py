@@ -1,0 +1,210 @@
+"""
+Midtraining: teach a base model the chat format, tool use and multiple choice, as more pretraining on conversations.
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
+    python -m scripts.mid_train --num_iterations=20 --total_batch_size=2048 --eval_tokens=2048      (a CPU, to try)
+
+Conversations are packed into full rows like documents, and every token is a target. The run is one pass over the
+mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are known, not guessed.
+"""
+
+import time
+
+from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
+from nanochat.common import (
+    Ema,
+    compute_cleanup,
+    compute_init,
+    get_peak_flops,
+    lr_multiplier,
+    peak_memory_bytes,
+    print0,
+    rank_slice,
+    run_script,
+    synchronize,
+)
+from nanochat.configurator import get_settings, override_from_cli
+from nanochat.dataloader import RowLoader, conversation_documents, pack_documents, shift, to_batch
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.precision import describe_precision, get_precision_dtype
+from nanochat.report import get_report
+from nanochat.tokenizer import get_token_bytes
+from nanochat.training import (
+    MetricsLog,
+    StopSignal,
+    accumulate_gradients,
+    align_batch_size,
+    attempt,
+    check_finite,
+    guess_device_batch_size,
+    make_scaler,
+    optimizer_step,
+    resume_step,
+    save_or_warn,
+    set_rates,
+    step_line,
+)
+from tasks.mixtures import mid_mixture
+from tasks.smoltalk import SmolTalk
+
+# -----------------------------------------------------------------------------
+# Settings
+run: str = "dummy"                   # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                # cuda, mps or cpu; empty = detect
+seed: int = 42                       # of the data order
+# Model
+model_tag: str | None = None         # base model to start from, and tag of the result; None = the one saved last
+model_step: int | None = None        # its step; None = the last
+# Data: how often the mixture holds each part
+identity_epochs: int = 2             # times the identity conversations stand in the mixture
+spelling_size: int = 200000          # SimpleSpelling words
+spellingbee_size: int = 80000        # SpellingBee questions
+# Horizon
+num_iterations: int = -1             # optimizer steps; -1 = one pass over the mixture
+# Optimization
+device_batch_size: int = -1          # rows per micro-batch; -1 = what the device's memory holds
+total_batch_size: int = 524288       # tokens per optimizer step over all ranks
+embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
+matrix_lr: float = 0.02              # Muon, all matrices of the blocks
+init_lr_frac: float = 1.0            # all learning rates start at this fraction
+warmdown_ratio: float = 0.2          # last part of the run in which the learning rate falls to 0
+# Evaluation and checkpoints
+eval_every: int = 150                # steps between validation losses; -1 = at the end only
+eval_tokens: int = 2097152           # tokens of held-out conversations to score; -1 = all
+save_every: int = 500                # steps between checkpoints (one is also saved before every evaluation)
+keep_last: int = 2                   # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
+compile: bool | None = None          # torch.compile; None = on GPUs only, where it pays
+
+
+# -----------------------------------------------------------------------------
+
+
+def count_tokens(mixture, tokenizer):
+    """Tokens of one pass over the mixture, counted by rendering it."""
+    return sum(len(tokenizer.render_conversation(mixture[i], max_tokens=None)[0]) for i in range(len(mixture)))
+
+
+def main():
+    # Init: device, ranks, the base model, its tokenizer
+    settings = get_settings(globals())
+    ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
+    print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
+    base_step, _ = base_manager.load_meta(model_step)
+    tokenizer = base_manager.load_tokenizer(base_step)
+    token_bytes = get_token_bytes(device, tokenizer)
+
+    # Model: the base model's weights, or this stage's own checkpoint to resume
+    manager = CheckpointManager(get_checkpoint_dir("mid", base_manager.checkpoint_dir.name))
+    step, state = resume_step(manager, resume_from_step, settings)
+    model = base_manager.load_model(device, base_step) if state is None else manager.load_model(device, step)
+    max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
+    if compile or (compile is None and device.type == "cuda"):
+        model.compile()
+    print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
+
+    # Data: the mixture packed into rows, and held-out conversations
+    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size)
+    num_tokens = count_tokens(mixture, tokenizer)
+
+    def documents(position):
+        return conversation_documents(mixture, tokenizer, position)
+
+    loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+    val_rows = pack_documents(conversation_documents(SmolTalk("test"), tokenizer, epochs=1),
+                              tokenizer.get_bos_token_id(), max_seq_len, eval_tokens)
+    my_val_rows = val_rows[ddp_rank::ddp_world_size]
+
+    # Horizon and batch
+    batch_tokens = align_batch_size(total_batch_size, max_seq_len)
+    rows_per_step = batch_tokens // max_seq_len
+    my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
+    if device_rows <= 0:
+        device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
+    iterations = num_iterations if num_iterations > 0 else max(1, num_tokens // batch_tokens)
+    print0(f"mixture: {len(mixture):,} conversations, {num_tokens:,} tokens | batch: {batch_tokens:,} tokens = "
+           f"{rows_per_step} rows, {device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
+
+    def val_batches():
+        for start in range(0, len(my_val_rows), device_rows):
+            yield to_batch(my_val_rows[start: start + device_rows], device)
+
+    # Optimizers
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
+    scaler = make_scaler(device)
+    if state is not None:
+        manager.load_optimizers(optimizers, step)
+
+    # State of the loop
+    peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
+    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
+    smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
+    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
+    stop, saved_step = StopSignal(device), (step if state else -1)
+
+    # Loop: save, evaluate, train
+    while True:
+        last, stopping = step == iterations, stop.asked()
+        eval_due = last or (eval_every > 0 and step % eval_every == 0)
+        # Save first: whatever fails later, the steps so far are on disk
+        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
+        if save_due and step != saved_step:
+            meta = {"settings": settings, "loader": loader.state(), "progress": progress, "iterations": iterations,
+                    "smooth_loss": smooth_loss.state()}
+            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
+            saved_step = step
+        if stopping and not last:
+            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+            break
+
+        # Evaluate: bits per byte of held-out conversations
+        if eval_due:
+            val_bpb = attempt("the evaluation", lambda: evaluate_bpb(model, val_batches(), token_bytes))
+            if val_bpb is not None:
+                progress["val_bpb"] = val_bpb
+                progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
+                print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
+                metrics_log.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
+        if last:
+            break
+
+        # Train: one optimizer step on this step's rows
+        synchronize(device)
+        start = time.perf_counter()
+        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
+        set_rates(optimizers, lr_factor)
+        inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
+        loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
+        loss = check_finite(loss, step, loader.state(), manager)
+        grad_norm = optimizer_step(model, optimizers, scaler)
+        synchronize(device)
+        dt_s = time.perf_counter() - start
+
+        # Log
+        step += 1
+        progress["train_s"] += dt_s
+        metrics, line = step_line(
+            step, iterations, loss, lr_factor, dt_s, batch_tokens,
+            flops_per_s=flops_per_token * batch_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
+            eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
+            grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"])
+        metrics_log.log(metrics)
+        print0(line)
+
+    # Summary and cleanup
+    print0(f"peak memory: {peak_memory_bytes(device) / 2**20:,.0f} MiB | train time: {progress['train_s'] / 60:.2f}m")
+    get_report().log("Midtraining", {
+        "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"),
+        "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
+        "tokens": step * batch_tokens, "training minutes": progress["train_s"] / 60})
+    loader.close()
+    metrics_log.close()
+    stop.restore()
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    override_from_cli(globals(), prefix="--")
+    run_script(main)

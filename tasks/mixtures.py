@@ -1,0 +1,33 @@
+"""What the chat stages train on: the mixtures of conversations for midtraining and for supervised finetuning."""
+
+from nanochat.common import get_data_dir, print0
+from tasks.arc import ARC
+from tasks.common import TaskMixture
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+
+def identity_tasks(epochs):
+    """The identity conversations `epochs` times; none, and that is said, where a local mirror comes without them."""
+    mirror = get_data_dir()
+    if mirror is not None and not (mirror / "identity_conversations.jsonl").is_file():
+        print0(f"note: no identity_conversations.jsonl in {mirror}, so the model does not learn who it is")
+        return []
+    return [CustomJSON() for _ in range(epochs)]
+
+
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size):
+    """Small talk, multiple choice, word problems with the calculator, identity, spelling. All examples, shuffled."""
+    return TaskMixture([SmolTalk("train"), MMLU("auxiliary_train"), GSM8K(split="train"),
+                        *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
+                        SpellingBee(spellingbee_size, "train")])
+
+
+def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size):
+    """Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full."""
+    return TaskMixture([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
+                        SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
+                        SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train")])
