@@ -40,7 +40,7 @@ def running_server(service, **app_settings):
             while not (server.started and all(decode.loaded.is_set() for decode in service.threads)):
                 time.sleep(0.01)
                 assert thread.is_alive()
-            yield "http://127.0.0.1:%d" % sock.getsockname()[1], server
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}", server
         finally:
             server.should_exit = True
             thread.join()

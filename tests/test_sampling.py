@@ -1,0 +1,56 @@
+"""Sampling for a batch against sampling row by row, and against sorting the whole vocabulary."""
+
+import random
+
+import torch
+
+from nanochat.sampling import Sampling, sample_row, sample_rows, top_logprobs
+
+MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1),
+         Sampling(0.9, top_k=20, top_p=0.5, min_p=0.01), Sampling(2.0, top_k=10**6), Sampling(0.5)]
+
+
+def test_a_batch_draws_what_each_row_draws_alone():
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    for _ in range(50):
+        logits, u = torch.randn(len(MIXED), 300) * 3, [rng.random() for _ in MIXED]
+        batch = sample_rows(logits, MIXED, u).tolist()
+        assert batch == [sample_row(*row) for row in zip(logits, MIXED, u, strict=True)]
+
+
+def reference_nucleus(logits, temperature, top_p):
+    """The set of tokens that top_p keeps, by its definition."""
+    p = torch.softmax(logits / temperature, dim=-1)
+    kept, total = set(), 0.0
+    for token in p.argsort(descending=True).tolist():
+        if total >= top_p:
+            break
+        kept.add(token)
+        total += float(p[token])
+    return kept
+
+
+def test_top_p_keeps_the_nucleus_even_when_it_is_most_of_a_large_vocabulary():
+    logits = torch.linspace(0, 1, 2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    draws = 4000
+    for top_p in (0.05, 0.9):  # fewer tokens than are looked at first, and more
+        u = [i / draws for i in range(draws)]
+        drawn = set(sample_rows(logits.expand(draws, -1), [Sampling(1.0, top_p=top_p)] * draws, u).tolist())
+        nucleus = reference_nucleus(logits, 1.0, top_p)
+        assert drawn <= nucleus and len(drawn) > 0.95 * len(nucleus)
+
+
+def test_the_largest_random_number_stays_inside():
+    logits = torch.full((1, 1000), -50.0)
+    logits[0, 3] = 0.0
+    for sampling in (Sampling(1.0), Sampling(1.0, top_p=0.99), Sampling(1.0, top_k=7)):
+        assert sample_rows(logits, [sampling], [1 - 2**-53]).tolist() == [3]
+
+
+def test_logprobs_are_those_of_the_unfiltered_model():
+    logits = torch.randn(3, 40)
+    reference = torch.log_softmax(logits, dim=-1)
+    for row, (token, (logprob, top)) in enumerate(zip([4, 0, 39], top_logprobs(logits, [4, 0, 39], 3), strict=True)):
+        assert logprob == float(reference[row, token])
+        assert top == list(zip(*(x.tolist() for x in reversed(reference[row].topk(3))), strict=True))
