@@ -2,13 +2,14 @@
 Reinforcement learning on word problems: GRPO reduced to its core.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
-    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8     (a CPU, to try)
+    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8   (a CPU, to try)
 
-Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its reward
-minus the mean of its question's (arXiv 2402.03300, without the division by the standard deviation, arXiv 2503.20783).
-Every step trains once on what the present model wrote, so there is no ratio to clip, and no KL term: the loss is the
-negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (the ending one too, what
-a tool forced not) and divided by their number over all ranks. KL to the start and entropy are logged.
+Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its
+reward minus the mean of its question's (arXiv 2402.03300, without dividing by the standard deviation, arXiv
+2503.20783). Every step trains once on what the present model wrote, so there is no ratio to clip, and no KL term: the
+loss is the negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (the
+ending one too, what a tool forced not) and divided by their number over all ranks. KL to the start and entropy are
+logged.
 """
 
 import time
@@ -173,8 +174,8 @@ def main():
     if device_rows <= 0:
         rows_per_rank = -(-examples_per_step // ddp_world_size) * num_samples
         device_rows = guess_device_batch_size(model.config, device, rows_per_rank)
-    print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | questions: {len(train_task):,} | "
-           f"{examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of {ddp_world_size} "
+    print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | questions: {len(train_task):,} "
+           f"| {examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of {ddp_world_size} "
            f"ranks | steps: {iterations:,}")
 
     # Optimizers

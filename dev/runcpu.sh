@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The whole pipeline on a laptop's CPU, with no network beyond package installation: a model of a few million
+# parameters that reads, answers, counts letters and does sums in a small world of its own, in minutes.
+#
+#   bash dev/runcpu.sh              train on the toy world (written first, in seconds)
+#   NANOCHAT_DATA_DIR=/path bash dev/runcpu.sh       train on a local data mirror instead
+#   DRY_RUN=1 bash dev/runcpu.sh    print the commands
+#
+# Afterwards: python -m scripts.chat_cli, or python -m scripts.chat_web and a browser.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
+
+if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu; fi
+BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+
+# 1. The toy world: stories, facts, word problems, questions and small talk from a seed (half a minute). Its place in
+#    the pipeline is that of the web text, the tasks and the chats of a real run.
+if [ -z "${NANOCHAT_DATA_DIR:-}" ]; then
+    run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
+    export NANOCHAT_DATA_DIR="$BASE/toy_world"
+fi
+run python -m nanochat.report reset
+
+# 2. The tokenizer: a small vocabulary keeps the model's head, most of its arithmetic at this size, small (seconds).
+run python -m scripts.tok_train --vocab_size=2048
+run python -m scripts.tok_eval
+
+# 3. Pretraining: four layers learn the language of that world.
+run python -m scripts.base_train --depth=4 --max_seq_len=256 --total_batch_size=4096 \
+    --num_iterations="${BASE_STEPS:-500}" --eval_every=100 --eval_tokens=65536 --sample_every=-1
+run python -m scripts.base_loss --eval_tokens=65536
+
+# 4. Midtraining: the chat format, the calculator, multiple choice.
+run python -m scripts.mid_train --total_batch_size=4096 --num_iterations="${MID_STEPS:-350}" --eval_every=150 \
+    --eval_tokens=32768 --spelling_size=1500 --spellingbee_size=2500
+
+# 5. Supervised finetuning: only the assistant's own words are targets.
+run python -m scripts.chat_sft --examples_per_step=16 --num_iterations="${SFT_STEPS:-200}" --init_lr_frac=0.2 \
+    --eval_every=100 --spelling_size=300 --spellingbee_size=1000 --smoltalk_size=2000
+
+# 6. Reinforcement learning on word problems: right answers become likelier.
+run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-24}" --examples_per_step=8 --num_samples=8 \
+    --max_new_tokens=96 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.05
+
+# 7. Evaluation of every stage on held-out questions, and the report card.
+for stage in base mid sft rl; do
+    run python -m scripts.chat_eval -i "$stage" -a "Identity|MMLU|ARC-Easy|GSM8K|SpellingBee" -x 100 -m 128
+done
+run python -m nanochat.report generate
+
+# 8. Talk to it.
+run python -m scripts.chat_cli -p "Who are you?"
+if [ -t 0 ]; then run python -m scripts.chat_cli; fi

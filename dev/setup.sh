@@ -1,0 +1,15 @@
+# Sourced by the run scripts: uv, the virtual environment with torch, and the rustbpe extension built in it.
+#   source dev/setup.sh cpu|gpu [more arguments of uv sync]
+# Everything the project needs is installed here, uv itself when it is missing. Nothing of the user's is changed:
+# NANOCHAT_BASE_DIR and the other variables keep the values they have.
+
+if ! command -v uv > /dev/null; then
+    # the official installer where its site is reached, else pip
+    (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) || python3 -m pip install --quiet uv
+    export PATH="$HOME/.local/bin:$PATH"
+fi
+uv sync --extra "$@"
+source .venv/bin/activate
+
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+mkdir -p "$NANOCHAT_BASE_DIR"
