@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+COLDEST = 1e-5  # a temperature below this takes the most likely token, before logits / temperature overflows
+
 
 @dataclass
 class Sampling:
@@ -40,7 +42,8 @@ def sample_rows(logits, samplings, u):
     """
     groups = {}  # rows that are drawn in the same way, together: 64 rows cost little more than one
     for i, s in enumerate(samplings):
-        groups.setdefault(_take_best if s.temperature == 0 else _draw_filtered if s.filters else _draw, []).append(i)
+        draw = _take_best if s.temperature < COLDEST else _draw_filtered if s.filters else _draw
+        groups.setdefault(draw, []).append(i)
     ids = torch.empty(len(samplings), dtype=torch.long, device=logits.device)
     for draw, index in groups.items():
         part = logits if len(index) == len(samplings) else logits[index]
@@ -76,6 +79,7 @@ def _draw_filtered(logits, samplings, u, limit=1024):
     # drop what lies wholly beyond top_p, and what is below min_p of the likeliest, which always stays
     keep = (p.cumsum(1) - p) < _column([s.top_p or 1.0 for s in samplings], logits)
     keep &= p >= p[:, :1] * _column([s.min_p or 0.0 for s in samplings], logits)
+    keep[:, 0] = True  # also where top_p is 0 in float32
     if K < V and bool((keep[:, -1:] & (top_k > K)).any()):
         return _draw_filtered(logits, samplings, u, V)
     p = p * keep

@@ -75,7 +75,7 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key and scope["path"] not in OPEN_PATHS and not hmac.compare_digest(
-                given.encode(), self.api_key.encode()):
+                given.encode("latin-1"), self.api_key.encode()):  # headers are bytes, which ASGI shows as latin-1
             return error_response(401, "Invalid or missing API key: send it as 'Authorization: Bearer KEY'",
                                   headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")

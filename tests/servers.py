@@ -14,14 +14,23 @@ from scripts.chat_web import Server, create_app
 from tests.tiny import tiny_model
 
 MODEL = "sft-tiny"
+URL = "http://127.0.0.1"
+HELLO = {"messages": [{"role": "user", "content": "the light of the sun"}], "seed": 3, "max_tokens": 8}
+
+
+def chat(client, **fields):
+    """The response to a chat request: HELLO with other fields."""
+    return client.post("/v1/chat/completions", json={**HELLO, **fields})
 
 
 def tiny_engine(tokenizer, sequence_len=128):
     return Engine(tiny_model(tokenizer.get_vocab_size(), sequence_len).eval(), tokenizer)
 
 
-def tiny_service(tokenizer, sequence_len=128, num_rows=4, chunk=32, **settings):
+def tiny_service(tokenizer, sequence_len=128, num_rows=4, chunk=32, endless=False, **settings):
+    """endless: no token ends an answer, so that a test decides when it is over."""
     engine = tiny_engine(tokenizer, sequence_len)
+    engine.stop_tokens = frozenset() if endless else engine.stop_tokens
     settings = {"max_tokens": 16, **settings}
     return Service(lambda i: {MODEL: Lane(engine, num_rows, chunk)}, [MODEL], **settings)
 

@@ -48,6 +48,12 @@ def test_the_largest_random_number_stays_inside():
         assert sample_rows(logits, [sampling], [1 - 2**-53]).tolist() == [3]
 
 
+def test_settings_that_are_0_in_float32_take_the_likeliest():
+    logits = torch.randn(1, 1000)
+    for sampling in (Sampling(1e-320), Sampling(1.0, top_p=5e-324), Sampling(1e-320, top_k=5, min_p=1.0)):
+        assert sample_rows(logits, [sampling], [0.9]).tolist() == [int(logits.argmax())]
+
+
 def test_logprobs_are_those_of_the_unfiltered_model():
     logits = torch.randn(3, 40)
     reference = torch.log_softmax(logits, dim=-1)

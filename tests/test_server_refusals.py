@@ -1,0 +1,177 @@
+"""What the web server refuses, with which status, and what it keeps to itself."""
+
+import logging
+import threading
+
+import pytest
+from starlette.testclient import TestClient
+
+from nanochat.common import UserError
+from nanochat.service import Service
+from scripts.chat_web import create_app, find_models, is_loopback, main, parse_args
+from tests.servers import MODEL, URL, chat, tiny_service, wait_for
+
+
+@pytest.fixture(scope="module")
+def client(tokenizer):
+    service = tiny_service(tokenizer)
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert wait_for(lambda: service.trouble is None)
+        yield client
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("fields, hint", [
+    ({"temperature": -1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"),
+    ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
+    ({"messages": []}, "messages"), ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "message 0"),
+    ({"messages": [{"role": "user", "content": "word " * 500}]}, "the newest message takes"),
+    ({"presence_penalty": 0.5}, "presence_penalty"), ({"tools": [{"type": "function"}]}, "tools is not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format is not supported"), ({"seed": 2**70}, "seed"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages.0.content"),
+])
+def test_a_wrong_field_is_a_400_that_names_it(client, fields, hint):
+    response = chat(client, **fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and hint in error["message"]
+    assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_other_clients_send_by_default_is_accepted(client):
+    fields = {"presence_penalty": 0, "frequency_penalty": 0, "user": "x", "top_k": 5, "min_p": 0.1, "stop": None,
+              "max_tokens": None, "max_completion_tokens": 3, "response_format": {"type": "text"}, "tools": [],
+              "messages": [{"role": "developer", "content": "short"},
+                           {"role": "user", "content": [{"type": "text", "text": "hi"}]}]}
+    assert chat(client, **fields).json()["usage"]["completion_tokens"] <= 3
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [10**6], [[1], [512]], [-1], list(range(128)), ["a", 1], None])
+def test_a_prompt_that_cannot_be_is_a_400(client, prompt):
+    response = client.post("/v1/completions", json={"prompt": prompt})
+    assert response.status_code == 400 and "error" in response.json()
+
+
+def test_refusals_have_openai_s_shape_and_the_right_status(client):
+    assert chat(client, model="gpt-9").status_code == 404
+    assert client.get("/v1/models/gpt-9").status_code == 404
+    assert client.get("/nothing").json()["error"]["type"] == "not_found_error"
+    assert client.get("/v1/chat/completions").status_code == 405
+    bad_json = client.post("/v1/chat/completions", content=b"{bad", headers={"content-type": "application/json"})
+    assert bad_json.status_code == 400 and "not JSON" in bad_json.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_a_413_with_a_length_or_without(client):
+    body = b'{"messages": "' + b"x" * (5 * 2**20) + b'"}'
+    headers = {"content-type": "application/json"}
+    for content in (body, iter([body[: 2**22], body[2**22:]])):  # the iterator is sent without a length
+        response = client.post("/v1/chat/completions", content=content, headers=headers)
+        assert response.status_code == 413 and response.json()["error"]["message"]
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(tokenizer):
+    service = tiny_service(tokenizer, num_rows=1, max_waiting=1)
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert wait_for(lambda: service.trouble is None)
+        crowd = client.post("/v1/completions", json={"prompt": [[1]] * 5, "max_tokens": 1})  # one call comes in whole
+        assert crowd.status_code == 200
+        first = threading.Thread(target=client.post, args=("/v1/completions",),
+                                 kwargs={"json": {"prompt": [[1]] * 3, "max_tokens": 100}})
+        first.start()
+        assert wait_for(lambda: service.count("num_waiting"))
+        refused = chat(client)
+        first.join()
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_until_the_model_is_there_it_says_loading(tokenizer):
+    loading, loaded = threading.Event(), tiny_service(tokenizer).threads[0].load
+    service = Service(lambda i: loading.wait() and loaded(), [MODEL])
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        answer = chat(client)
+        assert answer.status_code == 503 and answer.json()["error"]["message"] == "Loading model"
+        assert client.get("/v1/models").json()["data"][0]["id"] == MODEL
+        loading.set()
+        assert wait_for(lambda: client.get("/ready").status_code == 200)
+        assert chat(client).status_code == 200
+        service.stop()
+        assert client.get("/ready").status_code == chat(client).status_code == 503
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tokenizer):
+    failed = threading.Event()
+    service = Service(lambda i: (_ for _ in ()).throw(UserError("no such file")), [MODEL])
+    service.on_failure = failed.set
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert failed.wait(10) and isinstance(service.error, UserError)
+        assert client.get("/ready").status_code == 503
+
+
+# -- safe by default
+
+
+def test_a_key_is_asked_of_all_but_the_page_and_the_probes(tokenizer):
+    service = tiny_service(tokenizer)
+    with TestClient(create_app(service, api_key="sésame"), base_url="http://example.org") as client:
+        assert wait_for(lambda: service.trouble is None)
+        for path in ("/v1/models", "/stats", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        refused = chat(client)
+        assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication_error"
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        right = {"Authorization": "Bearer sésame".encode()}
+        assert client.get("/stats", headers=right).status_code == 200
+
+
+def test_other_machines_need_a_key(monkeypatch):
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    monkeypatch.setattr("sys.argv", ["chat_web", "--host", "0.0.0.0"])
+    with pytest.raises(UserError, match="needs a key"):
+        main()
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        True, True, True, False, False]
+
+
+def test_without_a_key_only_local_names_are_answered(client):
+    assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/health", headers={"Host": "localhost:9999"}).status_code == 200
+
+
+def test_cors_is_off_and_can_be_opened_for_one_origin(client, tokenizer):
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client.options("/v1/models", headers=headers).headers
+    with TestClient(create_app(tiny_service(tokenizer), cors_origin=["https://a.example"]), base_url=URL) as opened:
+        allowed = opened.options("/v1/models", headers=headers).headers["access-control-allow-origin"]
+        assert allowed == "https://a.example"
+        headers["Origin"] = "https://b.example"
+        assert "access-control-allow-origin" not in opened.options("/v1/models", headers=headers).headers
+
+
+def test_the_page_may_load_nothing_from_elsewhere(client):
+    first, second = client.get("/"), client.get("/")
+    policy = first.headers["content-security-policy"]
+    nonce = policy.split("'nonce-")[1].split("'")[0]
+    assert policy.startswith("default-src 'none'; script-src 'nonce-") and "unsafe" not in policy
+    assert nonce in first.text and "__NONCE__" not in first.text and nonce not in second.text
+
+
+def test_chat_text_is_not_logged(client, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    chat(client, messages=[{"role": "user", "content": "xyzzy secret"}])
+    chat(client, messages=[{"role": "user", "content": "xyzzy secret " * 300}])
+    output = capfd.readouterr()
+    assert "xyzzy" not in caplog.text + output.out + output.err
+
+
+def test_models_are_named_by_stage_and_tag(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="no sft checkpoint"):
+        find_models(parse_args([]))
+    with pytest.raises(UserError, match="stage:tag"):
+        find_models(parse_args(["--models", "base:d4:x"]))
