@@ -242,7 +242,8 @@ def attempt(what, function):
 class MetricsLog:
     """
     metrics.jsonl, one JSON object a line, and the same to wandb where a run name other than 'dummy' was given. Rank 0
-    writes. After a resume at `step`, lines of that step and later ones are dropped, so that no step stands twice.
+    writes. After a resume at `step`, what the resumed run does again is dropped, so that nothing stands twice: later
+    steps, and the evaluation at that step, which comes after the checkpoint.
     """
 
     def __init__(self, path, config, run="dummy", step=0):
@@ -251,7 +252,8 @@ class MetricsLog:
             return
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if line["step"] < step] if step else []
+        kept = [line for line in self._lines()
+                if step and (line["step"] < step or (line["step"] == step and "train/loss" in line))]
         self._file = open(self.path, "w", encoding="utf-8")
         for line in kept:
             self._write(line)

@@ -2,7 +2,7 @@
 Reinforcement learning on word problems: GRPO reduced to its core.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
-    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8   (a CPU, to try)
+    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8   (a CPU)
 
 Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its
 reward minus the mean of its question's (arXiv 2402.03300, without dividing by the standard deviation, arXiv
@@ -25,6 +25,7 @@ from nanochat.common import (
     compute_init,
     get_dist_info,
     lr_multiplier,
+    micro_batches,
     peak_memory_bytes,
     print0,
     run_script,
@@ -84,6 +85,8 @@ save_every: int = 60                 # steps between checkpoints (one is also sa
 keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
 
+KL_ROWS = 16  # answers a step on which KL and entropy are estimated, on rank 0
+
 
 # -----------------------------------------------------------------------------
 
@@ -140,16 +143,18 @@ def training_arrays(rows, advantages):
 
 
 @torch.no_grad()
-def compare_models(model, start_model, inputs, targets):
+def compare_models(model, start_model, inputs, targets, device_rows):
     """
     (KL to the start model, entropy) in nats per token, estimated on sampled tokens: the means of log p - log p_start
     and of -log p (Schulman 2020, "Approximating KL divergence", k1).
     """
-    x, y = to_device(inputs, model.device), to_device(targets, model.device)
-    with get_autocast_ctx(model.device):
-        nll, nll_start = (m(x, y, loss_reduction="none") for m in (model, start_model))
-    count = (y != IGNORE).sum().clamp(min=1)
-    return ((nll_start - nll).sum() / count).item(), (nll.sum() / count).item()
+    sums = torch.zeros(3)
+    for rows in micro_batches(len(inputs), device_rows):
+        x, y = to_device(inputs[rows], model.device), to_device(targets[rows], model.device)
+        with get_autocast_ctx(model.device):
+            nll, nll_start = (m(x, y, loss_reduction="none") for m in (model, start_model))
+        sums += torch.stack([(nll_start - nll).sum(), nll.sum(), (y != IGNORE).sum()]).cpu()
+    return (sums[0] / sums[2].clamp(min=1)).item(), (sums[1] / sums[2].clamp(min=1)).item()
 
 
 def main():
@@ -175,8 +180,8 @@ def main():
         rows_per_rank = -(-examples_per_step // ddp_world_size) * num_samples
         device_rows = guess_device_batch_size(model.config, device, rows_per_rank)
     print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | questions: {len(train_task):,} "
-           f"| {examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of {ddp_world_size} "
-           f"ranks | steps: {iterations:,}")
+           f"| {examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of "
+           f"{ddp_world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
@@ -236,7 +241,7 @@ def main():
         local = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         num_targets, reward_sum, num_rollouts, num_useful = all_reduce_sum(
             torch.tensor(local, dtype=torch.float32, device=device)).tolist()
-        kl, entropy = compare_models(model, start_model, inputs[:device_rows], targets[:device_rows])
+        kl, entropy = compare_models(model, start_model, inputs[:KL_ROWS], targets[:KL_ROWS], device_rows)
         loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
         loss = check_finite(loss, step, {"questions": step * examples_per_step}, manager)
         grad_norm = optimizer_step(model, optimizers, scaler)

@@ -7,7 +7,6 @@ import torch
 
 from nanochat.tokenizer import RustBPETokenizer
 
-
 # Tiny models gain nothing from threads, and a process without a thread pool can be forked (test_distributed.py).
 torch.set_num_threads(1)
 

@@ -138,15 +138,17 @@ def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, {})
     for step in range(6):
-        log.log({"step": step, "x": 0})
+        log.log({"step": step, "val/bpb": 0})
+        log.log({"step": step + 1, "train/loss": 0})
     log.close()
     with open(path, "a", encoding="utf-8") as f:
-        f.write('{"step": 6, "x"')  # a line that a crash cut short
+        f.write('{"step": 6, "val')  # a line that a crash cut short
     log = MetricsLog(path, {}, step=4)
-    log.log({"step": 4, "x": 1})
+    log.log({"step": 4, "val/bpb": 1})
     log.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        *({"step": step, "x": 0} for step in range(4)), {"step": 4, "x": 1}]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert lines[-2:] == [{"step": 4, "train/loss": 0}, {"step": 4, "val/bpb": 1}]
 
 
 def test_a_missing_wandb_is_one_line(tmp_path):

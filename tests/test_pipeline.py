@@ -1,0 +1,222 @@
+"""The training scripts end to end on a tiny mirror: each runs, stops, resumes exactly, and says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dev import gen_synthetic_data
+from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
+from nanochat.common import UserError, get_base_dir
+from scripts import base_loss, base_train, chat_rl, chat_sft, mid_train
+
+ROOT = Path(__file__).parent.parent
+BASE = dict(depth=1, max_seq_len=64, total_batch_size=256, device_batch_size=2, eval_tokens=300, eval_every=2,
+            num_iterations=4, device_type="cpu")
+MID = dict(total_batch_size=256, num_iterations=4, eval_tokens=300, eval_every=2, spelling_size=20, spellingbee_size=20,
+           device_batch_size=2, device_type="cpu")
+SFT = dict(examples_per_step=4, num_iterations=4, eval_examples=4, eval_every=2, smoltalk_size=20, spelling_size=5,
+           spellingbee_size=5, device_batch_size=2, device_type="cpu")
+RL = dict(num_iterations=4, examples_per_step=2, num_samples=2, max_new_tokens=8, eval_every=2, eval_examples=4,
+          device_batch_size=2, device_type="cpu")
+STAGES = {"base": (base_train, BASE), "mid": (mid_train, MID), "sft": (chat_sft, SFT), "rl": (chat_rl, RL)}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory, tokenizer):
+    """A base directory after all four stages, four steps each, and the mirror they read."""
+    root = tmp_path_factory.mktemp("pipeline")
+    gen_synthetic_data.write_mirror(root / "mirror", seed=1, scale=0.02)
+    tokenizer.save(root / "base" / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
+        patch.setenv("NANOCHAT_DATA_DIR", str(root / "mirror"))
+        patch.setenv("NANOCHAT_PRECISION", "float32")
+        for stage in STAGES:
+            run_stage(stage)
+    return root / "base"
+
+
+@pytest.fixture(autouse=True)
+def environment(base_dir, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(base_dir.parent / "mirror"))
+    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
+
+
+def run_stage(stage, **settings):
+    """main() of a stage with these settings; the script's own are put back afterwards."""
+    script, defaults = STAGES[stage]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (defaults | settings).items():
+            patch.setattr(script, name, value)
+        script.main()
+
+
+def curve(stage, tag="d1"):
+    """The numbers of a run that do not depend on the clock."""
+    lines = (get_checkpoint_dir(stage, tag) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items()
+             if not any(word in k for word in ("dt_ms", "per_sec", "mfu", "train_s", "memory"))} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_saves_and_reports(stage, base_dir):
+    assert CheckpointManager(get_checkpoint_dir(stage, "d1")).steps() == [2, 4]
+    steps = [line["step"] for line in curve(stage) if "grad_norm" in line]
+    assert steps == [1, 2, 3, 4]
+    sections = [json.loads(path.read_text())["section"] for path in (base_dir / "report").glob("*.json")]
+    assert {"base": "Base model training", "mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"}[stage] in sections
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_gives_exactly_the_losses_of_an_unbroken_run(stage, base_dir):
+    manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
+    unbroken = curve(stage)
+    weights = manager.load_model(torch.device("cpu"), 4).state_dict()
+    run_stage(stage, resume_from_step=2)
+    assert curve(stage) == unbroken
+    for name, weight in manager.load_model(torch.device("cpu"), 4).state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_micro_batch_does_not_change_the_losses(stage):
+    unbroken = curve(stage)
+    run_stage(stage, resume_from_step=2, device_batch_size=3)
+    for ours, theirs in zip(curve(stage), unbroken, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-4)
+
+
+def test_sft_counts_every_conversation_once(base_dir, capsys):
+    """All of an epoch at a context that cuts many of them: no NaN, no stall, every one used."""
+    run_stage("sft", num_iterations=-1, eval_every=-1, examples_per_step=16)
+    sft_report = json.loads(next((base_dir / "report").glob("*chat-sft.json")).read_text())
+    printed = capsys.readouterr().out
+    used, cut = sft_report["conversations"], sft_report["conversations cut to the context"]
+    assert f"mixture: {used:,} conversations" in printed and 0 < cut < used
+
+
+def test_sft_on_conversations_without_targets_trains_on(monkeypatch):
+    """A context so short that the user's turn fills it: the loss is 0, not NaN, and the run ends."""
+    def rows(dataset, indices, tokenizer, max_len):
+        inputs, targets, cut = real(dataset, indices, tokenizer, max_len)
+        return inputs, targets * 0 - 1, cut
+    real = chat_sft.conversation_rows
+    monkeypatch.setattr(chat_sft, "conversation_rows", rows)
+    run_stage("sft", num_iterations=2, eval_every=-1, eval_examples=0)
+    assert [line["train/loss"] for line in curve("sft") if "grad_norm" in line] == [0.0, 0.0]
+
+
+def test_optional_evaluations_off_still_save_and_resume():
+    run_stage("base", eval_every=-1, sample_every=-1, save_every=-1, model_tag="plain")
+    assert CheckpointManager(get_checkpoint_dir("base", "plain")).steps() == [4]
+    run_stage("base", eval_every=-1, sample_every=-1, save_every=-1, model_tag="plain", resume_from_step=-2)
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_run(monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("pretended")
+    monkeypatch.setattr(base_train, "evaluate_bpb", fail)
+    monkeypatch.setattr(base_train, "sample_texts", fail)
+    run_stage("base", model_tag="unlucky")
+    assert CheckpointManager(get_checkpoint_dir("base", "unlucky")).steps() == [2, 4]
+    assert "the evaluation failed and is skipped" in capsys.readouterr().out
+
+
+def test_a_signal_saves_and_the_resumed_run_goes_on_as_if_nothing_was(monkeypatch):
+    run_stage("base", model_tag="whole", eval_every=-1)
+    whole = curve("base", "whole")
+    real = base_train.optimizer_step
+
+    def step_and_signal(*args):
+        norm = real(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return norm
+    calls = []
+    monkeypatch.setattr(base_train, "optimizer_step", step_and_signal)
+    run_stage("base", model_tag="stopped", eval_every=-1)
+    assert CheckpointManager(get_checkpoint_dir("base", "stopped")).steps() == [3]
+    run_stage("base", model_tag="stopped", eval_every=-1, resume_from_step=-2)
+    assert curve("base", "stopped") == whole
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(monkeypatch):
+    real = base_train.accumulate_gradients
+
+    def diverge(*args, **kwargs):
+        loss, rows = real(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 4 else loss), rows
+    calls = []
+    monkeypatch.setattr(base_train, "accumulate_gradients", diverge)
+    with pytest.raises(UserError, match="step 3 is nan.*step 2"):
+        run_stage("base", model_tag="diverged")
+    assert CheckpointManager(get_checkpoint_dir("base", "diverged")).steps() == [2]
+
+
+def test_resuming_with_other_settings_says_so(capsys):
+    run_stage("base", resume_from_step=2, num_iterations=4, save_every=7)
+    assert "note: --save_every=7 now, 1000 in the run that is resumed" in capsys.readouterr().out
+
+
+def test_base_loss_scores_both_splits(monkeypatch, capsys):
+    monkeypatch.setattr(base_loss, "eval_tokens", 300)
+    monkeypatch.setattr(base_loss, "model_tag", "d1")
+    base_loss.main()
+    out = capsys.readouterr().out
+    assert "train bpb: " in out and "val bpb: " in out and "sample: " in out
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(num_iterations=-1, target_param_data_ratio=-1.0), "no end"),
+    (dict(data="/nowhere"), "/nowhere"),
+    (dict(device_type="tpu"), "device_type=tpu"),
+    (dict(resume_from_step=77), "no whole checkpoint of step 77"),
+])
+def test_a_wrong_setting_is_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        run_stage("base", **({"model_tag": "wrong"} | settings))
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_loses_nothing(tmp_path):
+    """kill -9 ten times, also while saving (every step saves): the losses equal those of an unbroken run."""
+    settings = dict(num_iterations=60, save_every=1, eval_every=-1)
+    flags = [f"--{name}={value}" for name, value in (BASE | settings).items()]
+    run_stage("base", **settings, model_tag="unbroken")
+    command = [sys.executable, "-m", "scripts.base_train", *flags, "--model_tag=killed"]
+    manager, delays = CheckpointManager(get_checkpoint_dir("base", "killed")), iter(range(100))
+    kills = 0
+    while manager.last_step() != 60:
+        resume = ["--resume_from_step=-2"] if manager.steps() else []
+        process = subprocess.Popen([*command, *resume], cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+        before, deadline = manager.last_step() or 0, time.time() + 120
+        while process.poll() is None and (manager.last_step() or 0) < before + 3 and time.time() < deadline:
+            time.sleep(0.002)
+        if kills < 10:
+            time.sleep(next(delays) * 0.007 % 0.05)  # another moment of a step each time
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills == 10 and curve("base", "killed") == curve("base", "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))
+def test_every_script_has_help(script):
+    command = [sys.executable, "-m", f"scripts.{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python -m scripts.{script}" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_the_base_dir_is_the_one_of_the_test():
+    assert "pipeline" in str(get_base_dir())
