@@ -6,7 +6,7 @@ How fast loading, training and decoding are on this machine, beside the goals of
     NANOCHAT_PRECISION=fp8 python -m dev.bench_model --parts=train --depths=26 ...
 
 Every figure is the best of a few repetitions: machines are shared, and what disturbs only makes things slower. Peers
-run in the same process, in turn with ours. Nothing is downloaded; a peer that is not installed is left out, with a word.
+run in the same process, in turn with ours. Nothing is downloaded; a peer that is not installed is left out and named.
 """
 
 import time

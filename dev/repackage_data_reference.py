@@ -3,7 +3,7 @@ How a corpus becomes shards: what was done, or can be done again, to the text th
 
     python -m dev.repackage_data_reference --data='/raw/*.jsonl.zst' --out=/shards
 
-Reads documents (parquet, jsonl or txt, as --data takes them), shuffles them in a window, and writes `shard_%05d.parquet`
+Reads documents (parquet, jsonl or txt, as --data takes them), shuffles them in a window, writes `shard_%05d.parquet`
 with one string column `text`, zstd, row groups of 1,024 documents and page checksums: small enough to hold one in
 memory, large enough to compress. A shard ends after about 250 million characters, 100 MB on disk for English. The last
 shard is kept small and apart from the others: it is the validation set.

@@ -10,11 +10,12 @@ import argparse
 import sys
 
 from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
-from nanochat.common import compute_init, run_script
-from nanochat.engine import Engine, TextStream
+from nanochat.common import UserError, compute_init, run_script
+from nanochat.engine import Engine, TextStream, fit_conversation
 
 HELP = "commands: /clear forget the conversation, /system TEXT set the system message, /help, /quit (or Ctrl-D)\n" \
        'multi-line input: begin and end with """'
+DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def parse_args():
@@ -33,28 +34,25 @@ def parse_args():
     return parser.parse_args()
 
 
-def fit_prompt(messages, system, tokenizer, max_prompt):
+def answer(engine, prompt, args, seed, show_tools=False):
     """
-    (prompt ids, number of messages left out): the conversation rendered for completion; while it is longer than
-    max_prompt tokens its oldest exchange goes, never the system message or the newest question.
+    Stream the answer to stdout; returns its text. Ctrl-C ends the answer, not the program. What the model computes on
+    the way (a python block and its result) is no part of the text: shown dimmed, or not at all.
     """
-    for start in range(0, len(messages), 2):
-        head = [{"role": "system", "content": system}] if system else []
-        ids = tokenizer.render_for_completion({"messages": head + messages[start:]})
-        if len(ids) <= max_prompt:
-            return ids, start
-    return [ids[0], *ids[-(max_prompt - 1):]], len(messages) - 1  # one message alone is too long: keep its end
-
-
-def answer(engine, prompt, args, seed):
-    """Stream the answer to stdout; returns its text. Ctrl-C ends the answer, not the program."""
-    stream, text = TextStream(engine.tokenizer), ""
+    tokenizer = engine.tokenizer
+    stream, text, in_tool = TextStream(tokenizer), "", False
+    opens = {tokenizer.encode_special("<|python_start|>"): "[", tokenizer.encode_special("<|output_start|>"): " -> "}
+    closes = {tokenizer.encode_special("<|python_end|>"): "", tokenizer.encode_special("<|output_end|>"): "] "}
     settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     try:
         for (token,), _ in engine.generate(prompt, seed=seed, **settings):
-            piece = stream.feed(token)
-            print(piece, end="", flush=True)
-            text += piece
+            in_tool = token in opens or (in_tool and token not in closes)
+            piece = opens.get(token) or closes.get(token) or stream.feed(token)
+            if in_tool or token in closes:
+                print(f"{DIM}{piece}{PLAIN}" if show_tools else "", end="", flush=True)
+            else:
+                print(piece, end="", flush=True)
+                text += piece
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
     end = stream.flush()
@@ -95,13 +93,20 @@ def chat(engine, args):
             print(HELP)
         elif message:
             messages.append({"role": "user", "content": message})
-            prompt, dropped = fit_prompt(messages, system, engine.tokenizer, max_prompt)
+            head = [{"role": "system", "content": system}] if system else []
+            try:
+                prompt, dropped = fit_conversation(engine.tokenizer, head + messages, max_prompt)
+            except ValueError as error:
+                print(f"({error}: shorten it)")
+                messages.pop()
+                continue
             if dropped:
                 print(f"(the context of {context} tokens is full: the first {dropped} messages are forgotten)")
                 messages = messages[dropped:]
             print("Assistant: ", end="", flush=True)
             turn += 1
-            messages.append({"role": "assistant", "content": answer(engine, prompt, args, args.seed + turn)})
+            text = answer(engine, prompt, args, args.seed + turn, show_tools=sys.stdout.isatty())
+            messages.append({"role": "assistant", "content": text})
 
 
 def main():
@@ -114,8 +119,12 @@ def main():
         print(prompt, end="", flush=True)
         answer(engine, tokenizer(prompt, prepend=tokenizer.get_bos_token_id()), args, args.seed)
     elif args.prompt is not None:
-        messages = [{"role": "user", "content": args.prompt}]
-        prompt, _ = fit_prompt(messages, args.system, tokenizer, model.config.sequence_len - 8)
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        messages.append({"role": "user", "content": args.prompt})
+        try:
+            prompt, _ = fit_conversation(tokenizer, messages, model.config.sequence_len - 8)
+        except ValueError as error:
+            raise UserError(f"-p does not fit the model's context: {error}", "ask something shorter") from error
         answer(engine, prompt, args, args.seed)
     else:
         chat(engine, args)

@@ -17,24 +17,26 @@ ROOMS = {
     "dataset": ["common", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "curves"], "core_eval": ["common", "download", "precision"],
     "dataloader": ["common", "dataset"], "gpt": ["precision", "adamw", "muon"],
-    "engine": ["precision", "execution"], "serving": ["common", "engine"],
+    "sampling": [], "engine": ["precision", "execution", "sampling"], "serving": ["engine"], "protocol": [],
+    "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "precision", "gpt", "tokenizer"],
     "training": ["common", "precision", "dataloader"],
 }
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 400, "nanochat/engine.py": 400, "nanochat/tokenizer.py": 380, "nanochat/dataloader.py": 300,
+    "nanochat/gpt.py": 400, "nanochat/engine.py": 400, "nanochat/tokenizer.py": 380, "nanochat/dataloader.py": 320,
     "nanochat/dataset.py": 220, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 300, "nanochat/common.py": 320,
     "nanochat/configurator.py": 130, "nanochat/precision.py": 120, "nanochat/core_eval.py": 330,
     "nanochat/loss_eval.py": 70, "nanochat/execution.py": 370, "nanochat/report.py": 335, "nanochat/curves.py": 130,
-    "nanochat/training.py": 320, "nanochat/serving.py": 260,
+    "nanochat/training.py": 320, "nanochat/serving.py": 280, "nanochat/service.py": 270, "nanochat/protocol.py": 300,
+    "nanochat/sampling.py": 140,
     "scripts/tok_train.py": 110, "scripts/tok_eval.py": 220, "scripts/base_train.py": 300, "scripts/base_loss.py": 90,
     "scripts/base_eval.py": 140, "scripts/mid_train.py": 260, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
     "scripts/chat_eval.py": 150, "scripts/chat_cli.py": 150, "scripts/chat_web.py": 330,
     "tasks/common.py": 215, "tasks/evaluate.py": 190, "tasks/spellingbee.py": 300,
-    "nanochat/ui.html": 900, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
+    "nanochat/ui.html": 1450, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
@@ -92,7 +94,7 @@ def test_other_files_stay_within_their_budget(name):
 
 def test_the_rust_crate_stays_under_its_budget():
     sources = [p for p in (ROOT / "rustbpe" / "src").glob("*.rs")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1100
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1250
 
 
 def test_importing_everything_does_nothing(tmp_path):
