@@ -67,14 +67,15 @@ def _draw(logits, samplings, u):
 
 def _draw_filtered(logits, samplings, u, limit=1024):
     """Looks at the top_k likeliest tokens, or at `limit` where there is no top_k and at all where these are too few."""
-    V = logits.size(1)
+    V, temperature = logits.size(1), _column([s.temperature for s in samplings], logits)
     top_k = _column([min(s.top_k or V, V) for s in samplings], logits)
     K = min(V, max(s.top_k or limit for s in samplings))
-    scaled = logits / _column([s.temperature for s in samplings], logits)
-    values, order = scaled.topk(K)  # (B, K), descending
-    values = values.masked_fill(torch.arange(K, device=logits.device) >= top_k, -torch.inf)
+    values, order = logits.topk(K)  # (B, K), descending
+    values = (values / temperature).masked_fill(torch.arange(K, device=logits.device) >= top_k, -torch.inf)
     # probabilities among the top_k, or among all
-    total = torch.where(top_k < V, values.logsumexp(1, keepdim=True), scaled.logsumexp(1, keepdim=True))
+    total = values.logsumexp(1, keepdim=True)
+    if not all(s.top_k for s in samplings):
+        total = torch.where(top_k < V, total, (logits / temperature).logsumexp(1, keepdim=True))
     p = (values - total).exp()
     # drop what lies wholly beyond top_p, and what is below min_p of the likeliest, which always stays
     keep = (p.cumsum(1) - p) < _column([s.top_p or 1.0 for s in samplings], logits)
@@ -92,7 +93,7 @@ def _column(values, like):
 
 def _quantile(p, u, last):
     """Index (B,) where the running sum of p (B, N) passes the fraction u of its total; never beyond `last`."""
-    cumulative = p.cumsum(dim=-1)
+    cumulative = p.cumsum_(dim=-1)  # in place: p has served
     # right=True and u below 1 in float32: no entry of probability 0, not even when u meets a boundary exactly
     goal = _column(u, p).clamp(max=1 - 2**-24) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, goal, right=True)[:, 0].clamp(max=last)
