@@ -125,10 +125,8 @@ class PageServer:
         if path == "/v1/models" and self.models_status != 200:
             return fail(handler, self.models_status, "Loading model", {"Retry-After": "1"})
         if path == "/v1/models":
-            models = [{"id": name, "object": "model"} for name in self.models]
+            models = [{"id": name, "object": "model", "max_model_len": MAX_CONTEXT} for name in self.models]
             return send_json(handler, {"object": "list", "data": models})
-        if path == "/stats":
-            return send_json(handler, {"max_context": MAX_CONTEXT})
         fail(handler, 404, f"no such path: {path}")
 
     def post(self, handler):

@@ -66,6 +66,10 @@ def test_settings_last_and_reset(chat, server):
     chat.button("Settings").click()
     chat.button("Reset settings").click()
     assert chat.page.input_value("[name=temperature]") == "0.8"
+    chat.page.fill("[name=top_k]", "0")
+    chat.page.keyboard.press("Escape")
+    chat.say("Hi")
+    assert server.requests[0][0]["top_k"] == -1 and "seed" not in server.requests[0][0]
     assert chat.page.evaluate("document.documentElement.dataset.theme ?? 'system'") == "system"
 
 
@@ -166,15 +170,6 @@ def test_export_and_import_round_trip(chat, server, tmp_path):
     assert len(chat.titles()) == 1
 
 
-@pytest.mark.parametrize("content", ["nonsense", '{"format": "nanochat.chats", "chats": [{"turns": [{"role": "x"}]}]}'])
-def test_a_bad_import_is_named_and_changes_nothing(chat, content, tmp_path):
-    chat.say("Hi")
-    (tmp_path / "bad.json").write_text(content, encoding="utf-8")
-    chat.page.set_input_files("#import", tmp_path / "bad.json")
-    chat.see("Could not import bad.json")
-    assert chat.titles() == ["Hi"]
-
-
 def test_export_as_markdown(chat, server, tmp_path):
     server.script = [Answer(["Sure.", ("python", "1+1"), ("python_output", "2"), "Two."])]
     chat.say("1+1?")
@@ -204,7 +199,6 @@ def test_markdown_becomes_elements(chat, server):
     counts = {"h5": 1, "ol > li": 2, "ol ul > li": 2, "table tr": 4, "td.right": 3, "blockquote p": 1, "a": 1,
               "strong": 4, "em": 1, ".code pre": 1, "p code": 1}
     assert {css: chat.answer().locator(f".md {css}").count() for css in counts} == counts
-    assert chat.answer().locator(".code .k").all_inner_texts() == ["def", "return", "for", "in", "if"]
     chat.button("Copy code").click()
     assert chat.page.evaluate("navigator.clipboard.readText()").startswith('def count(word, letter):\n    # one pass')
     chat.button("Copy message", chat.answer()).click()
@@ -253,12 +247,6 @@ def test_figures_of_an_answer_and_the_context_meter(chat, server):
     rate = chat.page.evaluate("pathOf(current).at(-1).stats.rate")
     assert 5 < rate < 55  # 11 gaps of at least 20 ms
     assert chat.page.locator("#meter").inner_text() == "512 of 2,048 tokens"
-
-
-def test_turns_left_out_are_told(chat, server):
-    server.script = [Answer(["Yes"], dropped=4)]
-    chat.say("Still there?")
-    chat.see("The 4 oldest messages no longer fit in the context")
 
 
 def test_shortcuts(chat, server):

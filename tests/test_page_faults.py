@@ -206,3 +206,18 @@ def test_damaged_conversations_are_skipped(chat):
     assert chat.titles() == ["Hi", "Circle"]
     chat.button("Circle").click()
     assert len(chat.turns()) == 2
+
+
+@pytest.mark.parametrize("content", ["nonsense", '{"format": "nanochat.chats", "chats": [{"turns": [{"role": "x"}]}]}'])
+def test_a_bad_import_is_named_and_changes_nothing(chat, content, tmp_path):
+    chat.say("Hi")
+    (tmp_path / "bad.json").write_text(content, encoding="utf-8")
+    chat.page.set_input_files("#import", tmp_path / "bad.json")
+    chat.see("Could not import bad.json")
+    assert chat.titles() == ["Hi"]
+
+
+def test_turns_left_out_are_told(chat, server):
+    server.script = [Answer(["Yes"], dropped=4)]
+    chat.say("Still there?")
+    chat.see("The 4 oldest messages no longer fit in the context")
