@@ -12,6 +12,8 @@ import os
 
 import torch
 
+from nanochat.common import UserError
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.bfloat16}
 
 
@@ -36,7 +38,7 @@ def get_precision(device_type=None):
     if not asked:
         return "bfloat16" if _has_native_bf16(device_type) else "float32"
     if asked not in DTYPES:
-        raise ValueError(f"NANOCHAT_PRECISION={asked} is unknown\nhint: use one of {', '.join(DTYPES)}, or unset it")
+        raise UserError(f"NANOCHAT_PRECISION={asked} is unknown", f"use one of {', '.join(DTYPES)}, or unset it")
     if asked == "fp8" and not _has_float8(device_type):
         return "bfloat16" if _has_native_bf16(device_type) else "float32"
     return asked

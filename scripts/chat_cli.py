@@ -11,7 +11,7 @@ import sys
 
 from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
-from nanochat.engine import Engine, TextStream, fit_conversation
+from nanochat.engine import Engine, Sampling, TextStream, fit_conversation
 
 HELP = "commands: /clear forget the conversation, /system TEXT set the system message, /help, /quit (or Ctrl-D)\n" \
        'multi-line input: begin and end with """'
@@ -111,6 +111,10 @@ def chat(engine, args):
 
 def main():
     args = parse_args()
+    try:
+        Sampling(args.temperature, args.top_k, args.top_p)
+    except ValueError as error:
+        raise UserError(str(error), "leave the flag out for its default") from error
     _, _, _, device = compute_init(args.device_type)
     model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)

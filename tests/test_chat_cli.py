@@ -47,8 +47,8 @@ def test_a_base_model_continues_the_text(run, capsys):
 
 
 def test_a_conversation_with_commands_multi_line_input_and_a_full_context(run, capsys):
-    run(typed=["/system Be kind.", '"""first line', 'second line"""', "and then?", "more", "more", "/clear", "/nonsense",
-               "", "word " * 200, "/quit", "never read"])
+    run(typed=["/system Be kind.", '"""first line', 'second line"""', "and then?", "more", "more", "/clear",
+               "/nonsense", "", "word " * 200, "/quit", "never read"])
     out = capsys.readouterr().out
     assert out.count("Assistant: ") == 4 and "are forgotten" in out and out.count("(new conversation)") == 2
     assert "fit: shorten it" in out
@@ -57,3 +57,8 @@ def test_a_conversation_with_commands_multi_line_input_and_a_full_context(run, c
 def test_a_prompt_beyond_the_context_is_refused(run):
     with pytest.raises(UserError, match="-p does not fit"):
         run("-p", "word " * 200)
+
+
+def test_a_bad_setting_is_refused(run):
+    with pytest.raises(UserError, match="temperature=-1"):
+        run("-p", "Hello", "-t", "-1")

@@ -24,15 +24,6 @@ from tasks.identity import Identity, identity_path
 needs_walls = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system has not all walls of the sandbox")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are done sooner by one thread than by several that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_mirror(root):
     """Three questions of each data set, of which nothing is known to a tiny model."""
     choices = [f"choice {letter}" for letter in "ABCD"]

@@ -30,15 +30,6 @@ TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
 KINDS = ["multiple_choice", "schema", "language_modeling"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are done sooner by one thread than by several that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Bytes:
     """A tokenizer of bytes: 0..255, and 256 = <|bos|>."""
 

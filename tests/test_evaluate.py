@@ -25,15 +25,6 @@ from tasks.evaluate import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are done sooner by one thread than by several that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=128)

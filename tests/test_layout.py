@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
     "common": [], "configurator": [], "execution": [], "curves": [],
-    "precision": [], "adamw": ["common"], "muon": ["common", "precision"],
+    "precision": ["common"], "adamw": ["common"], "muon": ["common", "precision"],
     "loss_eval": ["common", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "curves"], "core_eval": ["common", "download", "precision"],
