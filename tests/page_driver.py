@@ -38,7 +38,7 @@ def open_page(browser, server, init_script="", **settings):
     """A fresh profile with the page open; `settings` are those of playwright's new_context."""
     defaults = {"viewport": {"width": 1200, "height": 800}, "reduced_motion": "reduce"}
     context = browser.new_context(**(defaults | settings))
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(30_000)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page, troubles = context.new_page(), []
 
