@@ -8,10 +8,11 @@ use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
-const CACHE_BITS: u32 = 15;
+const CACHE_BITS: u32 = 15; // 2^15 rows, 2 MB for each thread
+const GROUP: usize = 32; // words are looked up in groups: the processor then waits for many of them at once
 const CHUNK_BYTES: usize = 1 << 17; // texts are handed to threads in portions of about this size
 
-/// The ids of a short word. A slot of the cache is 32 bytes, half a cache line.
+/// The ids of a short word, in 32 bytes: a row of two is one cache line.
 #[derive(Clone, Copy, Default)]
 struct CachedWord {
     key: Key,      // 0 = empty
@@ -20,10 +21,11 @@ struct CachedWord {
 }
 
 /// What a thread needs to encode: a cache of words, and room to work in.
+#[derive(Default)]
 struct Worker {
-    cache: Vec<CachedWord>,
-    next: Vec<u32>,                             // by start of a part of a word: where the next part starts
-    prev: Vec<u32>,                             // and where the one before starts
+    cache: Vec<[CachedWord; 2]>, // by hash; in each row the word seen last comes first
+    next: Vec<u32>,              // by start of a part of a word: where the next part starts
+    prev: Vec<u32>,              // and where the one before starts
     heap: BinaryHeap<Reverse<(u32, u32, u32)>>, // (rank, start, end) of pairs of parts
 }
 
@@ -50,13 +52,6 @@ impl Encoded {
             ids.to_vec()
         };
         self.lens.into_iter().map(take).collect()
-    }
-}
-
-impl Worker {
-    fn new() -> Self {
-        let cache = vec![CachedWord::default(); 1 << CACHE_BITS];
-        Worker { cache, next: Vec::new(), prev: Vec::new(), heap: BinaryHeap::new() }
     }
 }
 
@@ -92,58 +87,94 @@ impl Encoder {
     }
 
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        let mut ids = Vec::new();
-        self.with_worker(|worker| self.encode_into(text, worker, &mut ids))?;
-        Ok(ids)
+        Ok(self.with_worker(|worker| self.encode_chunk(&[text], worker))?.ids)
     }
 
     fn with_worker<T>(&self, f: impl FnOnce(&mut Worker) -> T) -> T {
         let idle = locked(&self.workers).pop();
-        let mut worker = idle.unwrap_or_else(Worker::new);
+        let mut worker = idle.unwrap_or_default();
+        worker.cache.resize(1 << CACHE_BITS, Default::default()); // when it is a new one
         let result = f(&mut worker);
         locked(&self.workers).push(worker);
         result
     }
 
-    fn encode_into(&self, text: &str, worker: &mut Worker, ids: &mut Vec<u32>) -> Result<(), String> {
-        let bytes = text.as_bytes();
-        self.splitter.for_each(text, |start, end| {
-            let key = key_of(bytes, start, end);
-            let slot = (hash(key) >> (64 - CACHE_BITS)) as usize;
-            let cached = &worker.cache[slot];
-            if cached.key == key && is_short(key) {
-                return ids.extend_from_slice(&cached.ids[..cached.len as usize]);
+    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], worker: &mut Worker) -> Result<Encoded, String> {
+        let size: usize = texts.iter().map(|text| text.as_ref().len()).sum();
+        let mut encoded = Encoded { ids: Vec::with_capacity(size / 4), lens: Vec::with_capacity(texts.len()) };
+        for text in texts.iter().map(T::as_ref) {
+            let before = encoded.ids.len();
+            let mut words = Vec::with_capacity(GROUP);
+            self.splitter.for_each(text, |start, end| {
+                words.push((key_of(text.as_bytes(), start, end), start, end));
+                if words.len() == GROUP {
+                    self.encode_words(text.as_bytes(), &words, worker, &mut encoded.ids);
+                    words.clear();
+                }
+            })?;
+            self.encode_words(text.as_bytes(), &words, worker, &mut encoded.ids);
+            encoded.lens.push(encoded.ids.len() - before);
+        }
+        Ok(encoded)
+    }
+
+    fn encode_words(&self, text: &[u8], words: &[(Key, usize, usize)], worker: &mut Worker, ids: &mut Vec<u32>) {
+        for &(key, start, end) in words {
+            let row = (hash(key) >> (64 - CACHE_BITS)) as usize;
+            let [first, second] = &mut worker.cache[row];
+            if first.key != key {
+                std::mem::swap(first, second);
             }
-            let before = ids.len();
-            match self.tokens.find(key, bytes, start, end) {
-                Some(id) => ids.push(id),
-                None => self.merge_word(&bytes[start..end], worker, ids),
+            if first.key != key || !is_short(key) {
+                self.encode_word(text, (key, start, end), worker, ids);
+                continue;
             }
-            let new = &ids[before..];
-            if let (true, Some(ids)) = (is_short(key), worker.cache[slot].ids.get_mut(..new.len())) {
-                ids.copy_from_slice(new);
-                (worker.cache[slot].key, worker.cache[slot].len) = (key, new.len() as u32);
-            }
-        })
+            let len = ids.len() + first.len as usize;
+            ids.extend_from_slice(&first.ids); // of fixed size, which is faster than as many as there are
+            ids.truncate(len);
+        }
+    }
+
+    /// A word that is not in the cache.
+    #[inline(never)]
+    fn encode_word(
+        &self,
+        text: &[u8],
+        (key, start, end): (Key, usize, usize),
+        worker: &mut Worker,
+        ids: &mut Vec<u32>,
+    ) {
+        let before = ids.len();
+        match self.tokens.find(key, text, start, end) {
+            Some(id) => ids.push(id),
+            None => self.merge_word(text, start, end, worker, ids),
+        }
+        let new = &ids[before..];
+        let cached = &mut worker.cache[(hash(key) >> (64 - CACHE_BITS)) as usize][0]; // seen longer ago, after the swap
+        if is_short(key) && new.len() <= cached.ids.len() {
+            (cached.key, cached.len) = (key, new.len() as u32);
+            cached.ids[..new.len()].copy_from_slice(new);
+        }
     }
 
     /// BPE of one word: the pair of lowest rank is merged first, the leftmost among equals. The pairs wait in a heap,
     /// so a word of n bytes takes n log n steps, also when it is one letter a hundred thousand times.
-    fn merge_word(&self, word: &[u8], worker: &mut Worker, ids: &mut Vec<u32>) {
-        let end = word.len() as u32;
+    fn merge_word(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let Worker { next, prev, heap, .. } = worker;
-        next.clear();
-        prev.clear();
-        next.extend(1..=end);
-        prev.extend((0..=end).map(|i| i.wrapping_sub(1)));
+        // Places are counted from the start of the word, and a lookup sees the whole text (see `key_of`).
         let find = |from: u32, to: u32| {
-            let (from, to) = (from as usize, to as usize);
-            self.tokens.find(key_of(word, from, to), word, from, to)
+            let (from, to) = (start + from as usize, start + to as usize);
+            self.tokens.find(key_of(text, from, to), text, from, to)
         };
         let pair = |from: u32, to: u32| {
             let rank = if to - from > self.max_token_len { None } else { find(from, to) };
             rank.map(|rank| Reverse((rank, from, to)))
         };
+        let end = (end - start) as u32;
+        next.clear();
+        prev.clear();
+        next.extend(1..=end);
+        prev.extend((0..=end).map(|i| i.wrapping_sub(1)));
         heap.extend((2..=end).filter_map(|to| pair(to - 2, to)));
         while let Some(Reverse((_, from, to))) = heap.pop() {
             // Stale unless two parts still start at `from` and end at `to`; a part merged away has next = 0.
@@ -160,10 +191,10 @@ impl Encoder {
                 heap.extend(pair(prev[from as usize], to));
             }
         }
-        let mut start = 0;
-        while start < end {
-            ids.extend(find(start, next[start as usize])); // every part is a token
-            start = next[start as usize];
+        let mut part = 0;
+        while part < end {
+            ids.extend(find(part, next[part as usize])); // every part is a token
+            part = next[part as usize];
         }
     }
 
@@ -190,16 +221,6 @@ impl Encoder {
         let mut done: Vec<_> = results.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect();
         done.sort_by_key(|(index, _)| *index);
         Ok(done.into_iter().map(|(_, encoded)| encoded).collect())
-    }
-
-    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], worker: &mut Worker) -> Result<Encoded, String> {
-        let mut encoded = Encoded { ids: Vec::new(), lens: Vec::with_capacity(texts.len()) };
-        for text in texts {
-            let before = encoded.ids.len();
-            self.encode_into(text.as_ref(), worker, &mut encoded.ids)?;
-            encoded.lens.push(encoded.ids.len() - before);
-        }
-        Ok(encoded)
     }
 }
 

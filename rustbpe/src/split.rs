@@ -30,7 +30,7 @@ impl Splitter {
     pub fn for_each(&self, text: &str, mut f: impl FnMut(usize, usize)) -> Result<(), String> {
         match self {
             Splitter::Default => {
-                let scan = Scan { text, bytes: text.as_bytes(), classes: &CLASSES };
+                let scan = Scan { text, bytes: text.as_bytes() };
                 let mut start = 0;
                 while start < text.len() {
                     let end = scan.piece_end(start);
@@ -60,6 +60,25 @@ const NUMBER: u8 = 2; // \p{N}
 const SPACE: u8 = 3; // \s without the next two
 const NEWLINE: u8 = 4; // \r and \n
 
+const WIDE: u8 = 5; // in BYTE_CLASSES: the character has several bytes
+
+/// The class of each one-byte character, in a table small enough to stay at hand.
+static BYTE_CLASSES: [u8; 256] = {
+    let mut classes = [WIDE; 256];
+    let mut byte = 0;
+    while byte < 0x80 {
+        classes[byte] = match byte as u8 {
+            b'a'..=b'z' | b'A'..=b'Z' => LETTER,
+            b'0'..=b'9' => NUMBER,
+            b'\r' | b'\n' => NEWLINE,
+            b' ' | b'\t' | 0x0B | 0x0C => SPACE,
+            _ => OTHER,
+        };
+        byte += 1;
+    }
+    classes
+};
+
 /// One byte per code point, 1.1 MB; only the few pages of the scripts in use are ever touched.
 static CLASSES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut classes = vec![OTHER; char::MAX as usize + 1];
@@ -85,29 +104,34 @@ fn code_points(pattern: &str) -> Vec<(char, char)> {
 struct Scan<'a> {
     text: &'a str,
     bytes: &'a [u8],
-    classes: &'a [u8],
 }
 
 impl Scan<'_> {
     /// (class, length in bytes) of the character at `i`; at the end of the text (OTHER, 0).
     #[inline(always)]
     fn class(&self, i: usize) -> (u8, usize) {
-        match self.bytes.get(i) {
-            Some(&byte) if byte < 0x80 => (self.classes[byte as usize], 1),
-            Some(_) => self.text[i..].chars().next().map_or((OTHER, 0), |c| (self.classes[c as usize], c.len_utf8())),
+        match self.bytes.get(i).map(|&byte| BYTE_CLASSES[byte as usize]) {
+            Some(WIDE) => self.wide_class(i),
+            Some(class) => (class, 1),
             None => (OTHER, 0),
         }
+    }
+
+    fn wide_class(&self, i: usize) -> (u8, usize) {
+        self.text[i..].chars().next().map_or((OTHER, 0), |c| (CLASSES[c as usize], c.len_utf8()))
     }
 
     /// Where the run of characters of `class` that starts at `i` ends.
     #[inline(always)]
     fn run_end(&self, mut i: usize, class: u8) -> usize {
         loop {
-            let (found, len) = self.class(i);
-            if found != class || len == 0 {
-                return i;
-            }
+            let found = self.bytes[i..].iter().position(|&byte| BYTE_CLASSES[byte as usize] != class);
+            let Some(len) = found else { return self.bytes.len() };
             i += len;
+            match self.class(i) {
+                (found, len) if found == class => i += len,
+                _ => return i,
+            }
         }
     }
 

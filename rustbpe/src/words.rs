@@ -7,7 +7,8 @@ use std::hash::Hasher;
 use std::sync::{mpsc, Mutex, MutexGuard, OnceLock};
 
 /// A word as one number, so that most comparisons are a single step. Up to 15 bytes: the bytes themselves, and their
-/// number in the top byte. Longer words: a hash, marked by LONG in the top byte. Never 0.
+/// number in the top byte. Longer words: a hash, marked by LONG in the top byte. Never 0. The key of a piece of a text
+/// is read faster (16 bytes at once) from the text than from a slice of it.
 pub type Key = u128;
 
 const LONG: u128 = 0xFF;
@@ -22,8 +23,8 @@ pub fn key_of(text: &[u8], start: usize, end: usize) -> Key {
     } else if let Some(Ok(window)) = text.get(start..start + 16).map(TryInto::try_into) {
         (len as u128, u128::from_le_bytes(window) & ((1 << (8 * len)) - 1))
     } else {
-        (len as u128, text[start..end].iter().rev().fold(0, |key, &byte| key << 8 | byte as u128))
-        // near the end
+        let bytes = text[start..end].iter().rev(); // near the end of the text
+        (len as u128, bytes.fold(0, |key, &byte| key << 8 | byte as u128))
     };
     tag << 120 | low
 }
