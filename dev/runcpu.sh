@@ -46,11 +46,13 @@ run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-20}" --examples_per_
     --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.05
 
 # 7. Evaluation of every stage on held-out questions, and the report card.
+TASKS="MMLU|ARC-Easy|GSM8K|SpellingBee"
+if [ -f "$NANOCHAT_DATA_DIR/tasks/identity_test.jsonl" ] || [ -n "${DRY_RUN:-}" ]; then TASKS="Identity|$TASKS"; fi
 for stage in base mid sft rl; do
-    run python -m scripts.chat_eval -i "$stage" -a "Identity|MMLU|ARC-Easy|GSM8K|SpellingBee" -x 100 -m 112
+    run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 100 -m 112
 done
 run python -m nanochat.report generate
 
 # 8. Talk to it.
-run python -m scripts.chat_cli -p "Who are you?"
-if [ -t 0 ]; then run python -m scripts.chat_cli; fi
+run python -m scripts.chat_cli -i rl -p "Who are you?"
+if [ -t 0 ]; then run python -m scripts.chat_cli -i rl; fi

@@ -8,7 +8,7 @@ if ! command -v uv > /dev/null; then
     (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) || python3 -m pip install --quiet uv
     export PATH="$HOME/.local/bin:$PATH"
 fi
-uv sync --extra "$@"
+uv sync --inexact --extra "$@"  # inexact: what the user added to the environment stays
 source .venv/bin/activate
 
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"

@@ -34,8 +34,9 @@ class DistAdamW(torch.optim.Optimizer):
     def __init__(self, param_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
         groups = []
         for group in param_groups:
-            names, params = zip(*group.pop("named_params"), strict=True)
-            groups.append({"params": list(params), "names": names, **group})
+            names, params = zip(*group["named_params"], strict=True)
+            rest = {key: value for key, value in group.items() if key != "named_params"}
+            groups.append({"params": list(params), "names": names, **rest})
         super().__init__(groups, dict(betas=betas, eps=eps, weight_decay=weight_decay))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -60,13 +61,13 @@ class DistAdamW(torch.optim.Optimizer):
         self.grad_sq = 0.0
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, group)
+                self._step_one(p, group)
 
     def _step_one(self, p, group):
         state, ranks = self._state(p), world_size()
         state["step"] += 1
-        flat = p.grad.reshape(-1)
+        # a rank without rows has no gradient, and takes part in the collectives all the same
+        flat = (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
         padding = -flat.numel() % ranks
         grad = reduce_scatter_sum(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
         shard = self._my_shard(p)

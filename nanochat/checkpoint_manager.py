@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError, barrier, get_base_dir, get_dist_info
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.precision import get_precision_dtype
 from nanochat.tokenizer import get_tokenizer
 
 FORMAT_VERSION = 1
@@ -39,7 +38,9 @@ STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "r
 
 
 def get_checkpoint_dir(stage, model_tag):
-    """The folder that holds the steps of one model: <base>/<stage folder>/<tag>."""
+    """The folder that holds the steps of one model: <base>/<stage folder>/<tag>. A tag is a name, never a path."""
+    if not re.fullmatch(r"\w[\w .+-]*", model_tag):
+        raise UserError(f"model_tag={model_tag!r} is not a name: letters, digits and _ . + - are", "--model_tag=d20")
     return get_base_dir() / STAGE_DIRS[stage] / model_tag
 
 
@@ -50,7 +51,8 @@ def find_checkpoint_dir(stage, model_tag=None):
     if model_tag is not None:
         return get_checkpoint_dir(stage, model_tag)
     checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
-    candidates = [d for d in checkpoints_dir.glob("*") if CheckpointManager(d).steps()]
+    candidates = [d for d in checkpoints_dir.glob("*")
+                  if CheckpointManager(d).steps() and not re.search(r"\.old\d+$", d.name)]  # see move_aside
     if not candidates:
         raise UserError(f"no {stage} checkpoint in {checkpoints_dir}",
                         f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
@@ -101,17 +103,17 @@ class CheckpointManager:
         ones or deleted. Returns their new folder, or None when there were none. Rank 0 moves, all ranks wait.
         """
         moved = None
-        if get_dist_info()[0] == 0 and self.checkpoint_dir.exists():
-            if self.steps():
-                numbers = (n for n in range(1, 10**6) if not self._aside(n).exists())
-                moved = self.checkpoint_dir.rename(self._aside(next(numbers)))
-            else:
-                shutil.rmtree(self.checkpoint_dir)  # nothing whole in it
+        if get_dist_info()[0] == 0 and self.steps():
+            moved = _rename_aside(self.checkpoint_dir)
         barrier()
         return moved
 
-    def _aside(self, number):
-        return self.checkpoint_dir.with_name(f"{self.checkpoint_dir.name}.old{number}")
+    def forget_after(self, step):
+        """Going back to `step` starts another future: checkpoints of later steps are renamed, out of its way."""
+        if get_dist_info()[0] == 0:
+            for later in [s for s in self.steps() if s > step]:
+                _rename_aside(self.checkpoint_dir / _step_name(later))
+        barrier()
 
     def save_model(self, model, step):
         """Save parameters and config alone. Returns the checkpoint's folder."""
@@ -156,14 +158,9 @@ class CheckpointManager:
                     "files": files}
             (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             _fsync_tree(tmp)
-            if folder.exists():  # the same step again, after a resume: swap, so that one of the two is always there
-                old = folder.with_name(f".old_{folder.name}")
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-                tmp.rename(folder)
-                shutil.rmtree(old)
-            else:
-                tmp.rename(folder)
+            if folder.exists():  # the same step of another run, or a damaged one, is not overwritten
+                _rename_aside(folder)
+            tmp.rename(folder)
             _fsync(folder.parent)
         except OSError:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -233,11 +230,17 @@ def load_checkpoint(stage, device, model_tag=None, step=None):
     manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
     step, meta = manager.load_meta(step)
     model = manager.load_model(device, step).eval().requires_grad_(False)
-    return model.to(get_precision_dtype(torch.device(device).type)), manager.load_tokenizer(step), meta
+    return model.to_compute_dtype(), manager.load_tokenizer(step), meta
 
 
 # -----------------------------------------------------------------------------
 # Files
+
+
+def _rename_aside(folder):
+    """Rename a folder to the first free <name>.old<n>; returns its new path."""
+    names = (folder.with_name(f"{folder.name}.old{n}") for n in range(1, 10**6))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def _read_meta(folder):

@@ -48,7 +48,7 @@ def get_base_dir():
 
 
 def get_data_dir():
-    """The local data mirror $NANOCHAT_DATA_DIR as a Path (shared layout: README.md), or None when unset."""
+    """The local data mirror $NANOCHAT_DATA_DIR as a Path, or None when unset."""
     data_dir = os.environ.get("NANOCHAT_DATA_DIR")
     if not data_dir:
         return None
@@ -141,6 +141,8 @@ def synchronize(device):
     """Wait for a GPU's queued work, so that a clock read afterwards is honest. A no-op on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory_bytes(device):
@@ -235,7 +237,7 @@ def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac
         return (step + 1) / warmup_iters
     if step <= num_iterations - warmdown_iters:
         return 1.0
-    progress = (num_iterations - step) / warmdown_iters  # 1 -> 0
+    progress = max(0.0, (num_iterations - step) / warmdown_iters)  # 1 -> 0
     return progress + (1 - progress) * final_frac
 
 

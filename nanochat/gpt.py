@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
 from nanochat.muon import DistMuon
-from nanochat.precision import active_dtype, float8_linear
+from nanochat.precision import active_dtype, float8_linear, get_precision_dtype
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -193,8 +193,8 @@ class _HeadLoss(torch.autograd.Function):
         w = weight.to(dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
-        for rows in torch.arange(x.size(0)).split(chunk_rows):
-            s = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, x.size(0), chunk_rows):
+            s = slice(start, start + chunk_rows)
             loss, dlogits = chunk_fn(x[s] @ w.T, targets[s], row_weights[s])
             total += loss.sum()
             torch.mm(dlogits, w, out=dx[s])
@@ -272,10 +272,17 @@ class GPT(nn.Module):
         head_dim = self.config.n_embd // self.config.n_head
         self.cos, self.sin = rotary_table(length, head_dim, self.lm_head.weight.device)
 
+    def to_compute_dtype(self):
+        """Store the parameters in the compute dtype, for inference: decoding then never casts. Returns the model."""
+        self.to(get_precision_dtype(self.device.type))
+        self.set_rotary(self.cos.size(2))  # which stays in float32
+        return self
+
     def compile(self):
         """Compile the trunk and the loss. The module and its parameter names stay as they are."""
-        self._trunk = torch.compile(self.trunk)
-        self._chunk_fn = torch.compile(_chunk_loss_and_grad)
+        # static shapes: one or two batch sizes occur, and kernels for any size are slower
+        self._trunk = torch.compile(self.trunk, dynamic=False)
+        self._chunk_fn = torch.compile(_chunk_loss_and_grad, dynamic=False)
 
     # -- forward
 
@@ -355,15 +362,18 @@ class GPT(nn.Module):
     # -- optimizers
 
     def setup_optimizers(self, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
-                         momentum=0.95):
-        """[DistAdamW for embedding and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768)."""
+                         momentum=0.95, compile=None):
+        """
+        [DistAdamW for embedding and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
+        compile: whether Muon compiles its update; None = on GPUs.
+        """
         scale = (self.config.n_embd / 768) ** -0.5
         adamw = DistAdamW([
             dict(named_params=[("lm_head.weight", self.lm_head.weight)], lr=unembedding_lr * scale),
             dict(named_params=[("transformer.wte.weight", self.transformer.wte.weight)], lr=embedding_lr * scale),
         ])
         matrices = [(name, p) for name, p in self.named_parameters() if name.startswith("transformer.h.")]
-        return [adamw, DistMuon(matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay)]
+        return [adamw, DistMuon(matrices, matrix_lr, momentum, weight_decay=weight_decay, compile=compile)]
 
     def use_fp8(self):
         """Multiply the blocks' linear layers in 8 bits while training (shapes must be multiples of 16)."""

@@ -68,9 +68,10 @@ class DistMuon(torch.optim.Optimizer):
 
     named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
     weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
+    compile: whether to compile the update; None = on GPUs.
     """
 
-    def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0):
+    def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):
         by_shape = {}
         for name, p in named_params:
             if p.ndim != 2:
@@ -83,7 +84,7 @@ class DistMuon(torch.optim.Optimizer):
         if self.dtype == torch.float16:
             self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
-        compiles = groups[0]["params"][0].is_cuda
+        compiles = groups[0]["params"][0].is_cuda if compile is None else compile
         self._update = torch.compile(muon_update, dynamic=False) if compiles else muon_update
 
     @staticmethod
@@ -135,7 +136,7 @@ class DistMuon(torch.optim.Optimizer):
             for key, value in self._state(group).items():
                 full = all_gather(value)
                 for name, tensor in zip(group["names"], full, strict=False):
-                    tensors[f"{name}.{key}"] = tensor.cpu().clone()
+                    tensors[f"{name}.{key}"] = tensor.cpu() if tensor.is_cuda else tensor.clone()
         return tensors
 
     @torch.no_grad()

@@ -20,6 +20,13 @@ from nanochat.precision import get_autocast_ctx, get_precision_dtype
 # Derived settings
 
 
+def check_positive(settings, *names):
+    """Settings that must be 1 or more: a wrong one is named."""
+    for name in names:
+        if settings[name] < 1:
+            raise UserError(f"--{name}={settings[name]}: need 1 or more", f"leave --{name} out for its default")
+
+
 def derive_batch_size(num_tokens):
     """
     Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv 2505.13738), passing
@@ -33,7 +40,7 @@ def align_batch_size(batch_tokens, sequence_len):
     """The batch in whole rows; a size that is no multiple is rounded to the nearest one, and that is said."""
     aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len
     if aligned != batch_tokens:
-        print0(f"note: --total_batch_size={batch_tokens} is not a multiple of {sequence_len}, using {aligned}")
+        print0(f"note: a batch of {batch_tokens} tokens is not a multiple of {sequence_len}, using {aligned}")
     return aligned
 
 
@@ -143,7 +150,11 @@ def optimizer_step(model, optimizers, scaler=None):
         scaler.update()
     model.zero_grad(set_to_none=True)
     grad_sq = sum(optimizer.grad_sq for optimizer in optimizers)
-    return all_reduce_sum(torch.as_tensor(grad_sq, dtype=torch.float32, device=model.device)).sqrt().item()
+    norm = all_reduce_sum(torch.as_tensor(grad_sq, dtype=torch.float32, device=model.device)).sqrt().item()
+    if scaler is None and not math.isfinite(norm):  # the parameters are lost: stop before anything saves them
+        raise UserError(f"the gradient's norm is {norm}, with a finite loss; nothing of this step was saved",
+                        "resume with --resume_from_step=-2 and a smaller --matrix_lr")
+    return norm
 
 
 def make_scaler(device):
@@ -167,10 +178,11 @@ def check_finite(loss, step, loader_state, manager):
 # Checkpoints of a run
 
 
-def resume_step(manager, resume_from_step, settings):
+def resume_step(manager, resume_from_step, settings, fixed=()):
     """
     (step, meta) to go on from: (0, None) for a new run (resume_from_step = -1), which moves an older run's
-    checkpoints aside; -2 is the latest whole checkpoint. Settings that differ from the saved run's are said.
+    checkpoints aside; -2 is the latest whole checkpoint. Checkpoints of later steps are moved aside, settings that
+    differ from the saved run's are said, and those named in `fixed` are refused: with them it would be another run.
     """
     if resume_from_step == -1:
         moved = manager.move_aside()
@@ -179,9 +191,21 @@ def resume_step(manager, resume_from_step, settings):
         return 0, None
     step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
     for name, saved in meta["settings"].items():
-        if name != "resume_from_step" and settings.get(name) != saved:
-            print0(f"note: --{name}={settings.get(name)} now, {saved} in the run that is resumed")
+        if name == "resume_from_step" or settings.get(name) == saved:
+            continue
+        if name in fixed:
+            raise UserError(f"--{name}={settings.get(name)}, but the run that is resumed has {saved}",
+                            f"resume with --{name}={saved}, or leave --resume_from_step out for a new run")
+        print0(f"note: --{name}={settings.get(name)} now, {saved} in the run that is resumed")
+    manager.forget_after(step)
     return step, meta
+
+
+def check_end(step, iterations):
+    """A run that is resumed past its end has nothing to do."""
+    if step > iterations:
+        raise UserError(f"the checkpoint is at step {step}, the run ends at {iterations}",
+                        f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
 
 
 def save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must):
@@ -292,7 +316,7 @@ def _import_wandb():
         import wandb
     except ImportError as error:
         raise UserError("--run names a wandb run, but wandb is not installed",
-                        "uv sync --extra wandb, or leave --run at 'dummy'") from error
+                        "uv sync --inexact --extra wandb, or leave --run at 'dummy'") from error
     return wandb
 
 

@@ -43,7 +43,9 @@ from nanochat.training import (
     StopSignal,
     accumulate_gradients,
     attempt,
+    check_end,
     check_finite,
+    check_positive,
     derive_horizon,
     guess_device_batch_size,
     make_scaler,
@@ -89,6 +91,8 @@ resume_from_step: int = -1               # step to go on from; -2 = the latest c
 model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
 compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
 
+FIXED = ("seed", "data", "crop", "depth", "max_seq_len")  # settings that a resumed run cannot change
+
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
            "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
 
@@ -115,6 +119,7 @@ def sample_texts(model, tokenizer):
 def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
+    check_positive(settings, "depth", "max_seq_len")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
 
@@ -125,7 +130,7 @@ def main():
 
     # Model: new, or from the checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
-    step, state = resume_step(manager, resume_from_step, settings)
+    step, state = resume_step(manager, resume_from_step, settings, FIXED)
     if state is None:
         model = GPT.create(GPTConfig.from_depth(depth, vocab_size, max_seq_len), device)
     else:
@@ -140,6 +145,7 @@ def main():
     # Horizon and batch: every derived setting is printed
     iterations, batch_tokens, rule = derive_horizon(num_iterations, target_flops, target_param_data_ratio,
                                                     total_batch_size, model)
+    check_end(step, iterations)
     rows_per_step = batch_tokens // max_seq_len
     my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
@@ -150,7 +156,7 @@ def main():
 
     # Optimizers
     decay = weight_decay * (12 / depth) ** 2
-    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
     scaler = make_scaler(device)
     if state is not None:
         manager.load_optimizers(optimizers, step)

@@ -34,14 +34,16 @@ from nanochat.common import (
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import IGNORE, to_device
 from nanochat.engine import Engine, Sampling
-from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
+from nanochat.precision import describe_precision, get_autocast_ctx
 from nanochat.report import get_report
 from nanochat.training import (
     MetricsLog,
     StopSignal,
     accumulate_gradients,
     attempt,
+    check_end,
     check_finite,
+    check_positive,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -160,15 +162,16 @@ def compare_models(model, start_model, inputs, targets, device_rows):
 def main():
     # Init: device, ranks, the model to start from and its tokenizer
     settings = get_settings(globals())
+    check_positive(settings, "examples_per_step", "num_samples", "max_new_tokens", "rollout_rows")
     _, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     tokenizer = source_manager.load_tokenizer(source_step)
     manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings)
+    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
     start_model = source_manager.load_model(device, source_step).requires_grad_(False)
-    start_model.to(get_precision_dtype(device.type))  # only compared with: the compute dtype is enough
+    start_model.to_compute_dtype()  # only compared with
     model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
     engine = Engine(model, tokenizer)
 
@@ -190,6 +193,7 @@ def main():
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
+    check_end(step, iterations)
     progress = (state or {}).get("progress", {"train_s": 0.0, "start": None, "accuracy": None, "rollouts": 0})
     metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
     stop, saved_step, samples = StopSignal(device), (step if state else -1), []

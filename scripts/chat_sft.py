@@ -35,7 +35,9 @@ from nanochat.training import (
     StopSignal,
     accumulate_gradients,
     attempt,
+    check_end,
     check_finite,
+    check_positive,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -109,13 +111,14 @@ def held_out_loss(model, dataset, tokenizer, ddp_rank, ddp_world_size, device_ro
 def main():
     # Init: device, ranks, the model to start from and its tokenizer
     settings = get_settings(globals())
+    check_positive(settings, "examples_per_step", "num_epochs")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     tokenizer = source_manager.load_tokenizer(source_step)
     manager = CheckpointManager(get_checkpoint_dir("sft", source_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings)
+    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
     model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
 
@@ -137,6 +140,7 @@ def main():
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
+    check_end(step, iterations)
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_loss": None, "used": 0, "cut": 0, "targets": 0})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))

@@ -10,9 +10,12 @@ mixture (or num_iterations steps): its tokens are counted beforehand, so progres
 
 import time
 
+import torch
+
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
 from nanochat.common import (
     Ema,
+    all_reduce_sum,
     compute_cleanup,
     compute_init,
     get_peak_flops,
@@ -35,7 +38,9 @@ from nanochat.training import (
     accumulate_gradients,
     align_batch_size,
     attempt,
+    check_end,
     check_finite,
+    check_positive,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -81,14 +86,17 @@ compile: bool | None = None          # torch.compile; None = on GPUs only, where
 # -----------------------------------------------------------------------------
 
 
-def count_tokens(mixture, tokenizer):
-    """Tokens of one pass over the mixture, counted by rendering it."""
-    return sum(len(tokenizer.render_conversation(mixture[i], max_tokens=None)[0]) for i in range(len(mixture)))
+def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
+    """Tokens of one pass over the mixture, counted by rendering it; ranks share the work. Collective."""
+    mine = range(ddp_rank, len(mixture), ddp_world_size)
+    count = sum(len(tokenizer.render_conversation(mixture[i], max_tokens=None)[0]) for i in mine)
+    return int(all_reduce_sum(torch.tensor(count, device=device)))
 
 
 def main():
     # Init: device, ranks, the base model, its tokenizer
     settings = get_settings(globals())
+    check_positive(settings, "total_batch_size")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
@@ -98,7 +106,7 @@ def main():
 
     # Model: the base model's weights, or this stage's own checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("mid", base_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings)
+    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
     model = base_manager.load_model(device, base_step) if state is None else manager.load_model(device, step)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
     if compile or (compile is None and device.type == "cuda"):
@@ -107,7 +115,7 @@ def main():
 
     # Data: the mixture packed into rows, and held-out conversations
     mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size)
-    num_tokens = count_tokens(mixture, tokenizer)
+    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if num_iterations <= 0 else None
 
     def documents(position):
         return conversation_documents(mixture, tokenizer, position)
@@ -124,20 +132,22 @@ def main():
     if device_rows <= 0:
         device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
     iterations = num_iterations if num_iterations > 0 else max(1, num_tokens // batch_tokens)
-    print0(f"mixture: {len(mixture):,} conversations, {num_tokens:,} tokens | batch: {batch_tokens:,} tokens = "
-           f"{rows_per_step} rows, {device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
+    counted = f", {num_tokens:,} tokens" if num_tokens else ""
+    print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch_tokens:,} tokens = {rows_per_step} rows, "
+           f"{device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
 
     def val_batches():
         for start in range(0, len(my_val_rows), device_rows):
             yield to_batch(my_val_rows[start: start + device_rows], device)
 
     # Optimizers
-    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
     scaler = make_scaler(device)
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
+    check_end(step, iterations)
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))

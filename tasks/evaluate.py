@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from nanochat.common import UserError, all_gather, get_dist_info
+from nanochat.common import UserError, all_gather, all_reduce_sum, get_dist_info
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
 from tasks.arc import ARC
@@ -178,13 +178,19 @@ def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_token
             sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
             rows.append(engine.make_row(prompt, sampling, max_new_tokens))
             asked[id(rows[-1])] = conversation, record | {"sample": sample}
-    with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
-        for row in engine.generate_rows(rows, batch_rows):
-            conversation, record = asked[id(row)]
-            # with tool calls and their results, without the token that ended it
-            completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
-            record |= {"completion": completion, "finish_reason": row.finish_reason}
-            graded.append((record, pool.submit(task.evaluate, conversation, completion)))
-    records = [record | {"correct": bool(outcome.result())} for record, outcome in graded]
+    failure = None
+    try:
+        with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
+            for row in engine.generate_rows(rows, batch_rows):
+                conversation, record = asked[id(row)]
+                # with tool calls and their results, without the token that ended it
+                completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
+                record |= {"completion": completion, "finish_reason": row.finish_reason}
+                graded.append((record, pool.submit(task.evaluate, conversation, completion)))
+        records = [record | {"correct": bool(outcome.result())} for record, outcome in graded]
+    except Exception as error:  # whatever it is, the other ranks must hear of it, or they would wait for ever
+        failure = error
+    if all_reduce_sum(torch.tensor(float(failure is not None), device=engine.model.device)) > 0:
+        raise failure or RuntimeError("the evaluation failed on another rank")
     records = gather_records(records, engine.model.device)
     return summarize(task, records), records

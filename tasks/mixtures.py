@@ -1,6 +1,6 @@
 """What the chat stages train on: the mixtures of conversations for midtraining and for supervised finetuning."""
 
-from nanochat.common import get_data_dir, print0
+from nanochat.common import get_base_dir, get_data_dir, print0
 from tasks.arc import ARC
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -11,10 +11,11 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 
 def identity_tasks(epochs):
-    """The identity conversations `epochs` times; none, and that is said, where a local mirror comes without them."""
-    mirror = get_data_dir()
-    if mirror is not None and not (mirror / "identity_conversations.jsonl").is_file():
-        print0(f"note: no identity_conversations.jsonl in {mirror}, so the model does not learn who it is")
+    """The identity conversations `epochs` times; none, and that is said, where there are none."""
+    folder = get_data_dir() or get_base_dir()
+    if not (folder / "identity_conversations.jsonl").is_file():
+        print0(f"note: no identity_conversations.jsonl in {folder}: the model does not learn who it is "
+               f"(python -m dev.gen_synthetic_data --out={folder}/toy_world writes one to copy there)")
         return []
     return [CustomJSON() for _ in range(epochs)]
 

@@ -98,7 +98,29 @@ def test_saving_a_step_again_replaces_it(manager):
         model.lm_head.weight.add_(1)
     manager.save_model(model, 1)
     assert torch.equal(manager.load_model(CPU, 1).lm_head.weight, model.lm_head.weight)
-    assert [p.name for p in manager.checkpoint_dir.iterdir()] == ["step_000001"]
+    assert sorted(p.name for p in manager.checkpoint_dir.iterdir()) == ["step_000001", "step_000001.old1"]
+    assert manager.steps() == [1]
+
+
+@pytest.mark.parametrize("tag", ["/tmp/elsewhere", "..", ".", "a/b", ""])
+def test_a_tag_that_is_a_path_is_refused(manager, tag):
+    with pytest.raises(UserError, match="is not a name"):
+        find_checkpoint_dir("base", tag)
+
+
+def test_going_back_moves_the_abandoned_future_aside(manager):
+    model = tiny_model()
+    for step in (50, 100):
+        manager.save(step, model)
+    manager.forget_after(50)
+    manager.save(75, model, keep_last=1)
+    assert manager.steps() == [75] and (manager.checkpoint_dir / "step_000100.old1").is_dir()
+
+
+def test_weights_are_loaded_in_the_compute_dtype_and_the_rotary_table_in_float32(manager, saved, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
+    model, _, _ = load_checkpoint("base", CPU)
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.cos.dtype == model.sin.dtype == torch.float32
 
 
 def test_a_new_run_moves_the_old_one_aside(manager):

@@ -60,7 +60,7 @@ def test_the_first_positive_horizon_decides():
 
 def test_a_batch_that_is_no_multiple_is_aligned_and_said(capsys):
     assert align_batch_size(1000, 512) == 1024
-    assert "--total_batch_size=1000" in capsys.readouterr().out
+    assert "a batch of 1000 tokens" in capsys.readouterr().out
     assert align_batch_size(1024, 512) == 1024
     assert capsys.readouterr().out == ""
 

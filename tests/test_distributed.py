@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 ROOT = Path(__file__).parent.parent
 
 
-def train(out, load=None, steps=10):
+def train(out, load=None, steps=10, num_rows=7):
     """
     Some steps on fixed rows with few targets in one of them, as rank of whatever world this process is in. Rank 0
     writes parameters, optimizer state and losses to `out`.
@@ -37,7 +37,7 @@ def train(out, load=None, steps=10):
         first = saved["step"]
     losses, norms = [], []
     for step in range(first, first + steps):
-        rows = torch.randint(0, 100, (7, 33), generator=torch.Generator().manual_seed(step)).int().numpy()
+        rows = torch.randint(0, 100, (num_rows, 33), generator=torch.Generator().manual_seed(step)).int().numpy()
         rows[0, 4:] = IGNORE
         set_rates(optimizers, 1 - step / 40)
         inputs, targets = shift(rows)
@@ -88,6 +88,12 @@ def test_ranks_give_the_same_parameters_after_ten_steps(world_size, one_rank, tm
     # 18 matrices of three shapes: neither 3 nor 4 ranks divide them evenly. The tolerance is for single weights whose
     # cautious decay switches on another sign of an update that is almost 0.
     assert_same_run(one_rank, launch(world_size, tmp_path / "n.pt"))
+
+
+def test_a_rank_without_rows_takes_part(tmp_path):
+    """More ranks than rows: nobody waits for ever, and the result is that of one rank."""
+    one, four = (launch(world_size, tmp_path / f"{world_size}.pt", steps=2, num_rows=2) for world_size in (1, 4))
+    assert_same_run(one, four)
 
 
 @pytest.mark.parametrize("save_at, resume_at", [(2, 1), (2, 3)])

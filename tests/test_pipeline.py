@@ -51,12 +51,17 @@ def environment(base_dir, monkeypatch):
 
 
 def run_stage(stage, **settings):
-    """main() of a stage with these settings; the script's own are put back afterwards."""
+    """main() of a stage with these settings; the script's own, and the signal handlers, are put back afterwards."""
     script, defaults = STAGES[stage]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (defaults | settings).items():
-            patch.setattr(script, name, value)
-        script.main()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (defaults | settings).items():
+                patch.setattr(script, name, value)
+            script.main()
+    finally:  # a run that ends in an error leaves its own behind, which in a process of its own does not matter
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def curve(stage, tag="d1"):
@@ -181,6 +186,10 @@ def test_base_loss_scores_both_splits(monkeypatch, capsys):
     (dict(data="/nowhere"), "/nowhere"),
     (dict(device_type="tpu"), "device_type=tpu"),
     (dict(resume_from_step=77), "no whole checkpoint of step 77"),
+    (dict(model_tag="d1", resume_from_step=4, num_iterations=3), "at step 4, the run ends at 3"),
+    (dict(model_tag="d1", resume_from_step=4, max_seq_len=32), "--max_seq_len=32, but the run.*has 64"),
+    (dict(depth=0), "depth=0: need 1 or more"),
+    (dict(max_seq_len=0), "max_seq_len=0: need 1 or more"),
 ])
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UserError, match=message):
