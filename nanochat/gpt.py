@@ -39,11 +39,11 @@ class GPTConfig:
     n_embd: int = 768
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, sequence_len):
-        """The one dial: width 64 * depth, and the number of heads that brings their size closest to 128."""
+    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128):
+        """The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim."""
         n_embd = 64 * depth
         fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
-        n_head = min(fitting, key=lambda n: abs(n_embd / n - 128))
+        n_head = min(fitting, key=lambda n: abs(n_embd / n - head_dim))
         return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd)
 
     @property

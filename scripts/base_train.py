@@ -67,6 +67,7 @@ crop: bool = False                       # drop the tail of a document cut at a 
 # Model
 depth: int = 20                          # layers; width = 64 * depth and everything else follows
 max_seq_len: int = 2048                  # context length T in tokens
+head_dim: int = 128                      # size of an attention head; a tiny model wants more and smaller ones
 # Horizon: the first that is > 0 decides
 num_iterations: int = -1                 # optimizer steps
 target_flops: float = -1.0               # total training FLOPs
@@ -91,7 +92,7 @@ resume_from_step: int = -1               # step to go on from; -2 = the latest c
 model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
 compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
 
-FIXED = ("seed", "data", "crop", "depth", "max_seq_len")  # settings that a resumed run cannot change
+FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim")  # settings that a resumed run cannot change
 
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
            "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
@@ -119,7 +120,7 @@ def sample_texts(model, tokenizer):
 def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
-    check_positive(settings, "depth", "max_seq_len")
+    check_positive(settings, "depth", "max_seq_len", "head_dim")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
 
@@ -132,7 +133,7 @@ def main():
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
     step, state = resume_step(manager, resume_from_step, settings, FIXED)
     if state is None:
-        model = GPT.create(GPTConfig.from_depth(depth, vocab_size, max_seq_len), device)
+        model = GPT.create(GPTConfig.from_depth(depth, vocab_size, max_seq_len, head_dim), device)
     else:
         model = manager.load_model(device, step)
     if get_precision(device.type) == "fp8":
