@@ -4,7 +4,6 @@ use crate::split::Splitter;
 use crate::words::{hash, is_short, key_of, locked, Interner, Key};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
@@ -45,13 +44,8 @@ pub struct Encoded {
 impl Encoded {
     /// The ids of each text on its own.
     pub fn split(self) -> Vec<Vec<u32>> {
-        let mut rest = self.ids.as_slice();
-        let take = |len| {
-            let (ids, after) = rest.split_at(len);
-            rest = after;
-            ids.to_vec()
-        };
-        self.lens.into_iter().map(take).collect()
+        let mut ids = self.ids.into_iter();
+        self.lens.iter().map(|&len| ids.by_ref().take(len).collect()).collect()
     }
 }
 
@@ -147,7 +141,8 @@ impl Encoder {
         let before = ids.len();
         match self.tokens.find(key, text, start, end) {
             Some(id) => ids.push(id),
-            None => self.merge_word(text, start, end, worker, ids),
+            None if is_short(key) => self.merge_short(text, start, end, worker, ids),
+            None => self.merge_long(text, start, end, worker, ids),
         }
         let new = &ids[before..];
         let cached = &mut worker.cache[(hash(key) >> (64 - CACHE_BITS)) as usize][0]; // seen longer ago, after the swap
@@ -157,17 +152,40 @@ impl Encoder {
         }
     }
 
-    /// BPE of one word: the pair of lowest rank is merged first, the leftmost among equals. The pairs wait in a heap,
-    /// so a word of n bytes takes n log n steps, also when it is one letter a hundred thousand times.
-    fn merge_word(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
+    /// The rank of what lies between two places of a word that starts at `start`.
+    #[inline(always)]
+    fn rank(&self, text: &[u8], start: usize, from: u32, to: u32) -> Option<u32> {
+        let (from, to) = (start + from as usize, start + to as usize);
+        self.tokens.find(key_of(text, from, to), text, from, to)
+    }
+
+    /// BPE of a short word: the pair of lowest rank is merged first, the leftmost among equals.
+    fn merge_short(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
+        let rank = |from, to| self.rank(text, start, from, to).unwrap_or(u32::MAX);
+        let Worker { next: cuts, prev: ranks, .. } = worker; // where the parts start and end; ranks of pairs of parts
+        cuts.clear();
+        ranks.clear();
+        cuts.extend(0..=(end - start) as u32);
+        ranks.extend(cuts.windows(3).map(|cut| rank(cut[0], cut[2])));
+        while let Some((i, &lowest)) = ranks.iter().enumerate().min_by_key(|(_, &rank)| rank) {
+            if lowest == u32::MAX {
+                break;
+            }
+            cuts.remove(i + 1);
+            ranks.remove(i);
+            for pair in i.saturating_sub(1)..ranks.len().min(i + 1) {
+                ranks[pair] = rank(cuts[pair], cuts[pair + 2]);
+            }
+        }
+        ids.extend(cuts.windows(2).map(|cut| rank(cut[0], cut[1]))); // every part is a token
+    }
+
+    /// The same for a long word, with the pairs in a heap: n bytes take n log n steps, also when they are one letter a
+    /// hundred thousand times.
+    fn merge_long(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let Worker { next, prev, heap, .. } = worker;
-        // Places are counted from the start of the word, and a lookup sees the whole text (see `key_of`).
-        let find = |from: u32, to: u32| {
-            let (from, to) = (start + from as usize, start + to as usize);
-            self.tokens.find(key_of(text, from, to), text, from, to)
-        };
         let pair = |from: u32, to: u32| {
-            let rank = if to - from > self.max_token_len { None } else { find(from, to) };
+            let rank = if to - from > self.max_token_len { None } else { self.rank(text, start, from, to) };
             rank.map(|rank| Reverse((rank, from, to)))
         };
         let end = (end - start) as u32;
@@ -193,7 +211,7 @@ impl Encoder {
         }
         let mut part = 0;
         while part < end {
-            ids.extend(find(part, next[part as usize])); // every part is a token
+            ids.extend(self.rank(text, start, part, next[part as usize]));
             part = next[part as usize];
         }
     }
@@ -201,26 +219,26 @@ impl Encoder {
     /// Encodes many texts by `num_threads` threads, in order, in as many parts as suits; the ids do not depend on them.
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], num_threads: usize) -> Result<Vec<Encoded>, String> {
         let chunks = chunks_of(texts);
-        let next_chunk = AtomicUsize::new(0);
+        let (next_chunk, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let take_chunk = || {
+            let index = next_chunk.fetch_add(1, Ordering::Relaxed);
+            Some((index, *chunks.get(index)?))
+        };
         let work = || {
             self.with_worker(|worker| {
-                let mut done = Vec::new();
-                loop {
-                    let index = next_chunk.fetch_add(1, Ordering::Relaxed);
-                    let Some(chunk) = chunks.get(index) else { return Ok(done) };
-                    done.push((index, self.encode_chunk(chunk, worker)?));
+                while let Some((index, chunk)) = take_chunk() {
+                    let encoded = self.encode_chunk(chunk, worker);
+                    locked(&done).push((index, encoded));
                 }
             })
         };
-        let results: Vec<Result<Vec<_>, String>> = std::thread::scope(|scope| {
-            let helpers: Vec<_> = (1..num_threads.min(chunks.len())).map(|_| scope.spawn(work)).collect();
-            let own = work();
-            let others = helpers.into_iter().map(|helper| helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
-            std::iter::once(own).chain(others).collect()
+        std::thread::scope(|scope| {
+            (1..num_threads.min(chunks.len())).for_each(|_| _ = scope.spawn(work));
+            work();
         });
-        let mut done: Vec<_> = results.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect();
+        let mut done = std::mem::take(&mut *locked(&done));
         done.sort_by_key(|(index, _)| *index);
-        Ok(done.into_iter().map(|(_, encoded)| encoded).collect())
+        done.into_iter().map(|(_, encoded)| encoded).collect()
     }
 }
 

@@ -13,6 +13,9 @@ use pyo3::types::{PyBytes, PyIterator, PyString};
 const BATCH_BYTES: usize = 1 << 20; // a batch is closed at this size, however few texts it holds: memory stays flat
 const MAX_THREADS: usize = 1024;
 
+type Any<'py> = Bound<'py, PyAny>;
+type Result<T> = std::result::Result<T, Failure>;
+
 /// An error on its way to Python; messages of this crate become ValueError.
 struct Failure(PyErr);
 
@@ -35,14 +38,14 @@ impl From<Failure> for PyErr {
 }
 
 /// An integer argument within `min..=max`.
-fn integer(name: &str, value: &Bound<'_, PyAny>, min: usize, max: usize) -> Result<usize, Failure> {
+fn integer(name: &str, value: &Any<'_>, min: usize, max: usize) -> Result<usize> {
     match value.extract::<usize>() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),
         _ => Err(format!("{name} must be an integer from {min} to {max}, but is {value}").into()),
     }
 }
 
-fn thread_count(value: Option<&Bound<'_, PyAny>>) -> Result<usize, Failure> {
+fn thread_count(value: Option<&Any<'_>>) -> Result<usize> {
     match value {
         Some(value) => integer("num_threads", value, 1, MAX_THREADS),
         None => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)),
@@ -50,18 +53,18 @@ fn thread_count(value: Option<&Bound<'_, PyAny>>) -> Result<usize, Failure> {
 }
 
 /// The UTF-8 text of a Python string, without a copy.
-fn text(value: &Bound<'_, PyAny>) -> Result<PyBackedStr, Failure> {
+fn text(value: &Any<'_>) -> Result<PyBackedStr> {
     let string = value.cast::<PyString>();
     let string = string.map_err(|_| format!("texts must be str, but one is {}: {value}", value.get_type()))?;
     Ok(string.clone().try_into()?) // a lone surrogate is a UnicodeEncodeError, which is a ValueError
 }
 
-fn texts(values: &Bound<'_, PyAny>) -> Result<Vec<PyBackedStr>, Failure> {
+fn texts(values: &Any<'_>) -> Result<Vec<PyBackedStr>> {
     let values = iterate(values)?;
     values.map(|value| text(&value?)).collect()
 }
 
-fn iterate<'py>(values: &Bound<'py, PyAny>) -> Result<Bound<'py, PyIterator>, Failure> {
+fn iterate<'py>(values: &Any<'py>) -> Result<Bound<'py, PyIterator>> {
     if values.is_instance_of::<PyString>() {
         return Err("one str was given where several are needed: put it in a list".to_string().into());
     }
@@ -80,7 +83,7 @@ struct Tokenizer {
 }
 
 impl Tokenizer {
-    fn trained(&self) -> Result<&Encoder, Failure> {
+    fn trained(&self) -> Result<&Encoder> {
         let message = "the tokenizer is not trained: call train_from_iterator first";
         self.encoder.as_ref().ok_or_else(|| message.to_string().into())
     }
@@ -96,7 +99,7 @@ impl Tokenizer {
     /// A trained tokenizer from `get_mergeable_ranks()` and `get_pattern()`.
     #[staticmethod]
     #[pyo3(signature = (ranks, pattern=None))]
-    fn from_ranks(py: Python<'_>, ranks: &Bound<'_, PyAny>, pattern: Option<&str>) -> Result<Self, Failure> {
+    fn from_ranks(py: Python<'_>, ranks: &Any<'_>, pattern: Option<&str>) -> Result<Self> {
         let pattern = pattern.unwrap_or(DEFAULT_PATTERN).to_string();
         let splitter = Splitter::new(&pattern)?;
         let ranks: Vec<(Vec<u8>, u64)> =
@@ -112,12 +115,12 @@ impl Tokenizer {
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
-        iterator: &Bound<'_, PyAny>,
-        vocab_size: &Bound<'_, PyAny>,
-        buffer_size: Option<&Bound<'_, PyAny>>,
+        iterator: &Any<'_>,
+        vocab_size: &Any<'_>,
+        buffer_size: Option<&Any<'_>>,
         pattern: Option<&str>,
-        num_threads: Option<&Bound<'_, PyAny>>,
-    ) -> Result<(), Failure> {
+        num_threads: Option<&Any<'_>>,
+    ) -> Result<()> {
         let vocab_size = integer("vocab_size", vocab_size, 256, 1 << 31)?;
         let buffer_size = buffer_size.map_or(Ok(8192), |value| integer("buffer_size", value, 1, 1 << 31))?;
         let num_threads = thread_count(num_threads)?;
@@ -139,7 +142,7 @@ impl Tokenizer {
     }
 
     /// [(bytes of a token, its id), ...] in the order of ids, as tiktoken takes them.
-    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyBytes>, u32)>, Failure> {
+    fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Result<Vec<(Bound<'py, PyBytes>, u32)>> {
         let tokens = &self.trained()?.tokens;
         Ok(tokens.iter().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect())
     }
@@ -150,18 +153,13 @@ impl Tokenizer {
         self.encoder.as_ref().map_or(0, |encoder| encoder.tokens.len())
     }
 
-    fn encode(&self, py: Python<'_>, text: &Bound<'_, PyAny>) -> Result<Vec<u32>, Failure> {
+    fn encode(&self, py: Python<'_>, text: &Any<'_>) -> Result<Vec<u32>> {
         let (encoder, text) = (self.trained()?, self::text(text)?);
         Ok(py.detach(|| encoder.encode(&text))?)
     }
 
     #[pyo3(signature = (texts, num_threads=None))]
-    fn batch_encode(
-        &self,
-        py: Python<'_>,
-        texts: &Bound<'_, PyAny>,
-        num_threads: Option<&Bound<'_, PyAny>>,
-    ) -> Result<Vec<Vec<u32>>, Failure> {
+    fn batch_encode(&self, py: Python<'_>, texts: &Any<'_>, num_threads: Option<&Any<'_>>) -> Result<Vec<Vec<u32>>> {
         let (encoder, texts, num_threads) = (self.trained()?, self::texts(texts)?, thread_count(num_threads)?);
         let encoded = py.detach(|| encoder.encode_batch(&texts, num_threads))?;
         Ok(encoded.into_iter().flat_map(|chunk| chunk.split()).collect())
@@ -173,9 +171,9 @@ impl Tokenizer {
     fn encode_to_buffer<'py>(
         &self,
         py: Python<'py>,
-        texts: &Bound<'py, PyAny>,
-        num_threads: Option<&Bound<'py, PyAny>>,
-    ) -> Result<(Bound<'py, PyBytes>, Bound<'py, PyBytes>), Failure> {
+        texts: &Any<'py>,
+        num_threads: Option<&Any<'py>>,
+    ) -> Result<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
         let (encoder, texts, num_threads) = (self.trained()?, self::texts(texts)?, thread_count(num_threads)?);
         let encoded = py.detach(|| encoder.encode_batch(&texts, num_threads))?;
         let num_ids: usize = encoded.iter().map(|chunk| chunk.ids.len()).sum();
@@ -185,23 +183,17 @@ impl Tokenizer {
             Ok(())
         })?;
         let mut offset = 0i64;
-        let lens = encoded.iter().flat_map(|chunk| &chunk.lens);
-        let ends = lens.flat_map(|&len| {
-            offset += len as i64;
-            offset.to_le_bytes()
-        });
-        let offsets: Vec<u8> = [0; 8].into_iter().chain(ends).collect();
+        let mut offsets = offset.to_le_bytes().to_vec();
+        for len in encoded.iter().flat_map(|chunk| &chunk.lens) {
+            offset += *len as i64;
+            offsets.extend(offset.to_le_bytes());
+        }
         Ok((ids, PyBytes::new(py, &offsets)))
     }
 }
 
 /// Fills a batch from the stream, which is None once it has ended; false when there was nothing left.
-fn fill(
-    py: Python<'_>,
-    stream: &mut Option<Py<PyIterator>>,
-    batch: &mut Batch,
-    buffer_size: usize,
-) -> Result<bool, Failure> {
+fn fill(py: Python<'_>, stream: &mut Option<Py<PyIterator>>, batch: &mut Batch, buffer_size: usize) -> Result<bool> {
     py.check_signals()?;
     let Some(mut iterator) = stream.as_ref().map(|stream| stream.bind(py).clone()) else { return Ok(false) };
     while batch.ends.len() < buffer_size && batch.text.len() < BATCH_BYTES {

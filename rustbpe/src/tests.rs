@@ -38,7 +38,7 @@ fn train(texts: &[&str], vocab_size: usize, num_threads: usize, pattern: &str) -
 fn the_splitter_equals_the_regex_on_every_code_point() {
     let (ours, regex) = (Splitter::Default, by_regex());
     for c in '\0'..=char::MAX {
-        let text = format!("{c}a{c}1{c}{c}b '{c}'{c}l\n{c} {c}! {c}\r\n  {c}");
+        let text = format!("a{c}{c}b {c}1'{c}l\n{c}!{c}");
         assert_eq!(pieces(&ours, &text), pieces(&regex, &text), "{c:?}");
     }
 }

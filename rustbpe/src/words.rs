@@ -89,12 +89,6 @@ impl Interner {
     pub fn find_bytes(&self, word: &[u8]) -> Option<u32> {
         self.find(key_of(word, 0, word.len()), word, 0, word.len())
     }
-
-    pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.ends.clear();
-        self.table.clear();
-    }
 }
 
 // -----------------------------------------------------------------------------
@@ -178,12 +172,11 @@ impl<'a> Counter<'a> {
     }
 
     fn share(&mut self) {
-        for (word, &count) in self.local.words.iter().zip(&self.local.counts) {
+        let local = std::mem::take(&mut self.local);
+        for (word, &count) in local.words.iter().zip(&local.counts) {
             let key = key_of(word, 0, word.len());
             locked(&self.shards[hash(key) as usize % NUM_SHARDS]).add(key, word, count);
         }
-        self.local.words.clear();
-        self.local.counts.clear();
     }
 
     fn finish(mut self) {
@@ -228,7 +221,7 @@ pub fn count_words<E: From<String>>(
     })?;
     match error.into_inner() {
         Some(message) => Err(E::from(message)),
-        None => Ok(shards.into_iter().map(|shard| shard.into_inner().unwrap_or_else(|e| e.into_inner())).collect()),
+        None => Ok(shards.iter().map(|shard| std::mem::take(&mut *locked(shard))).collect()),
     }
 }
 
