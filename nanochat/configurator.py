@@ -57,7 +57,7 @@ def override_from_cli(namespace, argv=None, prefix="--"):
             _fail(f"unknown setting {prefix}{name}",
                   f"did you mean {prefix}{nearest[0]}?" if nearest else f"{prefix}help lists the settings")
         if not has_value:
-            bare_flag = types[name] == "bool" and (not argv or argv[0].startswith(prefix))
+            bare_flag = types[name].startswith("bool") and (not argv or argv[0].startswith(prefix))
             if not argv and not bare_flag:
                 _fail(f"{prefix}{name} needs a value ({types[name]})", f"for example {prefix}{name}={namespace[name]}")
             value = "true" if bare_flag else argv.pop(0)

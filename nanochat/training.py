@@ -75,8 +75,9 @@ def guess_device_batch_size(config, device, max_rows):
     since `accumulate_gradients` halves it when it does not fit, and the split never changes the result.
     """
     bytes_per_number = get_precision_dtype(device.type).itemsize
-    # about 34 numbers per token, layer and channel are kept for the backward pass (arXiv 2205.05198, eq. 1)
-    bytes_per_row = 34 * bytes_per_number * config.sequence_len * config.n_layer * config.n_embd
+    # kept for the backward pass: 34 bytes in 16 bits, so 17 numbers, per token, layer and channel (arXiv 2205.05198,
+    # eq. 1, without attention scores); twice that, since code that is not compiled keeps its intermediate results too
+    bytes_per_row = 2 * 17 * bytes_per_number * config.sequence_len * config.n_layer * config.n_embd
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - 16 * 12 * config.n_layer * config.n_embd**2  # gradients, optimizer
         rows = int(0.9 * free / bytes_per_row)
@@ -180,14 +181,11 @@ def check_finite(loss, step, loader_state, manager):
 
 def resume_step(manager, resume_from_step, settings, fixed=()):
     """
-    (step, meta) to go on from: (0, None) for a new run (resume_from_step = -1), which moves an older run's
-    checkpoints aside; -2 is the latest whole checkpoint. Checkpoints of later steps are moved aside, settings that
-    differ from the saved run's are said, and those named in `fixed` are refused: with them it would be another run.
+    (step, meta) to go on from: (0, None) for a new run (resume_from_step = -1); -2 is the latest whole checkpoint.
+    Settings that differ from the saved run's are said, and those named in `fixed` are refused: with them it would be
+    another run.
     """
     if resume_from_step == -1:
-        moved = manager.move_aside()
-        if moved:
-            print0(f"note: the checkpoints of an earlier run are now in {moved}")
         return 0, None
     step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
     for name, saved in meta["settings"].items():
@@ -197,15 +195,24 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
             raise UserError(f"--{name}={settings.get(name)}, but the run that is resumed has {saved}",
                             f"resume with --{name}={saved}, or leave --resume_from_step out for a new run")
         print0(f"note: --{name}={settings.get(name)} now, {saved} in the run that is resumed")
-    manager.forget_after(step)
     return step, meta
 
 
-def check_end(step, iterations):
-    """A run that is resumed past its end has nothing to do."""
+def begin_run(manager, step, state, iterations):
+    """
+    Clear the way for the steps to come, once everything else is set up, so that a run that cannot start moves nothing:
+    an older run's checkpoints go aside, or, after a resume (state is its meta data), those of later steps. A run that
+    is resumed past its end is refused.
+    """
+    if state is None:
+        moved = manager.move_aside()
+        if moved:
+            print0(f"note: the checkpoints of an earlier run are now in {moved}")
+        return
     if step > iterations:
         raise UserError(f"the checkpoint is at step {step}, the run ends at {iterations}",
                         f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
+    manager.forget_after(step)
 
 
 def save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must):

@@ -43,7 +43,7 @@ from nanochat.training import (
     StopSignal,
     accumulate_gradients,
     attempt,
-    check_end,
+    begin_run,
     check_finite,
     check_positive,
     derive_horizon,
@@ -146,7 +146,6 @@ def main():
     # Horizon and batch: every derived setting is printed
     iterations, batch_tokens, rule = derive_horizon(num_iterations, target_flops, target_param_data_ratio,
                                                     total_batch_size, model)
-    check_end(step, iterations)
     rows_per_step = batch_tokens // max_seq_len
     my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
@@ -176,6 +175,7 @@ def main():
     print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
+    begin_run(manager, step, state, iterations)
     metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
     stop, saved_step, timed_from = StopSignal(device), (step if state else -1), None
     samples = []

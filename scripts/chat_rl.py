@@ -41,7 +41,7 @@ from nanochat.training import (
     StopSignal,
     accumulate_gradients,
     attempt,
-    check_end,
+    begin_run,
     check_finite,
     check_positive,
     guess_device_batch_size,
@@ -193,8 +193,8 @@ def main():
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
-    check_end(step, iterations)
     progress = (state or {}).get("progress", {"train_s": 0.0, "start": None, "accuracy": None, "rollouts": 0})
+    begin_run(manager, step, state, iterations)
     metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
     stop, saved_step, samples = StopSignal(device), (step if state else -1), []
 

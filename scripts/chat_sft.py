@@ -35,7 +35,7 @@ from nanochat.training import (
     StopSignal,
     accumulate_gradients,
     attempt,
-    check_end,
+    begin_run,
     check_finite,
     check_positive,
     guess_device_batch_size,
@@ -140,10 +140,10 @@ def main():
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
-    check_end(step, iterations)
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_loss": None, "used": 0, "cut": 0, "targets": 0})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
+    begin_run(manager, step, state, iterations)
     metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
     stop, saved_step = StopSignal(device), (step if state else -1)
 

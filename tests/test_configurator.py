@@ -10,6 +10,7 @@ lr: float = 0.5
 run: str = "dummy"         # name of the run
 steps: int | None = None
 flag: bool = False
+maybe: bool | None = None
 Constant: int = 3
 _hidden: int = 4
 '''
@@ -41,6 +42,8 @@ def script(tmp_path):
     (["--flag"], {"flag": True}),
     (["--flag", "--depth=2"], {"flag": True, "depth": 2}),
     (["--flag=0"], {"flag": False}),
+    (["--maybe", "--depth=2"], {"maybe": True, "depth": 2}),
+    (["--maybe=none"], {"maybe": None}),
 ])
 def test_flags_are_cast_by_declared_type(script, argv, expected):
     settings = override_from_cli(script, argv)
@@ -50,7 +53,7 @@ def test_flags_are_cast_by_declared_type(script, argv, expected):
 
 
 def test_settings_are_the_annotated_lower_case_globals(script):
-    assert list(get_settings(script)) == ["depth", "lr", "run", "steps", "flag"]
+    assert list(get_settings(script)) == ["depth", "lr", "run", "steps", "flag", "maybe"]
 
 
 @pytest.mark.parametrize("argv, error, hint", [

@@ -57,9 +57,10 @@ def test_blocks_lose_nothing_between_them():
         for _, rows in packed_blocks(endless, BOS, 17, seed=0, block_tokens=200):
             assert (rows[:, 0] == BOS).all()
             seen.append(rows)
+    # tokens are numbered in the order of the documents: whole blocks hold a prefix of them, each once
     got = content(seen)
-    assert len(got) == len(set(got)) and len(got) > 0.9 * sum(len(ids) for _, ids in documents)
-    assert set(got) == set(content([ids for _, ids in documents])[: len(got)]) or len(got) < 18000
+    assert got == list(range(1, len(got) + 1))
+    assert len(got) > 0.9 * sum(len(ids) for _, ids in documents)
 
 
 @pytest.fixture

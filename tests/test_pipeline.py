@@ -229,3 +229,10 @@ def test_every_script_has_help(script):
 
 def test_the_base_dir_is_the_one_of_the_test():
     assert "pipeline" in str(get_base_dir())
+
+
+def test_a_run_that_cannot_start_moves_no_checkpoints():
+    run_stage("base", model_tag="kept")
+    with pytest.raises(UserError):
+        run_stage("base", model_tag="kept", data="/nowhere")
+    assert CheckpointManager(get_checkpoint_dir("base", "kept")).steps() == [2, 4]
