@@ -83,16 +83,16 @@ class DistAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self):
-        """{'<name>.exp_avg': full tensor on the CPU, ...}. Collective: every rank calls it."""
+        """{'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective."""
         tensors = {}
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 state = self._state(p)
                 for key in ("exp_avg", "exp_avg_sq"):
                     full = all_gather(state[key])[: p.numel()].view_as(p)
-                    # a copy: a state saved at step n must not change at step n + 1
-                    tensors[f"{name}.{key}"] = full.cpu() if full.is_cuda else full.clone()
-                tensors[f"{name}.step"] = torch.tensor(state["step"])
+                    if get_dist_info()[0] == 0:  # a copy: what is saved at step n must not change at step n + 1
+                        tensors[f"{name}.{key}"] = full.cpu() if full.is_cuda else full.clone()
+                        tensors[f"{name}.step"] = torch.tensor(state["step"])
         return tensors
 
     @torch.no_grad()

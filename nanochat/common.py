@@ -157,9 +157,11 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (SXM parts; without sparsity).
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
-              "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (SXM parts unless named; without sparsity). The first
+# name that fits counts.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+              "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def get_peak_flops(device, dtype):

@@ -28,6 +28,7 @@ from nanochat.dataset import read_documents
 
 BLOCK_TOKENS = 2**19
 ENCODE_CHARS = 2**19  # characters handed to the tokenizer at once
+ENCODE_CONVERSATIONS = 256  # likewise
 IGNORE = -1           # marks a place without a token: no loss there
 
 
@@ -284,9 +285,10 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
     if len(dataset) == 0:
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
     while epochs is None or epoch < epochs:
-        for i in range(index, len(dataset)):
-            ids, _ = tokenizer.render_conversation(dataset[i], max_tokens=None)
-            yield (epoch, 0, i), np.array(ids[1:])
+        for first in range(index, len(dataset), ENCODE_CONVERSATIONS):
+            places = range(first, min(first + ENCODE_CONVERSATIONS, len(dataset)))
+            for i, ids in zip(places, tokenizer.render_batch([dataset[i] for i in places]), strict=True):
+                yield (epoch, 0, i), ids[1:]
         epoch, index = epoch + 1, 0
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -76,6 +77,13 @@ def get_spans(data: str | None, split: str) -> list[Span]:
         raise UserError(f"{paths[0].parent}: {total} documents in {len(paths)} files leave none for {split}",
                         "needed: 2 documents or more, some in the last shard and some in the others")
     return spans
+
+
+def describe_spans(spans):
+    """The documents of the spans in a few words that change when the files do, so that a resumed run can tell."""
+    listing = " ".join(f"{span.path.name}:{span.start}-{span.stop}" for span in spans)
+    num_docs = sum(span.stop - span.start for span in spans)
+    return f"{num_docs:,} documents in {len(spans)} files, crc32 {zlib.crc32(listing.encode()):08x}"
 
 
 def _find_files(data):

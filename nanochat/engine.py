@@ -381,3 +381,18 @@ def _exhaust(generator):
             next(generator)
         except StopIteration as end:
             return end.value
+
+
+# What a base model is asked to go on from while it learns, the same in every run, to be read by eye
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
+           "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
+
+
+def complete_prompts(engine, max_tokens=32):
+    """[{prompt, text}]: greedy completions of PROMPTS."""
+    samples = []
+    for prompt in PROMPTS:
+        tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
+        (sequence,), _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0)
+        samples.append({"prompt": prompt, "text": engine.tokenizer.decode(sequence[1:])})
+    return samples

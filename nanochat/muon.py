@@ -130,13 +130,14 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self):
-        """{'<name>.momentum_buffer': (M, N) on the CPU, ...}. Collective: every rank calls it."""
+        """{'<name>.momentum_buffer': (M, N) on the CPU, ...} on rank 0, {} on the others. Collective."""
         tensors = {}
         for group in self.param_groups:
             for key, value in self._state(group).items():
                 full = all_gather(value)
-                for name, tensor in zip(group["names"], full, strict=False):
-                    tensors[f"{name}.{key}"] = tensor.cpu() if tensor.is_cuda else tensor.clone()
+                if get_dist_info()[0] == 0:
+                    for name, tensor in zip(group["names"], full, strict=False):
+                        tensors[f"{name}.{key}"] = tensor.cpu() if tensor.is_cuda else tensor.clone()
         return tensors
 
     @torch.no_grad()

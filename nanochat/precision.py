@@ -44,9 +44,11 @@ def get_precision(device_type=None):
     return asked
 
 
-def describe_precision(device_type):
-    """One line for the log: what is used, and why it is not what was asked for."""
+def describe_precision(device_type, fp8=False):
+    """One line for the log: what is used, and why it is not what was asked for. fp8: whether the script can use it."""
     precision, asked = get_precision(device_type), os.environ.get("NANOCHAT_PRECISION")
+    if precision == "fp8" and not fp8:
+        return "bfloat16 (fp8 is for pretraining)"
     if asked and asked != precision:
         return f"{precision} (NANOCHAT_PRECISION={asked} needs a GPU of compute capability 9.0 or newer)"
     return precision

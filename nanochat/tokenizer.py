@@ -239,20 +239,34 @@ class Tokenizer:
             turns.pop()
         return self._render_turns(turns)[0] + [self.encode_special("<|assistant_start|>")]
 
+    def render_batch(self, conversations):
+        """Packing's fast path: the ids of each conversation as an int32 array, without masks."""
+        plans = [[item for item, _ in self._plan(_parse_conversation(conversation))] for conversation in conversations]
+        ids, offsets = self.encode_to_numpy([item for plan in plans for item in plan if isinstance(item, str)])
+        texts = iter(np.split(ids, offsets[1:]))
+        return [np.concatenate([next(texts) if isinstance(item, str) else [item] for item in plan]).astype(np.int32)
+                for plan in plans]
+
     def _render_turns(self, turns):
-        pieces = [([self.get_bos_token_id()], 0)]  # (ids, 1 where they are trained on)
-        for role, parts in turns:
-            trained = int(role == "assistant")
-            pieces.append(([self.encode_special(f"<|{role}_start|>")], 0))
-            for part_type, text in parts:
-                tokens = self._encode_one(text)
-                if part_type in FENCES:
-                    start, end = (self.encode_special(f"<|{FENCES[part_type]}_{side}|>") for side in ("start", "end"))
-                    tokens = [start, *tokens, end]
-                pieces.append((tokens, 0 if part_type == "python_output" else trained))
-            pieces.append(([self.encode_special(f"<|{role}_end|>")], trained))
+        pieces = [(self._encode_one(item) if isinstance(item, str) else [item], trained)
+                  for item, trained in self._plan(turns)]
         ids = [token for tokens, _ in pieces for token in tokens]
         return ids, [trained for tokens, trained in pieces for _ in tokens]
+
+    def _plan(self, turns):
+        """[(id of a special token, or a text, 1 where it is trained on)]: what a conversation is made of."""
+        plan = [(self.get_bos_token_id(), 0)]
+        for role, parts in turns:
+            trained = int(role == "assistant")
+            plan.append((self.encode_special(f"<|{role}_start|>"), 0))
+            for part_type, text in parts:
+                mask = 0 if part_type == "python_output" else trained
+                fence = FENCES.get(part_type)
+                plan += [(self.encode_special(f"<|{fence}_start|>"), mask)] if fence else []
+                plan.append((text, mask))
+                plan += [(self.encode_special(f"<|{fence}_end|>"), mask)] if fence else []
+            plan.append((self.encode_special(f"<|{role}_end|>"), trained))
+        return plan
 
     def visualize_tokenization(self, ids, mask):
         """One line for a terminal, `|` between tokens: green where the mask is 1 (trained on), red where it is 0."""

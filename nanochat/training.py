@@ -139,14 +139,10 @@ def set_rates(optimizers, lr_factor, **values):
 
 def optimizer_step(model, optimizers, scaler=None):
     """Reduce gradients, update parameters, clear gradients. Returns the global gradient norm as a float."""
+    if scaler is not None:
+        _unscale(optimizers, scaler)
     for optimizer in optimizers:
-        if scaler is None:
-            optimizer.step()
-        else:  # float16: skip the step, on every rank, when a gradient overflowed on any
-            scaler.unscale_(optimizer)
-            for found_inf in scaler._found_inf_per_device(optimizer).values():
-                all_reduce_sum(found_inf)
-            scaler.step(optimizer)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
     model.zero_grad(set_to_none=True)
@@ -158,11 +154,24 @@ def optimizer_step(model, optimizers, scaler=None):
     return norm
 
 
-def make_scaler(device):
-    """The loss scaler that float16 needs, None for every other precision."""
+def _unscale(optimizers, scaler):
+    """Divide the gradients by the scale; when one overflowed anywhere, every optimizer on every rank skips the step."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    flags = [flag for optimizer in optimizers for flag in scaler._found_inf_per_device(optimizer).values()]
+    found = all_reduce_sum(torch.stack(flags).sum())
+    for flag in flags:
+        flag.copy_(found)
+
+
+def make_scaler(device, state=None):
+    """The loss scaler that float16 needs, as it was in a resumed run's `state`; None for every other precision."""
     if get_precision_dtype(device.type) != torch.float16:
         return None
-    return torch.amp.GradScaler(device.type)
+    scaler = torch.amp.GradScaler(device.type)
+    if state is not None and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    return scaler
 
 
 def check_finite(loss, step, loader_state, manager):
@@ -198,34 +207,67 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
     return step, meta
 
 
-def begin_run(manager, step, state, iterations):
+class RunKeeper:
     """
-    Clear the way for the steps to come, once everything else is set up, so that a run that cannot start moves nothing:
-    an older run's checkpoints go aside, or, after a resume (state is its meta data), those of later steps. A run that
-    is resumed past its end is refused.
+    What surrounds the loop of a training script: it clears the way once everything else is set up, so that a run
+    that cannot start moves nothing, then keeps the log, says when to save, saves, and heeds signals. Clearing the way:
+    an older run's checkpoints go aside, or, after a resume (`state` is its meta data), those of later steps. A run that
+    is resumed past its end is refused, and one whose data changed is warned: `data` is a line that describes it.
     """
-    if state is None:
-        moved = manager.move_aside()
-        if moved:
-            print0(f"note: the checkpoints of an earlier run are now in {moved}")
-        return
-    if step > iterations:
-        raise UserError(f"the checkpoint is at step {step}, the run ends at {iterations}",
-                        f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
-    manager.forget_after(step)
 
+    def __init__(self, manager, settings, iterations, step, state, data, device):
+        wandb = _import_wandb() if settings["run"] != "dummy" and get_dist_info()[0] == 0 else None
+        if state is None:
+            moved = manager.move_aside()
+            if moved:
+                print0(f"note: the checkpoints of an earlier run are now in {moved}")
+        elif step > iterations:
+            raise UserError(f"the checkpoint is at step {step}, the run ends at {iterations}",
+                            f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
+        else:
+            if state.get("data", data) != data:
+                print0(f"warning: the data is not what the run began with ({data} now, {state['data']} then): from "
+                       "here on it sees other rows, some perhaps twice")
+            manager.forget_after(step)
+        self.manager, self.settings, self.iterations, self.data = manager, settings, iterations, data
+        self.stopping, self._saved_step = False, -1 if state is None else step
+        self._signal = StopSignal(device)
+        self._log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, wandb, step)
+        self.log = self._log.log
 
-def save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must):
-    """
-    Save a checkpoint. When writing fails the run goes on with a warning, since space may be freed before the next
-    one; but the last save of a run (`must`) raises.
-    """
-    try:
-        manager.save(step, model, optimizers, tokenizer, meta, keep_last)
-    except UserError as error:
-        if must:
-            raise
-        print(f"warning: {error}", flush=True)
+    def save_due(self, step, eval_due):
+        """
+        Whether to save now: every save_every steps, before every evaluation, at the end, and when a signal asks the
+        run to stop, which `stopping` then says. Collective.
+        """
+        every, last = self.settings["save_every"], step == self.iterations
+        self.stopping = self._signal.asked() and not last
+        due = last or self.stopping or eval_due or (every > 0 and step % every == 0)
+        return due and step > 0 and step != self._saved_step
+
+    def save(self, step, model, optimizers, tokenizer, scaler, **progress):
+        """
+        Save a checkpoint, with `progress` in its meta data. When writing fails the run goes on with a warning, since
+        space may be freed before the next one; but the last save of a run raises. Collective.
+        """
+        meta = {"settings": self.settings, "iterations": self.iterations, "data": self.data,
+                "scaler": None if scaler is None else scaler.state_dict(), **progress}
+        try:
+            self.manager.save(step, model, optimizers, tokenizer, meta, self.settings["keep_last"])
+        except UserError as error:
+            if self.stopping or step == self.iterations:
+                raise
+            print(f"warning: {error}", flush=True)
+        self._saved_step = step
+
+    def close(self):
+        """After the loop. Says how to go on if it was stopped."""
+        if self.stopping and self._saved_step < 0:
+            print0("stopped before the first step: nothing to save")
+        elif self.stopping:
+            print0(f"stopped at step {self._saved_step}; go on with --resume_from_step={self._saved_step}")
+        self._log.close()
+        self._signal.restore()
 
 
 # -----------------------------------------------------------------------------
@@ -272,12 +314,12 @@ def attempt(what, function):
 
 class MetricsLog:
     """
-    metrics.jsonl, one JSON object a line, and the same to wandb where a run name other than 'dummy' was given. Rank 0
-    writes. After a resume at `step`, what the resumed run does again is dropped, so that nothing stands twice: later
-    steps, and the evaluation at that step, which comes after the checkpoint.
+    metrics.jsonl, one JSON object a line, and the same to wandb where that module is given. Rank 0 writes. After a
+    resume at `step`, what the resumed run does again is dropped, so that nothing stands twice: later steps, and the
+    evaluation at that step, which comes after the checkpoint.
     """
 
-    def __init__(self, path, config, run="dummy", step=0):
+    def __init__(self, path, settings, wandb=None, step=0):
         self._file = self._wandb = None
         if get_dist_info()[0] != 0:
             return
@@ -285,11 +327,12 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines()
                 if step and (line["step"] < step or (line["step"] == step and "train/loss" in line))]
-        self._file = open(self.path, "w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
-        if run != "dummy":
-            self._wandb = _import_wandb().init(project="nanochat", name=run, config=config)
+        tmp = self.path.with_name(f".tmp_{self.path.name}")
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        tmp.replace(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+        if wandb is not None:
+            self._wandb = wandb.init(project="nanochat", name=settings["run"], config=settings)
 
     def _lines(self):
         if not self.path.exists():
@@ -300,14 +343,11 @@ class MetricsLog:
             except ValueError:
                 continue  # the line that a crash cut short
 
-    def _write(self, metrics):
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-
     def log(self, metrics):
         """metrics: {'step': int, name: number, ...}."""
         if self._file:
-            self._write(metrics)
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
         if self._wandb:
             self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 

@@ -11,7 +11,7 @@ from nanochat.common import compute_cleanup, compute_init, print0, run_script
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import to_batch, validation_rows
 from nanochat.dataset import get_spans
-from nanochat.engine import Engine
+from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
@@ -28,21 +28,15 @@ device_batch_size: int = 8      # rows at a time
 temperature: float = 0.8        # of the unconditioned samples
 seed: int = 42                  # of the unconditioned samples
 
-PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
-           "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
 NUM_UNCONDITIONED, SAMPLE_TOKENS = 4, 64
 
 
 def sample_all(model, tokenizer):
     """[{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>."""
-    engine, bos = Engine(model, tokenizer), tokenizer.get_bos_token_id()
-    samples = []
-    for prompt in PROMPTS:
-        sequences, _ = engine.generate_batch(tokenizer(prompt, prepend=bos), max_tokens=32, temperature=0)
-        samples.append({"prompt": prompt, "text": tokenizer.decode(sequences[0][1:])})
-    sequences, _ = engine.generate_batch([bos], NUM_UNCONDITIONED, max_tokens=SAMPLE_TOKENS, temperature=temperature,
-                                         seed=seed)
-    return samples + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in sequences]
+    engine = Engine(model, tokenizer)
+    sequences, _ = engine.generate_batch([tokenizer.get_bos_token_id()], NUM_UNCONDITIONED, max_tokens=SAMPLE_TOKENS,
+                                         temperature=temperature, seed=seed)
+    return complete_prompts(engine) + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in sequences]
 
 
 def main():

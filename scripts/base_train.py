@@ -31,19 +31,17 @@ from nanochat.common import (
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import shift, to_batch, training_rows, validation_rows
-from nanochat.dataset import get_spans
-from nanochat.engine import Engine
+from nanochat.dataset import describe_spans, get_spans
+from nanochat.engine import Engine, complete_prompts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import describe_precision, get_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import (
-    MetricsLog,
-    StopSignal,
+    RunKeeper,
     accumulate_gradients,
     attempt,
-    begin_run,
     check_finite,
     check_positive,
     derive_horizon,
@@ -51,7 +49,6 @@ from nanochat.training import (
     make_scaler,
     optimizer_step,
     resume_step,
-    save_or_warn,
     set_rates,
     step_line,
 )
@@ -94,10 +91,6 @@ compile: bool | None = None              # torch.compile; None = on GPUs only, w
 
 FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim")  # settings that a resumed run cannot change
 
-PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
-           "If yesterday was Friday, then tomorrow will be", "My favorite color is", "Once upon a time"]
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -106,23 +99,12 @@ def muon_momentum(step):
     return 0.85 + 0.10 * min(step / 300, 1)
 
 
-def sample_texts(model, tokenizer):
-    """[{prompt, text}]: greedy completions of fixed prompts, by the uncompiled model."""
-    engine = Engine(model, tokenizer)
-    samples = []
-    for prompt in PROMPTS:
-        tokens = tokenizer(prompt, prepend=tokenizer.get_bos_token_id())
-        (sequence,), _ = engine.generate_batch(tokens, num_samples=1, max_tokens=24, temperature=0)
-        samples.append({"prompt": prompt, "text": tokenizer.decode(sequence[1:])})
-    return samples
-
-
 def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
     check_positive(settings, "depth", "max_seq_len", "head_dim")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
-    print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
     # Tokenizer
     tokenizer = get_tokenizer()
@@ -157,12 +139,13 @@ def main():
     # Optimizers
     decay = weight_decay * (12 / depth) ** 2
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
-    scaler = make_scaler(device)
+    scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
-    loader = training_rows(tokenizer, get_spans(data, "train"), max_seq_len, seed, state and state["loader"], crop)
+    spans = get_spans(data, "train")
+    loader = training_rows(tokenizer, spans, max_seq_len, seed, state and state["loader"], crop)
     val_rows = validation_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
 
@@ -175,24 +158,18 @@ def main():
     print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
-    begin_run(manager, step, state, iterations)
-    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
-    stop, saved_step, timed_from = StopSignal(device), (step if state else -1), None
-    samples = []
+    keeper = RunKeeper(manager, settings, iterations, step, state, describe_spans(spans), device)
+    samples, timed_from = [], None
 
     # Loop: save, evaluate, sample, train
     while True:
-        last, stopping = step == iterations, stop.asked()
+        last = step == iterations
         eval_due = last or (eval_every > 0 and step % eval_every == 0)
         # Save first: whatever fails later, the steps so far are on disk
-        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
-        if save_due and step != saved_step:
-            meta = {"settings": settings, "loader": loader.state(), "progress": progress, "iterations": iterations,
-                    "smooth_loss": smooth_loss.state()}
-            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
-            saved_step = step
-        if stopping and not last:
-            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+        if keeper.save_due(step, eval_due):
+            keeper.save(step, model, optimizers, tokenizer, scaler,
+                        loader=loader.state(), progress=progress, smooth_loss=smooth_loss.state())
+        if keeper.stopping:
             break
 
         # Evaluate: bits per byte on the fixed validation rows
@@ -202,11 +179,11 @@ def main():
                 progress["val_bpb"] = val_bpb
                 progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
                 print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
-                metrics_log.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
+                keeper.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
 
         # Sample, on rank 0
         if ddp_rank == 0 and (last or (sample_every > 0 and step > 0 and step % sample_every == 0)):
-            samples = attempt("sampling", lambda: sample_texts(model, tokenizer)) or samples
+            samples = attempt("sampling", lambda: complete_prompts(Engine(model, tokenizer))) or samples
             for sample in samples:
                 print0(f"sample: {sample['text']!r}")
         if last:
@@ -235,7 +212,7 @@ def main():
             flops_per_s=flops_per_token * batch_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=mean_s * (iterations - step), smooth_loss=smooth_loss.update(loss), grad_norm=grad_norm,
             memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"], train_s=progress["train_s"])
-        metrics_log.log(metrics)
+        keeper.log(metrics)
         print0(line)
 
     # Summary and cleanup
@@ -248,8 +225,7 @@ def main():
         "training FLOPs": flops_per_token * step * batch_tokens, "training minutes": progress["train_s"] / 60,
         "minimum validation bpb": progress["min_val_bpb"], "peak memory MiB": peak_memory_bytes(device) / 2**20})
     loader.close()
-    metrics_log.close()
-    stop.restore()
+    keeper.close()
     compute_cleanup()
 
 

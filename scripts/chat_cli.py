@@ -109,6 +109,21 @@ def chat(engine, args):
             messages.append({"role": "assistant", "content": text})
 
 
+def complete(engine, args):
+    """Continue one text."""
+    try:
+        prompt = args.prompt if args.prompt is not None else input("Text to continue: ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return
+    tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
+    context = engine.model.config.sequence_len
+    if len(tokens) >= context:
+        raise UserError(f"the text has {len(tokens)} tokens, the model's context is {context}", "give a shorter text")
+    print(prompt, end="", flush=True)
+    answer(engine, tokens, args, args.seed)
+
+
 def main():
     args = parse_args()
     try:
@@ -119,9 +134,7 @@ def main():
     model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)
     if args.source == "base":  # a base model knows no turns: it continues text
-        prompt = args.prompt if args.prompt is not None else input("Text to continue: ")
-        print(prompt, end="", flush=True)
-        answer(engine, tokenizer(prompt, prepend=tokenizer.get_bos_token_id()), args, args.seed)
+        complete(engine, args)
     elif args.prompt is not None:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         messages.append({"role": "user", "content": args.prompt})

@@ -12,6 +12,7 @@ ending one too, what a tool forced not) and divided by their number over all ran
 logged.
 """
 
+import copy
 import time
 from itertools import islice
 
@@ -34,21 +35,18 @@ from nanochat.common import (
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import IGNORE, to_device
 from nanochat.engine import Engine, Sampling
-from nanochat.precision import describe_precision, get_autocast_ctx
+from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.training import (
-    MetricsLog,
-    StopSignal,
+    RunKeeper,
     accumulate_gradients,
     attempt,
-    begin_run,
     check_finite,
     check_positive,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
     resume_step,
-    save_or_warn,
     set_rates,
 )
 from tasks.evaluate import cut_prompt, evaluate_generative
@@ -100,6 +98,20 @@ def step_questions(task, step):
     for place in places:
         epoch, place = divmod(place, len(task))
         yield int(np.random.default_rng([seed, epoch]).permutation(len(task))[place])
+
+
+def writing_copy(model):
+    """The model that writes the answers: a copy in the compute dtype, so that decoding never casts, or itself."""
+    if get_precision_dtype(model.device.type) == torch.float32:
+        return model
+    return copy.deepcopy(model).requires_grad_(False).to_compute_dtype()
+
+
+@torch.no_grad()
+def update_copy(writer, model):
+    """Give the copy the parameters that the last step left."""
+    if writer is not model:
+        torch._foreach_copy_(list(writer.parameters()), list(model.parameters()))
 
 
 def roll_out(engine, task, step):
@@ -173,7 +185,8 @@ def main():
     start_model = source_manager.load_model(device, source_step).requires_grad_(False)
     start_model.to_compute_dtype()  # only compared with
     model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
-    engine = Engine(model, tokenizer)
+    writer = writing_copy(model)
+    engine = Engine(writer, tokenizer)
 
     # Data and horizon
     train_task, test_task = GSM8K(split="train"), GSM8K(split="test")
@@ -188,15 +201,14 @@ def main():
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)
-    scaler = make_scaler(device)
+    scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
     # State of the loop
     progress = (state or {}).get("progress", {"train_s": 0.0, "start": None, "accuracy": None, "rollouts": 0})
-    begin_run(manager, step, state, iterations)
-    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
-    stop, saved_step, samples = StopSignal(device), (step if state else -1), []
+    keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(train_task):,} questions", device)
+    samples = []
 
     def evaluate():
         sampled = dict(num_samples=eval_samples, temperature=1.0, top_k=50) if eval_samples > 1 else {}
@@ -205,16 +217,12 @@ def main():
 
     # Loop: save, evaluate, roll out, train
     while True:
-        last, stopping = step == iterations, stop.asked()
+        last = step == iterations
         eval_due = last or (eval_every > 0 and step % eval_every == 0)
         # Save first: whatever fails later, the steps so far are on disk
-        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
-        if save_due and step != saved_step:
-            meta = {"settings": settings, "progress": progress, "iterations": iterations}
-            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
-            saved_step = step
-        if stopping and not last:
-            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+        if keeper.save_due(step, eval_due):
+            keeper.save(step, model, optimizers, tokenizer, scaler, progress=progress)
+        if keeper.stopping:
             break
 
         # Evaluate: held-out questions, pass@k
@@ -226,7 +234,7 @@ def main():
                 passes = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
                 print0(f"step: {step:05d} | " + " | ".join(f"{name}: {value:.4f}" for name, value in passes.items()) +
                        f" | n: {result['n']} | stderr: {result['stderr']:.4f}")
-                metrics_log.log({"step": step, **passes})
+                keeper.log({"step": step, **passes})
         if last:
             break
 
@@ -249,6 +257,7 @@ def main():
         loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
         loss = check_finite(loss, step, {"questions": step * examples_per_step}, manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
+        update_copy(writer, model)
         synchronize(device)
         dt_s = time.perf_counter() - start
 
@@ -257,10 +266,10 @@ def main():
         progress["train_s"] += dt_s
         progress["rollouts"] += int(num_rollouts)
         reward, length = reward_sum / num_rollouts, num_targets / num_rollouts
-        metrics_log.log({"step": step, "reward": reward, "kl": kl, "entropy": entropy, "train/loss": loss,
-                         "lrm": lr_factor, "grad_norm": grad_norm, "answer_tokens": length, "dt_ms": 1000 * dt_s,
-                         "useful": num_useful / num_rollouts, "rollouts_per_sec": num_rollouts / rollout_s,
-                         "memory_bytes": peak_memory_bytes(device)})
+        keeper.log({"step": step, "reward": reward, "kl": kl, "entropy": entropy, "train/loss": loss,
+                    "lrm": lr_factor, "grad_norm": grad_norm, "answer_tokens": length, "dt_ms": 1000 * dt_s,
+                    "useful": num_useful / num_rollouts, "rollouts_per_sec": num_rollouts / rollout_s,
+                    "memory_bytes": peak_memory_bytes(device)})
         print0(f"step: {step:05d}/{iterations:05d} ({100 * step / iterations:.1f}%) | reward: {reward:.4f} | "
                f"kl: {kl:.4f} | entropy: {entropy:.4f} | tokens: {length:.1f} | lrm: {lr_factor:.3f} | "
                f"dt: {1000 * dt_s:.0f}ms | rollouts/s: {num_rollouts / rollout_s:.1f} | "
@@ -272,8 +281,7 @@ def main():
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples, "steps": step,
         "metrics": {"GSM8K while training": progress["accuracy"]}, "GSM8K before": progress["start"],
         "answers sampled": progress["rollouts"], "training minutes": progress["train_s"] / 60})
-    metrics_log.close()
-    stop.restore()
+    keeper.close()
     compute_cleanup()
 
 

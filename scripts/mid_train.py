@@ -33,19 +33,16 @@ from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import (
-    MetricsLog,
-    StopSignal,
+    RunKeeper,
     accumulate_gradients,
     align_batch_size,
     attempt,
-    begin_run,
     check_finite,
     check_positive,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
     resume_step,
-    save_or_warn,
     set_rates,
     step_line,
 )
@@ -142,7 +139,7 @@ def main():
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
-    scaler = make_scaler(device)
+    scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
@@ -150,23 +147,17 @@ def main():
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
-    begin_run(manager, step, state, iterations)
-    metrics_log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, run, step)
-    stop, saved_step = StopSignal(device), (step if state else -1)
+    keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)
 
     # Loop: save, evaluate, train
     while True:
-        last, stopping = step == iterations, stop.asked()
+        last = step == iterations
         eval_due = last or (eval_every > 0 and step % eval_every == 0)
         # Save first: whatever fails later, the steps so far are on disk
-        save_due = step > 0 and (last or stopping or eval_due or (save_every > 0 and step % save_every == 0))
-        if save_due and step != saved_step:
-            meta = {"settings": settings, "loader": loader.state(), "progress": progress, "iterations": iterations,
-                    "smooth_loss": smooth_loss.state()}
-            save_or_warn(manager, step, model, optimizers, tokenizer, meta, keep_last, must=last or stopping)
-            saved_step = step
-        if stopping and not last:
-            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+        if keeper.save_due(step, eval_due):
+            keeper.save(step, model, optimizers, tokenizer, scaler,
+                        loader=loader.state(), progress=progress, smooth_loss=smooth_loss.state())
+        if keeper.stopping:
             break
 
         # Evaluate: bits per byte of held-out conversations
@@ -176,7 +167,7 @@ def main():
                 progress["val_bpb"] = val_bpb
                 progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
                 print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
-                metrics_log.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
+                keeper.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
         if last:
             break
 
@@ -200,7 +191,7 @@ def main():
             flops_per_s=flops_per_token * batch_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
             grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"])
-        metrics_log.log(metrics)
+        keeper.log(metrics)
         print0(line)
 
     # Summary and cleanup
@@ -210,8 +201,7 @@ def main():
         "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
         "tokens": step * batch_tokens, "training minutes": progress["train_s"] / 60})
     loader.close()
-    metrics_log.close()
-    stop.restore()
+    keeper.close()
     compute_cleanup()
 
 

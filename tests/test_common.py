@@ -7,11 +7,13 @@ import signal
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import CheckpointManager
 from nanochat.common import Ema, UserError, get_base_dir, get_data_dir, lr_multiplier, run_script
 from nanochat.dataloader import shift
 from nanochat.gpt import GPTConfig
 from nanochat.training import (
     MetricsLog,
+    RunKeeper,
     StopSignal,
     accumulate_gradients,
     align_batch_size,
@@ -20,6 +22,7 @@ from nanochat.training import (
     derive_batch_size,
     derive_horizon,
     guess_device_batch_size,
+    optimizer_step,
 )
 from tests.tiny import tiny_model
 
@@ -158,7 +161,43 @@ def test_a_missing_wandb_is_one_line(tmp_path):
     except ImportError:
         pass
     with pytest.raises(UserError, match="wandb is not installed"):
-        MetricsLog(tmp_path / "m.jsonl", {}, run="my-run")
+        RunKeeper(CheckpointManager(tmp_path), {"run": "my-run"}, 10, 0, None, "", CPU)
+
+
+def test_a_resumed_run_whose_data_changed_is_warned(tmp_path, capsys):
+    manager, settings = CheckpointManager(tmp_path), {"run": "dummy", "save_every": 5, "keep_last": -1}
+    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "3 documents", CPU).close()
+    assert capsys.readouterr().out == ""
+    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "4 documents", CPU).close()
+    assert "warning: the data is not what the run began with (4 documents now" in capsys.readouterr().out
+
+
+def test_a_run_is_saved_when_it_is_time(tmp_path):
+    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
+    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 12, 0, None, "", CPU)
+    try:
+        assert [step for step in range(13) if keeper.save_due(step, eval_due=step == 8)] == [5, 8, 10, 12]
+        keeper.save(10, tiny_model(), (), None, None, loader={"row": 3})
+        assert not keeper.save_due(10, eval_due=True)
+        assert keeper.manager.load_meta(10)[1]["loader"] == {"row": 3}
+        signal.raise_signal(signal.SIGTERM)
+        assert keeper.save_due(11, eval_due=False) and keeper.stopping
+    finally:
+        keeper.close()
+
+
+def test_one_overflowed_gradient_skips_the_step_of_every_optimizer():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in params]
+    for optimizer in optimizers:
+        optimizer.grad_sq = 0.0
+    model, scaler = torch.nn.ParameterList(params), torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.device = CPU
+    for bad in (float("inf"), 1.0):
+        scaler.scale(params[0].sum() + bad * params[1].sum()).backward()
+        optimizer_step(model, optimizers, scaler)
+        assert [p.tolist() for p in params] == ([[1, 1], [1, 1]] if math.isinf(bad) else [[0, 0], [0, 0]])
+    assert scaler.get_scale() == 2.0  # halved once
 
 
 def test_base_dir_is_the_users(monkeypatch, tmp_path):
