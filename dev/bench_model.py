@@ -97,7 +97,10 @@ def bench_decode(device):
     """Decoding and prefill of ours and of a Llama of the same size in transformers, both in the compute dtype."""
     dtype = get_precision_dtype(device.type)
     config = GPTConfig.from_depth(decode_depth, 65536, 2048)
-    model = GPT.create(config, device).to(dtype).eval()
+    model = GPT.create(config, device).eval()
+    if get_precision(device.type) == "int8":
+        model.use_int8()
+    model.to(dtype)
     engine = Engine(model, RustBPETokenizer.train_from_iterator(iter(["the only text there is"]), 265))
     peer = _make_peer(config, device, dtype)
     goals = {1: 70, 8: 300, 64: 900}

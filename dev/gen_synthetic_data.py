@@ -109,7 +109,10 @@ def chat_keys(messages):
     return [normalize(" ".join(message["content"] for message in messages))]
 
 
-QUIZ_SUBJECTS = ["friends", "friends", "names", "colours", "kinds", "opposites", "lookup", "lookup"]
+# What multiple choice asks about. Which word is an animal is what a model of this size learns first, and with it to
+# find a choice's letter; pairs of words come next, and what a friend eats, or whose food it is, last.
+SUBJECTS = {"mmlu": ["kinds"] * 3 + ["colours", "opposites"], "arc_easy": ["kinds", "kinds", "colours", "opposites"],
+            "arc_challenge": ["friends", "names"]}
 
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first
@@ -118,20 +121,16 @@ QUIZ_SUBJECTS = ["friends", "friends", "names", "colours", "kinds", "opposites",
 def draw_tasks(draw):
     """Multiple choice in MMLU's and ARC's columns, word problems in GSM8K's, programs in HumanEval's: every split."""
     tables = {}
-    every_subject = ["friends", "friends", "names", "colours", "kinds", "opposites"]
-    subjects = {"mmlu": every_subject, "arc_easy": ["friends", "colours", "kinds", "opposites"],
-                "arc_challenge": ["names"]}  # here the fact is asked backwards: who lives in the mill?
     for task, split, count in [
         ("mmlu", "test", 600), ("mmlu", "validation", 100), ("mmlu", "dev", 50), ("arc_easy", "test", 400),
         ("arc_easy", "validation", 100), ("arc_challenge", "test", 400), ("arc_challenge", "validation", 100),
-        ("mmlu", "auxiliary_train", 12_000), ("arc_easy", "train", 2_500), ("arc_challenge", "train", 2_500),
+        ("mmlu", "auxiliary_train", 12_000), ("arc_easy", "train", 4_000), ("arc_challenge", "train", 1_000),
     ]:
-        names = subjects[task] + ["lookup"] * (split == "auxiliary_train")
-        items = draw(f"{task}:{split}", count, lambda rng, names=names: choice_item(rng, names), choice_keys,
+        items = draw(f"{task}:{split}", count, lambda rng, task=task: choice_item(rng, SUBJECTS[task]), choice_keys,
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
-    for split, count in (("test", 400), ("train", 4_000)):
+    for split, count in (("test", 400), ("train", 1_000)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
         tables[f"tasks/gsm8k_{split}.parquet"] = [{"question": q, "answer": a} for q, a in items]
     programs = draw("humaneval:test", 50, toy_talk.small_program, program_keys, hold_out=True)
@@ -175,7 +174,7 @@ def draw_conversations(draw):
             for row in held_out_questions(draw, 200)]
     identity = draw("identity:train", 1_500, identity_conversation, identity_keys)
     chat_test = draw("chat:test", 300, toy_talk.small_talk, chat_keys, hold_out=True)
-    chats = draw("chat:train", 8_600, toy_talk.small_talk, chat_keys)
+    chats = draw("chat:train", 3_000, toy_talk.small_talk, chat_keys)
     programs = draw("chat:programs", 400, program_conversation, program_keys)
     chats += [row["messages"] for row in programs]
     draw.rng("chat:order").shuffle(chats)
@@ -239,8 +238,8 @@ def draw_documents(draw, words):
     makers = {  # and how many in a hundred
         text_doc(story): 36, text_doc(fact_sheet): 12, text_doc(question_sheet): 12,
         text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 8,
-        text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
-        item_doc(lambda rng: choice_item(rng, QUIZ_SUBJECTS), choice_keys, 3, quiz_sheet): 15,
+        text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 10,
+        item_doc(lambda rng: choice_item(rng, SUBJECTS["mmlu"]), choice_keys, 3, quiz_sheet): 12,
         item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 9,
         item_doc(toy_talk.small_program, program_keys, 3, toy_talk.program_sheet): 1,
     }

@@ -147,7 +147,7 @@ def random_fact(rng, subjects=None):
     """Draw a fact: (three times in five) about a friend, either way round; else a colour, a kind, an opposite."""
     subject = rng.choice(subjects or ["friends"] * 4 + ["names"] * 3 + ["colours", "kinds", "opposites"])
     return {"friends": _friend_fact, "names": _name_fact, "colours": _colour_fact, "kinds": _kind_fact,
-            "opposites": _opposite_fact, "lookup": _lookup_fact}[subject](rng)
+            "opposites": _opposite_fact}[subject](rng)
 
 
 def _friend_fact(rng):
@@ -188,14 +188,6 @@ def _opposite_fact(rng):
     others = tuple(sorted({w for p in OPPOSITES.items() for w in p} - set(pair)))
     question = expand("[What is|Which word is] the opposite of {word}?", rng, word=word)
     return Fact("opposites", question, answer, others, f"The opposite of {word} is {answer}.")
-
-
-def _lookup_fact(rng):
-    """No fact at all: the question names the choice. The step that a small model is slowest to learn is from an answer
-    that it knows to the letter behind it; this is that step alone, for training only."""
-    fact = random_fact(rng, ["friends", "names", "kinds"])
-    question = expand("[Which one is {v}?|Find {v}.|What stands after {v}?]", rng, v=fact.answer)
-    return Fact("lookup", question, fact.answer, fact.others, fact.sentence)
 
 
 def choice_item(rng, subjects=None):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError, barrier, get_base_dir, get_dist_info
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.precision import get_precision
 from nanochat.tokenizer import get_tokenizer
 
 FORMAT_VERSION = 1
@@ -225,11 +226,14 @@ class CheckpointManager:
 def load_checkpoint(stage, device, model_tag=None, step=None):
     """
     (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: evaluation mode, parameters
-    stored in the compute dtype, so that decoding never casts. Default: the latest step of the newest model.
+    stored in the compute dtype, so that decoding never casts, or packed for int8. Default: the latest step of the
+    newest model.
     """
     manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
     step, meta = manager.load_meta(step)
     model = manager.load_model(device, step).eval().requires_grad_(False)
+    if get_precision(model.device.type) == "int8":
+        model.use_int8()
     return model.to_compute_dtype(), manager.load_tokenizer(step), meta
 
 

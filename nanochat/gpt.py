@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
 from nanochat.muon import DistMuon
-from nanochat.precision import active_dtype, float8_linear, get_precision_dtype
+from nanochat.precision import active_dtype, float8_linear, get_precision_dtype, int8_linear, int8_pack
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -88,11 +88,14 @@ def attention(q, k, v, mask=None):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias; `fp8` multiplies in 8 bits where training asks for it and the shapes allow."""
+    """
+    A linear layer without bias. `fp8` multiplies in 8 bits where training asks for it and the shapes allow; with
+    `int8`, the packed weight, inference does.
+    """
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
-        self.fp8 = False
+        self.fp8, self.int8 = False, None
 
     def reset_parameters(self):
         """Nothing: GPT.init_weights sets every parameter, and torch's own start on a meta device takes seconds."""
@@ -100,6 +103,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.fp8 and self.training and x[..., 0].numel() % 16 == 0:
             return float8_linear(x, self.weight)
+        if self.int8 is not None:
+            return int8_linear(x, self.int8)
         return F.linear(x, self.weight)
 
 
@@ -320,8 +325,8 @@ class GPT(nn.Module):
 
     def _logits(self, x):
         """Rows of the trunk's output -> capped float32 logits; padded vocabulary rows are left out."""
-        weight = self.lm_head.weight[: self.config.vocab_size]
-        return LOGIT_CAP * torch.tanh(F.linear(x, weight).float() / LOGIT_CAP)
+        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
     def _loss(self, x, targets, weights, reduction):
         rows, shape, targets = self.chunk_rows(), targets.shape, targets.flatten()
@@ -380,3 +385,10 @@ class GPT(nn.Module):
         for module in self.transformer.h.modules():
             if isinstance(module, Linear):
                 module.fp8 = module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+    def use_int8(self):
+        """Multiply all linear layers in 8 bits from now on, for inference on a CPU. Returns the model."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.int8 = int8_pack(module.weight)
+        return self

@@ -2,19 +2,22 @@
 The one place that decides in which number format the model computes.
 
 Parameters and optimizer states are float32; activations and matrix products run in the compute dtype. The choice
-is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware multiplies it natively
-(Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 means bfloat16 with the blocks' linear
-layers multiplied in 8 bits (`float8_linear`), on Hopper and newer.
+is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8, int8), else bfloat16 where the hardware multiplies it natively
+(Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. Two of them say how linear layers multiply and
+leave the rest as it would be: fp8 in pretraining (`float8_linear`, Hopper and newer), int8 in inference on a CPU
+(`int8_linear`).
 """
 
 import contextlib
 import os
+import warnings
 
 import torch
 
 from nanochat.common import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.bfloat16}
+CHOICES = (*DTYPES, "int8")
 
 
 def _has_native_bf16(device_type):
@@ -31,24 +34,28 @@ def _has_float8(device_type):
 
 
 def get_precision(device_type=None):
-    """'bfloat16', 'float16', 'float32' or 'fp8' for a device type ('cuda', 'cpu', 'mps'; None = the best here)."""
+    """One of CHOICES for a device type ('cuda', 'cpu', 'mps'; None = the best here)."""
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     asked = os.environ.get("NANOCHAT_PRECISION")
-    if not asked:
-        return "bfloat16" if _has_native_bf16(device_type) else "float32"
-    if asked not in DTYPES:
-        raise UserError(f"NANOCHAT_PRECISION={asked} is unknown", f"use one of {', '.join(DTYPES)}, or unset it")
-    if asked == "fp8" and not _has_float8(device_type):
-        return "bfloat16" if _has_native_bf16(device_type) else "float32"
+    if asked and asked not in CHOICES:
+        raise UserError(f"NANOCHAT_PRECISION={asked} is unknown", f"use one of {', '.join(CHOICES)}, or unset it")
+    if not asked or (asked == "fp8" and not _has_float8(device_type)) or (asked == "int8" and device_type != "cpu"):
+        return _native_precision(device_type)
     return asked
 
 
+def _native_precision(device_type):
+    return "bfloat16" if _has_native_bf16(device_type) else "float32"
+
+
 def describe_precision(device_type, fp8=False):
-    """One line for the log: what is used, and why it is not what was asked for. fp8: whether the script can use it."""
+    """One line for the log of training: what is used, and why it is not what was asked for. fp8: can this script?"""
     precision, asked = get_precision(device_type), os.environ.get("NANOCHAT_PRECISION")
     if precision == "fp8" and not fp8:
         return "bfloat16 (fp8 is for pretraining)"
+    if asked == "int8":
+        return f"{_native_precision(device_type)} (int8 is for inference on a CPU)"
     if asked and asked != precision:
         return f"{precision} (NANOCHAT_PRECISION={asked} needs a GPU of compute capability 9.0 or newer)"
     return precision
@@ -56,7 +63,8 @@ def describe_precision(device_type, fp8=False):
 
 def get_precision_dtype(device_type=None):
     """The compute dtype: that of activations, of matrix products and of the KV cache."""
-    return DTYPES[get_precision(device_type)]
+    precision = get_precision(device_type)
+    return DTYPES[_native_precision(device_type) if precision == "int8" else precision]
 
 
 def get_autocast_ctx(device):
@@ -75,7 +83,7 @@ def active_dtype(x):
 
 
 # -----------------------------------------------------------------------------
-# 8-bit products: one scale per tensor, taken from the tensor itself ("dynamic tensorwise scaling")
+# 8-bit products in training: one scale per tensor, taken from the tensor itself ("dynamic tensorwise scaling")
 
 
 def _to_float8(x, dtype):
@@ -110,3 +118,24 @@ def float8_linear(x, weight):
     dtype = active_dtype(weight)
     flat = x.reshape(-1, x.size(-1)).to(dtype)
     return _Float8Linear.apply(flat, weight.to(dtype)).view(*x.shape[:-1], weight.size(0))
+
+
+# -----------------------------------------------------------------------------
+# 8-bit products in inference on a CPU: weights once with a scale per row, activations at each call with one for all.
+# A quarter of the bytes of float32: at batch 1, where reading the weights is all that takes time, that is the speed.
+# The one scale is shared by all rows of a batch: here, and only here, neighbours can change what a row says
+
+
+def int8_pack(weight):
+    """A weight (M, K) in the form that int8_linear wants."""
+    scales = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+    zeros = torch.zeros(len(scales), dtype=torch.long)
+    with warnings.catch_warnings():  # PyTorch 2.15 means to drop these tensors one day; what replaces them is slower
+        warnings.simplefilter("ignore", UserWarning)
+        weight8 = torch.quantize_per_channel(weight.float(), scales.double(), zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(weight8, None)
+
+
+def int8_linear(x, packed):
+    """F.linear(x (..., K), weight (M, K)), about 2% off."""
+    return torch.ops.quantized.linear_dynamic(x.float(), packed, True).to(x.dtype)  # True: 7 bits where 8 overflow

@@ -54,6 +54,14 @@ def test_tool_calls_are_trained_on_and_their_outputs_are_not(tokenizer):
         ("<|output_start|>", 0), ("36", 0), ("<|output_end|>", 0), ("It's 36.", 1), ("<|assistant_end|>", 1))
 
 
+def test_a_batch_gives_the_ids_of_each_conversation(tokenizer):
+    conversations = [{"messages": [user("What is 12*3?"), assistant(CALCULATION), user("¿Seguro?"), assistant("")]},
+                     {"messages": [system("Be short."), user("Hi"), assistant("Hello <|bos|>")]}]
+    rows = tokenizer.render_batch(conversations)
+    assert [row.tolist() for row in rows] == [tokenizer.render_conversation(c)[0] for c in conversations]
+    assert tokenizer.render_batch([]) == []
+
+
 def test_a_system_message_heads_the_first_user_turn(tokenizer):
     with_system = {"messages": [system("Be kind."), user("Hi"), assistant("Hello"), user("Bye")]}
     merged = {"messages": [user("Be kind.\n\nHi"), assistant("Hello"), user("Bye")]}
