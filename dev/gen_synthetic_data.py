@@ -109,10 +109,9 @@ def chat_keys(messages):
     return [normalize(" ".join(message["content"] for message in messages))]
 
 
-# What multiple choice asks about. Which word is an animal is what a model of this size learns first, and with it to
-# find a choice's letter; pairs of words come next, and what a friend eats, or whose food it is, last.
-SUBJECTS = {"mmlu": ["kinds"] * 3 + ["colours", "opposites"], "arc_easy": ["kinds", "kinds", "colours", "opposites"],
-            "arc_challenge": ["friends", "names"]}
+# What multiple choice asks about. In the challenge the fact is asked backwards, or only the choices tell the answer
+SUBJECTS = {"mmlu": ["friends", "friends", "names", "colours", "kinds", "opposites"],
+            "arc_easy": ["friends", "colours", "kinds", "opposites"], "arc_challenge": ["names", "members"]}
 
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first
@@ -124,13 +123,13 @@ def draw_tasks(draw):
     for task, split, count in [
         ("mmlu", "test", 600), ("mmlu", "validation", 100), ("mmlu", "dev", 50), ("arc_easy", "test", 400),
         ("arc_easy", "validation", 100), ("arc_challenge", "test", 400), ("arc_challenge", "validation", 100),
-        ("mmlu", "auxiliary_train", 12_000), ("arc_easy", "train", 4_000), ("arc_challenge", "train", 1_000),
+        ("mmlu", "auxiliary_train", 8_000), ("arc_easy", "train", 3_000), ("arc_challenge", "train", 1_000),
     ]:
         items = draw(f"{task}:{split}", count, lambda rng, task=task: choice_item(rng, SUBJECTS[task]), choice_keys,
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
-    for split, count in (("test", 400), ("train", 1_000)):
+    for split, count in (("test", 400), ("train", 700)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
         tables[f"tasks/gsm8k_{split}.parquet"] = [{"question": q, "answer": a} for q, a in items]
     programs = draw("humaneval:test", 50, toy_talk.small_program, program_keys, hold_out=True)

@@ -144,10 +144,10 @@ class Fact:
 
 
 def random_fact(rng, subjects=None):
-    """Draw a fact: (three times in five) about a friend, either way round; else a colour, a kind, an opposite."""
+    """Draw a fact: (seven times in ten) about a friend, either way round; else a colour, a kind, an opposite."""
     subject = rng.choice(subjects or ["friends"] * 4 + ["names"] * 3 + ["colours", "kinds", "opposites"])
     return {"friends": _friend_fact, "names": _name_fact, "colours": _colour_fact, "kinds": _kind_fact,
-            "opposites": _opposite_fact}[subject](rng)
+            "members": _member_fact, "opposites": _opposite_fact}[subject](rng)
 
 
 def _friend_fact(rng):
@@ -176,10 +176,19 @@ def _colour_fact(rng):
 
 def _kind_fact(rng):
     kind = rng.choice(list(KINDS))
+    word = rng.choice(KINDS[kind])
+    question = expand("[What is|What kind of word is|What do we call] {word}?", rng, word=word)
+    return Fact("kinds", question, with_article(kind), tuple(with_article(k) for k in KINDS if k != kind),
+                f"{word} is {with_article(kind)}.".capitalize())
+
+
+def _member_fact(rng):
+    """The same the other way round: only the choices tell which word is asked for."""
+    kind = rng.choice(list(KINDS))
     word, be = rng.choice(KINDS[kind]), with_article(kind)
     others = [w for other, words in KINDS.items() if other != kind for w in words]
     question = pick(["Which [of these|of these words|word|one] is {be}?", "One of these is {be}. Which?"], rng, be=be)
-    return Fact("kinds", question, word, tuple(others), f"{word} is {be}.".capitalize())
+    return Fact("members", question, word, tuple(others), f"{word} is {be}.".capitalize())
 
 
 def _opposite_fact(rng):
@@ -191,10 +200,13 @@ def _opposite_fact(rng):
 
 
 def choice_item(rng, subjects=None):
-    """A multiple-choice item: (subject, question, four choices in a random order, index of the right one)."""
+    """
+    A multiple-choice item: (subject, question, four choices in alphabetical order, index of the right one). Who does
+    not know the answer guesses; who knows it can tell from the order about where it will stand, which is what a small
+    model learns first, long before it finds its answer among the choices.
+    """
     fact = random_fact(rng, subjects)
-    choices = rng.sample(fact.others, 3) + [fact.answer]
-    rng.shuffle(choices)
+    choices = sorted([*rng.sample(fact.others, 3), fact.answer])
     return fact.subject, fact.question, choices, choices.index(fact.answer)
 
 
