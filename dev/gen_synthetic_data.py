@@ -129,7 +129,7 @@ def draw_tasks(draw):
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
-    for split, count in (("test", 400), ("train", 700)):
+    for split, count in (("test", 400), ("train", 450)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
         tables[f"tasks/gsm8k_{split}.parquet"] = [{"question": q, "answer": a} for q, a in items]
     programs = draw("humaneval:test", 50, toy_talk.small_program, program_keys, hold_out=True)
