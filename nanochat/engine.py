@@ -70,6 +70,7 @@ class KVCache:
             self.lengths[:B] = [length + T for length in lengths]
         return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
 
+    @torch.inference_mode()  # as the forward pass, in which the cache may have grown: its tensors allow no other mode
     def copy_row(self, target, source_cache, source):
         """Overwrite row `target` with row `source` of a cache of the same model (this one, perhaps)."""
         length = source_cache.lengths[source]
