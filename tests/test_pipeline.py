@@ -129,7 +129,7 @@ def test_an_evaluation_that_fails_does_not_cost_the_run(monkeypatch, capsys):
     def fail(*args):
         raise torch.OutOfMemoryError("pretended")
     monkeypatch.setattr(base_train, "evaluate_bpb", fail)
-    monkeypatch.setattr(base_train, "sample_texts", fail)
+    monkeypatch.setattr(base_train, "complete_prompts", fail)
     run_stage("base", model_tag="unlucky")
     assert CheckpointManager(get_checkpoint_dir("base", "unlucky")).steps() == [2, 4]
     assert "the evaluation failed and is skipped" in capsys.readouterr().out
