@@ -221,11 +221,12 @@ class Decoder:
 
     PREFILL_CHUNK = 512  # tokens of a prompt per forward pass
 
-    def __init__(self, model, num_rows, max_length=None):
+    def __init__(self, model, num_rows, max_length=None, length=256):
+        """length: positions to begin with. The caches grow by doubling, which copies them: better said beforehand."""
         self.model, self.num_rows = model, num_rows
         self.max_length = min(max_length or model.config.sequence_len, model.cos.size(2))
         dtype = get_precision_dtype(model.device.type)
-        self.cache = KVCache(model.config, num_rows, self.max_length, model.device, dtype)
+        self.cache = KVCache(model.config, num_rows, self.max_length, model.device, dtype, length)
         self.staging = KVCache(model.config, 1, self.max_length, model.device, dtype)
         self.staged = []  # the tokens that `staging` holds
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
@@ -335,7 +336,7 @@ class Engine:
         """
         rows = [self.make_row(tokens, Sampling(temperature, top_k, seed=f"{seed}:{i}", **filters), max_tokens)
                 for i in range(num_samples)]
-        decoder = Decoder(self.model, num_samples)
+        decoder = Decoder(self.model, num_samples, length=_positions(rows))
         logits = _exhaust(decoder.prefill(list(tokens)))
         for row in rows:
             decoder.admit(row, logits)
@@ -364,7 +365,8 @@ class Engine:
         Run any number of rows (see make_row) to their end, num_rows of them at a time, the next one starting when
         one ends. Yields each row when it has ended. Prompts that stand next to each other and are equal are read once.
         """
-        waiting, decoder = deque(rows), Decoder(self.model, min(num_rows, len(rows)) or 1)
+        waiting = deque(rows)
+        decoder = Decoder(self.model, min(num_rows, len(rows)) or 1, length=_positions(rows))
         prompt, logits = None, None
         while waiting or decoder.rows:
             while waiting and decoder.num_free:
@@ -373,6 +375,11 @@ class Engine:
                     prompt, logits = row.prompt, _exhaust(decoder.prefill(row.prompt))
                 decoder.admit(row, logits)
             yield from (row for row, _, _ in decoder.step() if row.finish_reason)
+
+
+def _positions(rows):
+    """The positions that the longest of the rows needs, but no more than 1,024 in advance: most end before that."""
+    return min(1024, max((len(row.prompt) + row.max_tokens for row in rows), default=1))
 
 
 def _exhaust(generator):
