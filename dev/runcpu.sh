@@ -30,7 +30,7 @@ run python -m scripts.tok_eval
 # 3. Pretraining: three layers learn the language of that world. Small batches: at this size it is the number of steps
 #    that teaches. Small batches also make the embedding's gradient noisy, so its rate is lower than a large run's.
 run python -m scripts.base_train --depth="${DEPTH:-3}" --head_dim=32 --max_seq_len=256 --total_batch_size=2048 \
-    --num_iterations="${BASE_STEPS:-550}" --embedding_lr=0.1 --eval_every=200 --eval_tokens=32768 \
+    --num_iterations="${BASE_STEPS:-550}" --matrix_lr=0.04 --embedding_lr=0.1 --eval_every=200 --eval_tokens=32768 \
     --sample_every=-1
 run python -m scripts.base_loss --eval_tokens=32768
 

@@ -28,7 +28,7 @@ from nanochat.dataset import read_documents
 
 BLOCK_TOKENS = 2**19
 ENCODE_CHARS = 2**19  # characters handed to the tokenizer at once
-ENCODE_CONVERSATIONS = 256  # likewise
+ENCODE_CONVERSATIONS = 256  # conversations handed to it at once
 IGNORE = -1           # marks a place without a token: no loss there
 
 
@@ -285,11 +285,16 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
     if len(dataset) == 0:
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
     while epochs is None or epoch < epochs:
-        for first in range(index, len(dataset), ENCODE_CONVERSATIONS):
-            places = range(first, min(first + ENCODE_CONVERSATIONS, len(dataset)))
-            for i, ids in zip(places, tokenizer.render_batch([dataset[i] for i in places]), strict=True):
-                yield (epoch, 0, i), ids[1:]
+        for i, ids in rendered_conversations(dataset, range(index, len(dataset)), tokenizer):
+            yield (epoch, 0, i), ids[1:]
         epoch, index = epoch + 1, 0
+
+
+def rendered_conversations(dataset, indices, tokenizer):
+    """Yield (index, ids with <|bos|>) of each conversation of `indices`, ENCODE_CONVERSATIONS rendered at a time."""
+    for first in range(0, len(indices), ENCODE_CONVERSATIONS):
+        batch = indices[first: first + ENCODE_CONVERSATIONS]
+        yield from zip(batch, tokenizer.render_batch([dataset[i] for i in batch]), strict=True)
 
 
 def shift(rows):

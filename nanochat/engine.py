@@ -4,7 +4,7 @@ Generation: a KV cache, tool use and batching. The model and the tokenizer are p
 One core serves everything: a `Decoder` holds a number of rows in one cache and advances all of them by a token per
 step. Rows come and go between steps, and each has its own sampling settings, random numbers, tool state and end.
 `Engine.generate` and `Engine.generate_batch` run it to the end for evaluations, RL and the command line; a server
-feeds it as requests arrive. A row's text does not depend on its neighbours.
+feeds it as requests arrive. A row's text does not depend on its neighbours (int8 excepted, see precision.py).
 
 Shapes: B rows, T new tokens, S cached positions, H heads, D head size, L layers, V vocabulary.
 """
@@ -378,7 +378,7 @@ class Engine:
 
 
 def _positions(rows):
-    """The positions that the longest of the rows needs, but no more than 1,024 in advance: most end before that."""
+    """The positions that the longest of the rows may need; no more than 1,024 in advance, to bound the memory."""
     return min(1024, max((len(row.prompt) + row.max_tokens for row in rows), default=1))
 
 

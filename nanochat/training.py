@@ -36,14 +36,6 @@ def derive_batch_size(num_tokens):
     return 2 ** round(math.log2(max(ideal, 1024)))
 
 
-def derive_matrix_lr(batch_tokens):
-    """
-    Muon's learning rate in pretraining: 0.02 at 524,288 tokens a step, 0.04 at 2,048, which was measured to be the
-    better of the two there (dev/LOG.md); a power law through both.
-    """
-    return 0.02 * (2**19 / batch_tokens) ** (1 / 8)
-
-
 def align_batch_size(batch_tokens, sequence_len):
     """The batch in whole rows; a size that is no multiple is rounded to the nearest one, and that is said."""
     aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len

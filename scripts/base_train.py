@@ -45,7 +45,6 @@ from nanochat.training import (
     check_finite,
     check_positive,
     derive_horizon,
-    derive_matrix_lr,
     guess_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -75,7 +74,7 @@ device_batch_size: int = -1              # rows per micro-batch; -1 = what the d
 total_batch_size: int = -1               # tokens per optimizer step over all ranks; -1 = derived from the horizon
 embedding_lr: float = 0.3                # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: float = 0.004            # Adam, output head; scaled likewise
-matrix_lr: float = -1.0                  # Muon, all matrices of the blocks; -1 = derived from the batch
+matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
 weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
 warmup_iters: int = 10                   # steps of linear learning rate warmup
 warmdown_ratio: float = 0.5              # last part of the run in which the learning rate falls linearly
@@ -139,9 +138,7 @@ def main():
 
     # Optimizers
     decay = weight_decay * (12 / depth) ** 2
-    muon_lr = matrix_lr if matrix_lr > 0 else derive_matrix_lr(batch_tokens)
-    print0(f"learning rates: matrices {muon_lr:.4f}, embedding {embedding_lr}, head {unembedding_lr}")
-    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, muon_lr, compile=compile)
+    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
     scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)

@@ -29,7 +29,14 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import RowLoader, conversation_documents, pack_documents, shift, to_batch
+from nanochat.dataloader import (
+    RowLoader,
+    conversation_documents,
+    pack_documents,
+    rendered_conversations,
+    shift,
+    to_batch,
+)
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
@@ -88,9 +95,8 @@ compile: bool | None = None          # torch.compile; None = on GPUs only, where
 
 def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
     """Tokens of one pass over the mixture, counted by rendering it; ranks share the work. Collective."""
-    mine, count = range(ddp_rank, len(mixture), ddp_world_size), 0
-    for first in range(0, len(mine), 256):
-        count += sum(map(len, tokenizer.render_batch([mixture[i] for i in mine[first: first + 256]])))
+    mine = range(ddp_rank, len(mixture), ddp_world_size)
+    count = sum(len(ids) for _, ids in rendered_conversations(mixture, mine, tokenizer))
     return int(all_reduce_sum(torch.tensor(count, device=device)))
 
 

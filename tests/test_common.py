@@ -21,7 +21,6 @@ from nanochat.training import (
     check_finite,
     derive_batch_size,
     derive_horizon,
-    derive_matrix_lr,
     guess_device_batch_size,
     optimizer_step,
 )
@@ -163,10 +162,6 @@ def test_a_missing_wandb_is_one_line(tmp_path):
         pass
     with pytest.raises(UserError, match="wandb is not installed"):
         RunKeeper(CheckpointManager(tmp_path), {"run": "my-run"}, 10, 0, None, "", CPU)
-
-
-def test_matrices_learn_faster_in_small_batches():
-    assert [derive_matrix_lr(tokens) for tokens in (2**19, 2**15, 2**11)] == pytest.approx([0.02, 0.02 * 2**0.5, 0.04])
 
 
 def test_a_resumed_run_whose_data_changed_is_warned(tmp_path, capsys):

@@ -178,7 +178,7 @@ def test_the_program_dies_with_its_starter(cells):
     starter = subprocess.Popen(
         [sys.executable, "-c", f"import tempfile; tempfile.tempdir = {str(cells)!r}\n"
          f"from nanochat.execution import execute_code; execute_code({program!r}, timeout=60)"], cwd=ROOT)
-    wait_until(lambda: any(path.stat().st_size for path in cells.glob("*/work/pid")))
+    wait_until(lambda: any(path.stat().st_size for path in cells.rglob("pid")))
     home, = cells.iterdir()
     pid = int((home / "work" / "pid").read_text())
     assert is_alive(pid)
