@@ -295,7 +295,7 @@ def small_talk(rng):
     turns = []
     if rng.random() < 0.4:
         turns += [rng.choice(GREETINGS), expand("Hello! [How can I help you|What can I do for you]?", rng)]
-    kinds = [_plain_exchange] * 3 + [_fact_exchange] * 3 + [_yes_no_exchange, _about_exchange, _story_exchange]
+    kinds = [_plain_exchange, _fact_exchange] * 3 + [_story_exchange] * 2 + [_yes_no_exchange, _about_exchange]
     for exchange in rng.sample(kinds, rng.choice([1, 2, 2, 3])):
         turns += exchange(rng)
     if rng.random() < 0.4:
