@@ -51,11 +51,6 @@ def sample_rows(logits, samplings, u):
     return ids
 
 
-def sample_row(logits, sampling, u):
-    """The same for one row: logits (V,) -> a token id."""
-    return int(sample_rows(logits[None], [sampling], [u]))
-
-
 def _take_best(logits, samplings, u):
     return logits.argmax(dim=-1)
 

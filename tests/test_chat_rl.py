@@ -6,20 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.gpt import GPT, GPTConfig
 from scripts.chat_rl import compare_models, training_arrays, update_copy, writing_copy
+from tests.tiny import tiny_model
 
 IGNORE = -1
-
-
-def tiny_model(seed):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=16))
-    model.init_weights()
-    with torch.no_grad():  # the projections start at zero, which would hide most weights
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model
 
 
 def test_sampled_tokens_are_targets_forced_ones_and_the_prompt_are_not():
@@ -34,17 +24,17 @@ def test_sampled_tokens_are_targets_forced_ones_and_the_prompt_are_not():
 def test_a_model_has_no_divergence_from_itself_and_some_from_another():
     inputs = np.arange(12, dtype=np.int32).reshape(2, 6)
     targets = inputs + 1
-    model = tiny_model(0)
+    model = tiny_model()
     kl, entropy = compare_models(model, model, inputs, targets, 2)
     assert kl == 0 and entropy > 0
-    assert compare_models(model, tiny_model(1), inputs, targets, 2)[0] != 0
+    assert compare_models(model, tiny_model(seed=1), inputs, targets, 2)[0] != 0
     assert compare_models(model, model, inputs, np.full_like(targets, IGNORE), 2) == (0, 0)
 
 
 @pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_writing_copy_has_the_weights_of_the_last_step_in_the_compute_dtype(monkeypatch, precision, dtype):
     monkeypatch.setenv("NANOCHAT_PRECISION", precision)
-    model = tiny_model(0)
+    model = tiny_model()
     writer = writing_copy(model)
     assert (writer is model) == (dtype == torch.float32)
     with torch.no_grad():

@@ -2,12 +2,17 @@
 
 import random
 
+import pytest
 import torch
 
-from nanochat.sampling import Sampling, sample_row, sample_rows, top_logprobs
+from nanochat.sampling import Sampling, sample_rows, top_logprobs
 
 MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1),
          Sampling(0.9, top_k=20, top_p=0.5, min_p=0.01), Sampling(2.0, top_k=10**6), Sampling(0.5)]
+
+
+def sample_row(logits, sampling, u):
+    return int(sample_rows(logits[None], [sampling], [u]))
 
 
 def test_a_batch_draws_what_each_row_draws_alone():
@@ -60,3 +65,36 @@ def test_logprobs_are_those_of_the_unfiltered_model():
     for row, (token, (logprob, top)) in enumerate(zip([4, 0, 39], top_logprobs(logits, [4, 0, 39], 3), strict=True)):
         assert logprob == float(reference[row, token])
         assert top == list(zip(*(x.tolist() for x in reversed(reference[row].topk(3))), strict=True))
+
+
+def test_greedy_top_k_one_and_tiny_top_p_agree():
+    logits = torch.randn(50)
+    best = int(logits.argmax())
+    for sampling in (Sampling(0), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1.0, min_p=1.0)):
+        assert sample_row(logits, sampling, 0.999) == best
+
+
+def test_top_k_beyond_the_vocabulary_and_zero_switch_it_off():
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    draws = [{sample_row(logits, Sampling(1.0, top_k=k), u / 100) for u in range(100)} for k in (None, 0, 3, 99)]
+    assert draws == [{0, 1, 2}] * 4
+
+
+def test_sampling_follows_the_softmax():
+    logits, rng = torch.tensor([0.0, 1.0, 2.0, -1.0]), random.Random(0)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[sample_row(logits, Sampling(0.8), rng.random())] += 1
+    torch.testing.assert_close(counts / 4000, torch.softmax(logits / 0.8, 0), atol=0.03, rtol=0)
+
+
+def test_filters_never_let_a_dropped_token_through():
+    logits = torch.tensor([3.0, 2.9, -5.0, -6.0])
+    for sampling in (Sampling(1.0, top_p=0.9), Sampling(1.0, min_p=0.5), Sampling(1.0, top_k=2)):
+        assert {sample_row(logits, sampling, u) for u in (*(i / 1000 for i in range(1000)), 1 - 2**-53)} == {0, 1}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}])
+def test_bad_sampling_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
