@@ -36,7 +36,7 @@ BUDGETS = {
     "scripts/base_eval.py": 140, "scripts/mid_train.py": 260, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
     "scripts/chat_eval.py": 150, "scripts/chat_cli.py": 155, "scripts/chat_web.py": 330,
     "tasks/common.py": 215, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
-    "nanochat/ui.html": 1450, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
+    "nanochat/ui.html": 1290, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
