@@ -18,6 +18,9 @@ import functools
 import re
 from dataclasses import dataclass
 
+from tasks.common import render_mc
+from tasks.mmlu import LETTERS
+
 # -----------------------------------------------------------------------------
 # Facts: the closed world
 
@@ -217,7 +220,7 @@ def statement(rng, x, attribute):
 
 
 # -----------------------------------------------------------------------------
-# What pretraining reads about the facts: sheets of statements, of questions, of questions with numbered choices
+# What pretraining reads about the facts: sheets of statements, of questions, of multiple-choice questions
 
 
 def fact_sheet(rng):
@@ -242,15 +245,11 @@ def question_sheet(rng):
 
 
 def quiz_sheet(items):
-    """
-    Multiple-choice items with their answers, the first one with its choice written out. The choices have numbers here
-    and letters in the tasks, so that a tokenizer trained on this text does not merge the tasks' `=A` into one token.
-    """
+    """Multiple-choice items as the tasks ask them, with their answers, the first one with its choice written out."""
     quizzes = []
     for i, (_, question, choices, answer) in enumerate(items):
-        options = "\n".join(f"- {choice}={number}" for number, choice in enumerate(choices, 1))
-        reply = f"{choices[answer]}={answer + 1}" if i == 0 else answer + 1
-        quizzes.append(f"{question}\n{options}\nAnswer: {reply}")
+        reply = f"{choices[answer]}={LETTERS[answer]}" if i == 0 else LETTERS[answer]
+        quizzes.append(f"{render_mc(question, LETTERS, choices)}\n{reply}")
     return "\n\n".join(quizzes)
 
 

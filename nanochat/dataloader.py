@@ -260,12 +260,13 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
 
 def conversation_rows(dataset, indices, tokenizer, max_len):
     """
-    One conversation per row: (inputs, targets, number of conversations cut), int32 (R, T) each, T the longest of
-    them rounded up to a multiple of 32 (few shapes occur), at most max_len. Targets are the tokens that the assistant
-    itself produces, IGNORE elsewhere; what goes beyond max_len is cut off.
+    One conversation per row, the shortest first: (inputs, targets, number of conversations cut), int32 (R, T) each, T
+    the longest of them rounded up to a multiple of 32 (few shapes occur), at most max_len. Targets are the tokens that
+    the assistant itself produces, IGNORE elsewhere; what goes beyond max_len is cut off.
     """
     rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
-    longest = max(len(ids) for ids, _ in rendered) - 1
+    rendered.sort(key=lambda conversation: len(conversation[0]))  # micro-batches of like length need little padding
+    longest = len(rendered[-1][0]) - 1
     T = min(max_len, -(-longest // 32) * 32)
     inputs = np.full((len(rendered), T), tokenizer.get_bos_token_id(), dtype=np.int32)
     targets = np.full((len(rendered), T), IGNORE, dtype=np.int32)

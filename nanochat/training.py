@@ -10,10 +10,11 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanochat.common import UserError, all_reduce_sum, get_dist_info, micro_batches, print0
-from nanochat.dataloader import to_device
+from nanochat.dataloader import IGNORE, to_device
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
 # -----------------------------------------------------------------------------
@@ -111,7 +112,8 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
         try:
             loss = torch.zeros((), device=model.device)
             for rows in micro_batches(len(inputs), device_batch_size):
-                x, y, *w = (to_device(array[rows], model.device) for array in arrays)
+                T = used_columns(targets[rows])
+                x, y, *w = (to_device(array[rows, :T], model.device) for array in arrays)
                 with get_autocast_ctx(model.device):
                     part = model(x, y, *w, loss_reduction="sum") / max(num_targets, 1)
                 (part if scaler is None else scaler.scale(part)).backward()
@@ -126,6 +128,15 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def used_columns(targets):
+    """
+    How many columns of (R, T) targets a model has to look at: attention is causal, so those after the last target
+    change nothing. A multiple of 32, at most T, for few shapes to occur.
+    """
+    last = np.flatnonzero((targets != IGNORE).any(axis=0))[-1:]
+    return min(targets.shape[1], 32 * (1 + int(last.sum()) // 32))
 
 
 def set_rates(optimizers, lr_factor, **values):

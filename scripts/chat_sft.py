@@ -21,7 +21,6 @@ from nanochat.common import (
     lr_multiplier,
     peak_memory_bytes,
     print0,
-    rank_slice,
     run_script,
     synchronize,
 )
@@ -171,8 +170,10 @@ def main():
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
         set_rates(optimizers, lr_factor)
         inputs, targets, num_cut = conversation_rows(mixture, step_indices(step, len(mixture)), tokenizer, max_seq_len)
-        num_targets = int((targets != IGNORE).sum())
-        mine = rank_slice(len(inputs), ddp_rank, ddp_world_size)
+        is_target = targets != IGNORE
+        num_targets = int(is_target.sum())
+        num_tokens = int((is_target * np.arange(1, 1 + targets.shape[1])).max(axis=1).sum())  # up to each last target
+        mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
         loss, device_rows = accumulate_gradients(model, inputs[mine], targets[mine], num_targets, device_rows,
                                                  scaler=scaler)
         loss = check_finite(loss, step, {"conversations": step * examples_per_step}, manager)
@@ -186,8 +187,8 @@ def main():
         for name, count in (("used", len(inputs)), ("cut", num_cut), ("targets", num_targets)):
             progress[name] += count
         metrics, line = step_line(
-            step, iterations, loss, lr_factor, dt_s, inputs.size,
-            flops_per_s=flops_per_token * inputs.size / dt_s / ddp_world_size, peak_flops=peak_flops,
+            step, iterations, loss, lr_factor, dt_s, num_tokens,
+            flops_per_s=flops_per_token * num_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
             grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), num_targets=num_targets)
         keeper.log(metrics)

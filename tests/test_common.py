@@ -4,6 +4,7 @@ import json
 import math
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from nanochat.training import (
     derive_horizon,
     guess_device_batch_size,
     optimizer_step,
+    used_columns,
 )
 from tests.tiny import tiny_model
 
@@ -218,3 +220,12 @@ def test_run_script_prints_a_users_mistake_without_traceback(capsys):
         run_script(main)
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == "error: --depth=0 is too small\nhint: --depth=4\n"
+
+
+def test_columns_after_the_last_target_are_left_out_in_steps_of_32():
+    targets = np.full((3, 100), -1)
+    assert used_columns(targets) == 32
+    for column, used in ((0, 32), (31, 32), (32, 64), (95, 96), (96, 100)):
+        targets[1, column] = 5
+        assert used_columns(targets) == used
+    assert used_columns(targets[:, :20]) == 20
