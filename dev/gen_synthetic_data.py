@@ -123,7 +123,7 @@ def draw_tasks(draw):
     for task, split, count in [
         ("mmlu", "test", 600), ("mmlu", "validation", 100), ("mmlu", "dev", 50), ("arc_easy", "test", 400),
         ("arc_easy", "validation", 100), ("arc_challenge", "test", 400), ("arc_challenge", "validation", 100),
-        ("mmlu", "auxiliary_train", 14_000), ("arc_easy", "train", 3_000), ("arc_challenge", "train", 1_000),
+        ("mmlu", "auxiliary_train", 8_000), ("arc_easy", "train", 3_000), ("arc_challenge", "train", 1_000),
     ]:
         items = draw(f"{task}:{split}", count, lambda rng, task=task: choice_item(rng, SUBJECTS[task]), choice_keys,
                      hold_out="train" not in split)
@@ -173,7 +173,7 @@ def draw_conversations(draw):
             for row in held_out_questions(draw, 200)]
     identity = draw("identity:train", 1_500, identity_conversation, identity_keys)
     chat_test = draw("chat:test", 300, toy_talk.small_talk, chat_keys, hold_out=True)
-    chats = draw("chat:train", 2_000, toy_talk.small_talk, chat_keys)
+    chats = draw("chat:train", 3_000, toy_talk.small_talk, chat_keys)
     programs = draw("chat:programs", 400, program_conversation, program_keys)
     chats += [row["messages"] for row in programs]
     draw.rng("chat:order").shuffle(chats)

@@ -22,18 +22,16 @@ from nanochat.common import (
     compute_init,
     get_peak_flops,
     lr_multiplier,
-    micro_batches,
     peak_memory_bytes,
     print0,
+    rank_slice,
     run_script,
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import (
-    IGNORE,
     RowLoader,
     conversation_documents,
-    conversation_rows,
     pack_documents,
     rendered_conversations,
     shift,
@@ -58,7 +56,6 @@ from nanochat.training import (
     step_line,
 )
 from tasks.mixtures import mid_mixture
-from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
@@ -73,7 +70,6 @@ model_step: int | None = None        # its step; None = the last
 identity_epochs: int = 2             # times the identity conversations stand in the mixture
 spelling_size: int = 200000          # SimpleSpelling words
 spellingbee_size: int = 80000        # SpellingBee questions
-mmlu_first: int = 0                  # MMLU questions before all else, one a row; a tiny model wants thousands
 # Horizon
 num_iterations: int = -1             # optimizer steps; -1 = one pass over the mixture
 # Optimization
@@ -93,8 +89,6 @@ keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
 compile: bool | None = None          # torch.compile; None = on GPUs only, where it pays
 
-QUESTION_TOKENS = 64  # that a question of multiple choice takes, about
-
 
 # -----------------------------------------------------------------------------
 
@@ -104,16 +98,6 @@ def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
     mine = range(ddp_rank, len(mixture), ddp_world_size)
     count = sum(len(ids) for _, ids in rendered_conversations(mixture, mine, tokenizer))
     return int(all_reduce_sum(torch.tensor(count, device=device)))
-
-
-def first_rows(questions, indices, tokenizer, max_seq_len):
-    """
-    (inputs, targets, weights) of a step on multiple choice alone. Among other tasks, or several questions to a row, a
-    model of a few million parameters goes on guessing letters; after a few thousand questions like this it has seen
-    that the answer is among the choices, and keeps that (measured in dev/LOG.md).
-    """
-    inputs, targets, _ = conversation_rows(questions, indices, tokenizer, max_seq_len)
-    return inputs, targets, (targets != IGNORE).astype(np.float32)
 
 
 def target_weights(rows, tokenizer, prompt_weight):
@@ -150,8 +134,7 @@ def main():
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
     # Data: the mixture packed into rows, and held-out conversations
-    questions = MMLU("auxiliary_train", stop=mmlu_first)
-    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, mmlu_first)
+    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size)
     num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if num_iterations <= 0 else None
 
     def documents(position):
@@ -165,15 +148,12 @@ def main():
     # Horizon and batch
     batch_tokens = align_batch_size(total_batch_size, max_seq_len)
     rows_per_step = batch_tokens // max_seq_len
-    mine, device_rows = slice(ddp_rank, None, ddp_world_size), device_batch_size
+    my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
         device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
-    first_batches = micro_batches(len(questions), max(1, batch_tokens // QUESTION_TOKENS))
-    first_steps = len(first_batches)
-    iterations = num_iterations if num_iterations > 0 else first_steps + max(1, num_tokens // batch_tokens)
+    iterations = num_iterations if num_iterations > 0 else max(1, num_tokens // batch_tokens)
     counted = f", {num_tokens:,} tokens" if num_tokens else ""
-    print0(f"first: {len(questions):,} questions in {first_steps:,} steps | "
-           f"mixture: {len(mixture):,} conversations{counted} | batch: {batch_tokens:,} tokens = {rows_per_step} rows, "
+    print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch_tokens:,} tokens = {rows_per_step} rows, "
            f"{device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
 
     def val_batches():
@@ -214,19 +194,16 @@ def main():
         if last:
             break
 
-        # Train: one optimizer step on this step's rows, dealt out to the ranks
+        # Train: one optimizer step on this step's rows
         synchronize(device)
         start = time.perf_counter()
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
         set_rates(optimizers, lr_factor)
-        if step < first_steps:
-            indices = range(len(questions))[first_batches[step]]
-            inputs, targets, weights = first_rows(questions, indices, tokenizer, max_seq_len)
-        else:
-            rows = loader.next_rows(rows_per_step)
-            (inputs, targets), weights = shift(rows), target_weights(rows, tokenizer, prompt_loss_weight)
-        loss, device_rows = accumulate_gradients(model, inputs[mine], targets[mine], float(weights.sum()), device_rows,
-                                                 weights[mine], scaler)
+        rows = loader.next_rows(rows_per_step)
+        inputs, targets = shift(rows[my_rows])
+        weights = target_weights(rows, tokenizer, prompt_loss_weight)
+        loss, device_rows = accumulate_gradients(model, inputs, targets, float(weights.sum()), device_rows,
+                                                 weights[my_rows], scaler)
         loss = check_finite(loss, step, loader.state(), manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)

@@ -20,12 +20,9 @@ def identity_tasks(epochs):
     return [CustomJSON() for _ in range(epochs)]
 
 
-def mid_mixture(identity_epochs, spelling_size, spellingbee_size, mmlu_first=0):
-    """
-    Small talk, multiple choice after its first mmlu_first questions, word problems with the calculator, identity,
-    spelling. All examples, shuffled.
-    """
-    return TaskMixture([SmolTalk("train"), MMLU("auxiliary_train", start=mmlu_first), GSM8K(split="train"),
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size):
+    """Small talk, multiple choice, word problems with the calculator, identity, spelling. All examples, shuffled."""
+    return TaskMixture([SmolTalk("train"), MMLU("auxiliary_train"), GSM8K(split="train"),
                         *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
                         SpellingBee(spellingbee_size, "train")])
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 BASE = dict(depth=1, max_seq_len=64, total_batch_size=256, device_batch_size=2, eval_tokens=300, eval_every=2,
             num_iterations=4, device_type="cpu")
 MID = dict(total_batch_size=256, num_iterations=4, eval_tokens=300, eval_every=2, spelling_size=20, spellingbee_size=20,
-           mmlu_first=4, device_batch_size=2, device_type="cpu")  # one step of questions, then the mixture
+           device_batch_size=2, device_type="cpu")
 SFT = dict(examples_per_step=4, num_iterations=4, eval_examples=4, eval_every=2, smoltalk_size=20, spelling_size=5,
            spellingbee_size=5, device_batch_size=2, device_type="cpu")
 RL = dict(num_iterations=4, examples_per_step=2, num_samples=2, max_new_tokens=8, eval_every=2, eval_examples=4,
