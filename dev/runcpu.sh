@@ -34,11 +34,9 @@ run python -m scripts.base_train --depth="${DEPTH:-3}" --head_dim=64 --max_seq_l
     --sample_every=-1
 run python -m scripts.base_loss --eval_tokens=32768
 
-# 4. Midtraining: the chat format, the calculator, spelling, multiple choice. Only the assistant's words count: what a
-#    user asks is chosen at random, and learning to predict it would drown the few words of an answer.
-run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_STEPS:-700}" --prompt_loss_weight=0 \
-    --embedding_lr=0.05 --eval_every=350 --eval_tokens=16384 --identity_epochs=1 --spelling_size=1500 \
-    --spellingbee_size=5000
+# 4. Midtraining: the chat format, the calculator, spelling, multiple choice.
+run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_STEPS:-700}" --embedding_lr=0.05 \
+    --eval_every=350 --eval_tokens=16384 --identity_epochs=1 --spelling_size=1500 --spellingbee_size=5000
 
 # 5. Supervised finetuning: one conversation a row.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \

@@ -4,14 +4,13 @@ Midtraining: teach a base model the chat format, tool use and multiple choice, a
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
     python -m scripts.mid_train --num_iterations=20 --total_batch_size=2048 --eval_tokens=2048      (a CPU, to try)
 
-Conversations are packed into full rows like documents, and every token is a target, the user's too unless
---prompt_loss_weight says less. The run is one pass over the mixture (or num_iterations steps): its tokens are counted
-beforehand, so progress and end are known, not guessed.
+Conversations are packed into full rows like documents, and every token is a target, the user's too. The
+run is one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are
+known, not guessed.
 """
 
 import time
 
-import numpy as np
 import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
@@ -78,7 +77,6 @@ total_batch_size: int = 524288       # tokens per optimizer step over all ranks
 embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
 matrix_lr: float = 0.02              # Muon, all matrices of the blocks
-prompt_loss_weight: float = 1.0      # weight of a token that the assistant does not write; a tiny model wants less
 init_lr_frac: float = 1.0            # all learning rates start at this fraction
 warmdown_ratio: float = 0.2          # last part of the run in which the learning rate falls to 0
 # Evaluation and checkpoints
@@ -98,19 +96,6 @@ def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
     mine = range(ddp_rank, len(mixture), ddp_world_size)
     count = sum(len(ids) for _, ids in rendered_conversations(mixture, mine, tokenizer))
     return int(all_reduce_sum(torch.tensor(count, device=device)))
-
-
-def target_weights(rows, tokenizer, prompt_weight):
-    """
-    Rows (R, T + 1) -> float32 (R, T), a weight for each target: 1 where the assistant writes it, else prompt_weight.
-    Read off the row itself; what stands before its first role token (the tail of a cut conversation) is a prompt.
-    """
-    def last(name):  # (R, T + 1): where this token stood last, up to and with each place
-        return np.maximum.accumulate(np.where(rows == tokenizer.encode_special(name), np.arange(rows.shape[1]), -1), 1)
-
-    speaking = last("<|assistant_start|>") > last("<|assistant_end|>")  # after each place, so about the next token
-    forced = last("<|output_start|>")[:, 1:] > last("<|output_end|>")[:, :-1]  # a tool's output with both its fences
-    return np.where(speaking[:, :-1] & ~forced, 1, prompt_weight).astype(np.float32)
 
 
 def main():
@@ -201,9 +186,7 @@ def main():
         set_rates(optimizers, lr_factor)
         rows = loader.next_rows(rows_per_step)
         inputs, targets = shift(rows[my_rows])
-        weights = target_weights(rows, tokenizer, prompt_loss_weight)
-        loss, device_rows = accumulate_gradients(model, inputs, targets, float(weights.sum()), device_rows,
-                                                 weights[my_rows], scaler)
+        loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
         loss = check_finite(loss, step, loader.state(), manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
