@@ -240,12 +240,12 @@ def test_token_view_tints_each_token_and_names_the_others(chat, server):
 
 
 def test_figures_of_an_answer_and_the_context_meter(chat, server):
-    server.script = [Answer(["a"] * 12, pace_s=0.02, finish="length", prompt_tokens=500)]
+    server.script = [Answer(["a"] * 12, pace_s=0.05, finish="length", prompt_tokens=500)]
     chat.say("Hi")
     facts = chat.answer().locator(".facts").inner_text()
     assert facts.startswith("12 tokens · ") and "tok/s · first after" in facts and facts.endswith("cut at max tokens")
     rate = chat.page.evaluate("pathOf(current).at(-1).stats.rate")
-    assert 5 < rate < 55  # 11 gaps of at least 20 ms
+    assert 5 < rate < 55  # 11 gaps of at least 50 ms; the first token may be read late, when the machine is busy
     assert chat.page.locator("#meter").inner_text() == "512 of 2,048 tokens"
 
 
