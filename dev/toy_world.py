@@ -203,13 +203,9 @@ def _opposite_fact(rng):
 
 
 def choice_item(rng, subjects=None):
-    """
-    A multiple-choice item: (subject, question, four choices in alphabetical order, index of the right one). Who does
-    not know the answer guesses; who knows it can tell from the order about where it will stand, which is what a small
-    model learns first, long before it finds its answer among the choices.
-    """
+    """A multiple-choice item: (subject, question, four choices in any order, index of the right one)."""
     fact = random_fact(rng, subjects)
-    choices = sorted([*rng.sample(fact.others, 3), fact.answer])
+    choices = rng.sample([*rng.sample(fact.others, 3), fact.answer], 4)
     return fact.subject, fact.question, choices, choices.index(fact.answer)
 
 

@@ -4,9 +4,8 @@ Midtraining: teach a base model the chat format, tool use and multiple choice, a
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
     python -m scripts.mid_train --num_iterations=20 --total_batch_size=2048 --eval_tokens=2048      (a CPU, to try)
 
-Conversations are packed into full rows like documents, and every token is a target, the user's too. The
-run is one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are
-known, not guessed.
+Conversations are packed into full rows like documents, and every token is a target, the user's too. The run is
+one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are known.
 """
 
 import time

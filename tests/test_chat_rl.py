@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.dataloader import IGNORE
 from scripts.chat_rl import compare_models, training_arrays, update_copy, writing_copy
 from tests.tiny import tiny_model
-
-IGNORE = -1
 
 
 def test_sampled_tokens_are_targets_forced_ones_and_the_prompt_are_not():
