@@ -36,6 +36,9 @@ if [ "$MACHINE" != gpu ]; then
     EVAL_FLAGS="-x 50 -m 128"
 fi
 
+WANDB_RUN="${WANDB_RUN:-dummy}"
+BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+
 run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
 stage() {  # a script with its flags, under torchrun where there are several GPUs
     local script="$1"; shift
@@ -46,20 +49,32 @@ stage() {  # a script with its flags, under torchrun where there are several GPU
     fi
 }
 
-step_setup() { if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh "$EXTRA"; fi; run python -m nanochat.report reset; }
+step_setup() {
+    if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh "$EXTRA" $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
+    run python -m nanochat.report reset
+}
+DOWNLOADED=""
 step_download_dataset() {
+    DOWNLOADED=yes
     if [ -n "${NANOCHAT_DATA_DIR:-}" ]; then echo "# NANOCHAT_DATA_DIR is set: nothing to download"; return; fi
     run python -m nanochat.dataset -n "$NUM_SHARDS"
 }
 # shellcheck disable=SC2086  # the *_FLAGS are lists of words
 step_tokenizer() {
+    if [ -z "$DOWNLOADED" ]; then step_download_dataset; fi  # downloads what is missing
     run python -m scripts.tok_train --max_chars="$TOKENIZER_CHARS" --vocab_size="$VOCAB"
     run python -m scripts.tok_eval
 }
-step_base_model() { stage scripts.base_train --depth="$DEPTH" $BASE_FLAGS; stage scripts.base_loss --eval_tokens=1048576; }
-step_mid_training() { stage scripts.mid_train $MID_FLAGS; stage scripts.chat_eval -i mid $EVAL_FLAGS; }
-step_sft() { stage scripts.chat_sft $SFT_FLAGS; stage scripts.chat_eval -i sft $EVAL_FLAGS; }
-step_rl() { stage scripts.chat_rl $RL_FLAGS; stage scripts.chat_eval -i rl -a GSM8K $EVAL_FLAGS; }
+step_base_model() { stage scripts.base_train --depth="$DEPTH" --run="$WANDB_RUN" $BASE_FLAGS; stage scripts.base_loss --eval_tokens=1048576; }
+step_mid_training() {
+    if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ ! -f "$BASE/identity_conversations.jsonl" ]; then  # who the model is
+        run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
+        run cp "$BASE/toy_world/identity_conversations.jsonl" "$BASE/identity_conversations.jsonl"
+    fi
+    stage scripts.mid_train --run="$WANDB_RUN" $MID_FLAGS; stage scripts.chat_eval -i mid $EVAL_FLAGS
+}
+step_sft() { stage scripts.chat_sft --run="$WANDB_RUN" $SFT_FLAGS; stage scripts.chat_eval -i sft $EVAL_FLAGS; }
+step_rl() { stage scripts.chat_rl --run="$WANDB_RUN" $RL_FLAGS; stage scripts.chat_eval -i rl -a GSM8K $EVAL_FLAGS; }
 step_report() { run python -m nanochat.report generate; }
 
 if [ $# -eq 0 ]; then usage; exit 0; fi

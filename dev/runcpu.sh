@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 
 run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
 
-if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu; fi
+WANDB_RUN="${WANDB_RUN:-dummy}"
+if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
 # 1. The toy world: stories, facts, word problems, questions and small talk from a seed (half a minute). Its place in
@@ -31,21 +32,23 @@ run python -m scripts.tok_eval
 #    that teaches. Small batches also make the embedding's gradient noisy, so its rate is lower than a large run's.
 run python -m scripts.base_train --depth="${DEPTH:-3}" --head_dim=64 --max_seq_len=256 --total_batch_size=2048 \
     --num_iterations="${BASE_STEPS:-550}" --matrix_lr=0.04 --embedding_lr=0.1 --eval_every=200 --eval_tokens=32768 \
-    --sample_every=-1
+    --sample_every=-1 --run="$WANDB_RUN"
 run python -m scripts.base_loss --eval_tokens=32768
 
 # 4. Midtraining: the chat format, the calculator, spelling, multiple choice.
 run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_STEPS:-700}" --embedding_lr=0.05 \
-    --eval_every=350 --eval_tokens=16384 --identity_epochs=1 --spelling_size=1500 --spellingbee_size=5000
+    --eval_every=350 --eval_tokens=16384 --identity_epochs=1 --spelling_size=1500 --spellingbee_size=5000 \
+    --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
-    --spelling_size=300 --spellingbee_size=2500
+    --spelling_size=300 --spellingbee_size=2500 --run="$WANDB_RUN"
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is.
 run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-40}" --examples_per_step=8 --num_samples=8 \
-    --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.15 --embedding_lr=0.02
+    --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.15 --embedding_lr=0.02 \
+    --run="$WANDB_RUN"
 
 # 7. Evaluation of every stage on held-out questions, and the report card.
 TASKS="MMLU|ARC-Easy|GSM8K|SpellingBee"

@@ -123,7 +123,7 @@ class CheckpointManager:
     def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
         """
         Save the state of training; collective (the optimizers gather their shards), written by rank 0. `meta` is a
-        JSON-able dict: settings, loader state, metrics. keep_last > 0 then deletes all but so many newest ones.
+        JSON-able dict: settings, loader state, metrics. keep_last > 0 then keeps only so many newest ones.
         A failed write (a full disk) raises UserError and leaves the checkpoints that were there as they were.
         """
         states = {}
@@ -174,15 +174,24 @@ class CheckpointManager:
 
     # -- loading
 
+    def _missing(self, step):
+        """The error that says what is not there, and what is instead."""
+        stage = next((stage for stage, name in STAGE_DIRS.items() if name == self.checkpoint_dir.parent.name), "base")
+        steps = self.steps()
+        tags = [d.name for d in self.checkpoint_dir.parent.glob("*") if CheckpointManager(d).steps()]
+        if steps:
+            return UserError(f"no whole checkpoint of step {step} in {self.checkpoint_dir}",
+                             f"there are the steps {', '.join(map(str, steps))}; without a step the last one is taken")
+        return UserError(f"no checkpoint in {self.checkpoint_dir}",
+                         f"the {stage} models here are {', '.join(sorted(tags))}" if tags else
+                         f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
+
     def load_meta(self, step=None):
         """(step, meta) of a checkpoint; step None = the latest whole one."""
         step = self.last_step() if step is None else step
         folder = self.checkpoint_dir / _step_name(step or 0)
         if step is None or not _is_whole(folder):
-            have = ", ".join(map(str, self.steps())) or "none"
-            what = "no checkpoint" if step is None else f"no whole checkpoint of step {step}"
-            raise UserError(f"{what} in {self.checkpoint_dir}; there are: {have}",
-                            "choose one of these with --step, or train: python -m scripts.base_train")
+            raise self._missing(step)
         return step, _upgrade(_read_meta(folder), folder)
 
     def load_model(self, device, step=None):
@@ -191,10 +200,10 @@ class CheckpointManager:
         with torch.device("meta"):
             model = GPT(GPTConfig(**meta["model_config"]))
         weights = _load_tensors(self.checkpoint_dir / _step_name(step) / "model.safetensors", device)
-        missing = {name: p.shape for name, p in model.state_dict().items()}
+        expected = {name: p.shape for name, p in model.state_dict().items()}
         found = {name: p.shape for name, p in weights.items()}
-        if missing != found:
-            wrong = sorted(set(missing.items()) ^ set(found.items()))[0]
+        if expected != found:
+            wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
             raise UserError(f"{self.checkpoint_dir}, step {step}: parameter {wrong[0]} does not fit the config",
                             "this checkpoint was changed after it was saved; load another step")
         model.load_state_dict(weights, assign=True)
@@ -281,7 +290,7 @@ def _load_tensors(path, device):
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}", "load another step with --step, or resume from it") from error
+        raise UserError(f"{path} is damaged: {error}", "load another step, or resume from it") from error
 
 
 def _fsync(path):

@@ -1,11 +1,13 @@
 """
-What every stage needs: where files live, which device and rank this process is, how rank 0 speaks, the few
-collectives, downloads, and the schedules. Importing this module does nothing; `compute_init` sets a process up.
+What every stage shares: errors, folders, set-up of device and ranks, collectives, schedules, batch arithmetic.
+Importing this module does nothing; `compute_init` sets a process up.
 """
 
 import ctypes
+import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,14 +28,26 @@ class UserError(ValueError):
 
 
 def run_script(main):
-    """Run a script's main(); a mistake of the user's ends in `error:` and `hint:` lines and exit code 2."""
+    """
+    Run a script's main(). A mistake of the user's, or a file that cannot be read or written, ends in `error:` and
+    `hint:` lines and exit code 2.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        _exit_with(UserError(str(error), "check that the path is right and writable and the disk not full: df -h"))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _exit_with(error):
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -43,7 +57,11 @@ def run_script(main):
 def get_base_dir():
     """Where artifacts go: $NANOCHAT_BASE_DIR, default ~/.cache/nanochat. Created when missing."""
     base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    base_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        base_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"NANOCHAT_BASE_DIR={base_dir} cannot be a folder: {error.strerror}",
+                        "export NANOCHAT_BASE_DIR=~/nanochat_files") from error
     return base_dir
 
 
@@ -91,6 +109,8 @@ def compute_init(device_type="", seed=42):
 
     Returns (ddp_rank, ddp_local_rank, ddp_world_size, device).
     """
+    if seed < 0:
+        raise UserError(f"--seed={seed}: need 0 or more", "--seed=42")
     device_type = device_type or autodetect_device_type()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available.get(device_type):
@@ -195,6 +215,10 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_reduce_sum(tensor):
     """Sum over ranks, in place; returns the tensor."""
     if world_size() > 1:
@@ -220,13 +244,41 @@ def all_gather(shard):
     return full
 
 
+def gather_objects(items):
+    """The lists of all ranks joined, in rank order, on every rank; for small picklable things."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def run_together(function, device):
+    """function() on every rank; an error on one becomes an error on all, so that none waits in the next collective."""
+    result = failure = None
+    try:
+        result = function()
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = error
+    if all_reduce_sum(torch.tensor(float(failure is not None), device=device)).item() > 0:
+        raise failure or RuntimeError("it failed on another rank")
+    return result
+
+
 def barrier():
     if world_size() > 1:
         dist.barrier()
 
 
 # -----------------------------------------------------------------------------
-# Schedules and batch arithmetic
+# Schedules, compilation, batch arithmetic
+
+
+def compiles(device, setting=None):
+    """Whether to torch.compile: as set; None = on GPUs, where it pays, if Triton is there for it."""
+    if setting is not None:
+        return setting
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):

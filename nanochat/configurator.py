@@ -15,9 +15,11 @@ and ends with
 
 `--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the nearest name,
 and a value of the wrong type is refused in one line. There is no config object: inside `main` the settings are
-plain globals, and a test sets them on the imported module before it calls `main()`.
+plain globals, and a test sets them on the imported module before it calls `main()`. Tools with short flags (`-i`, `-p`)
+use `ArgumentParser`.
 """
 
+import argparse
 import difflib
 import io
 import re
@@ -40,7 +42,7 @@ def override_from_cli(namespace, argv=None, prefix="--"):
     `hint:` on stderr and exits 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    types = {name: str(_type_name(namespace["__annotations__"][name])) for name in get_settings(namespace)}
+    types = {name: _type_name(namespace["__annotations__"][name]) for name in get_settings(namespace)}
     if argv and argv[0] == prefix:  # torchrun hands over the `--` that separates its own flags from ours
         argv.pop(0)
     while argv:
@@ -57,16 +59,28 @@ def override_from_cli(namespace, argv=None, prefix="--"):
             _fail(f"unknown setting {prefix}{name}",
                   f"did you mean {prefix}{nearest[0]}?" if nearest else f"{prefix}help lists the settings")
         if not has_value:
-            bare_flag = types[name].startswith("bool") and (not argv or argv[0].startswith(prefix))
-            if not argv and not bare_flag:
+            alone = not argv or argv[0].startswith(prefix)
+            if alone and not types[name].startswith("bool"):
                 _fail(f"{prefix}{name} needs a value ({types[name]})", f"for example {prefix}{name}={namespace[name]}")
-            value = "true" if bare_flag else argv.pop(0)
+            value = "true" if alone else argv.pop(0)
         try:
             namespace[name] = _cast(value, types[name])
         except (ValueError, OverflowError):
             _fail(f"{prefix}{name}={value} is not of type {types[name]}",
                   f"for example {prefix}{name}={namespace[name]}")
     return get_settings(namespace)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+        _fail(message.removeprefix("argument "), f"did you mean {near[0]}?" if near else "--help lists the options")
 
 
 def _type_name(annotation):
@@ -85,10 +99,12 @@ def _cast(value, type_name):
             raise ValueError(value)
         return value.lower() in _TRUE
     if option == "int":
+        if re.fullmatch(r"[+-]?\d[\d_]*", value):
+            return int(value)
         number = float(value)
-        if not re.fullmatch(r"[+-]?\d[\d_]*", value) and number != int(number):
+        if number != int(number):
             raise ValueError(value)
-        return int(value) if re.fullmatch(r"[+-]?\d[\d_]*", value) else int(number)
+        return int(number)
     return float(value) if option == "float" else value
 
 

@@ -25,16 +25,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import UserError, barrier, get_base_dir, get_data_dir, get_dist_info, world_size
+from nanochat.common import (
+    UserError,
+    barrier,
+    gather_objects,
+    get_base_dir,
+    get_data_dir,
+    get_dist_info,
+    rank,
+    world_size,
+)
 from nanochat.download import download_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 4 << 30  # unpacked; more is not the bundle
 NUM_TASKS = 22
+AGAIN = "delete the folder eval_bundle to download it again"
 CHUNK_QUESTIONS = 256  # tokenized and sorted by length at a time: enough for even batches, little to hold
 FIELDS = {"multiple_choice": {"query", "choices", "gold"}, "schema": {"context_options", "continuation", "gold"},
           "language_modeling": {"context", "continuation"}}  # what a line of each kind of task must have
@@ -67,6 +76,8 @@ def get_eval_bundle(fetch=download_file) -> Path:
 
 def _unpack(zip_path, bundle_dir):
     """Unpack beside the goal, then rename. `zipfile` itself drops `..` and roots from names and makes no links."""
+    if not zipfile.is_zipfile(zip_path):
+        raise UserError(f"{zip_path} is not a zip file", f"rm {zip_path}")
     with tempfile.TemporaryDirectory(dir=bundle_dir.parent) as folder, zipfile.ZipFile(zip_path) as archive:
         num_bytes = sum(member.file_size for member in archive.infolist())
         if num_bytes > MAX_BUNDLE_BYTES:
@@ -86,32 +97,40 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
         if not (bundle_dir / name).is_file():
             raise UserError(f"no evaluation bundle: {bundle_dir / name} is missing",
                             f"put the contents of {BUNDLE_URL} there, or unset NANOCHAT_DATA_DIR to download it")
-    config = yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))
-    with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+    try:
+        with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+        entries = [(entry["label"], entry["icl_task_type"], entry["dataset_uri"], int(entry["num_fewshot"][0]),
+                    entry.get("continuation_delimiter", " "))
+                   for entry in yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))["icl_tasks"]]
+    except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"core.yaml or eval_meta_data.csv in {bundle_dir} is damaged: {type(error).__name__}: "
+                        f"{' '.join(str(error).split())}", AGAIN) from error
     tasks = []
-    for entry in config["icl_tasks"]:
-        label, kind = entry["label"], entry["icl_task_type"]
+    for label, kind, path, num_fewshot, delimiter in entries:
         if kind not in FIELDS or label not in baselines:
-            raise UserError(f"{bundle_dir}: task {label} of type {kind} has no such type or no random baseline")
-        rows = _read_rows(bundle_dir / "eval_data" / entry["dataset_uri"], FIELDS[kind])
-        tasks.append(CoreTask(label, kind, rows, entry["num_fewshot"][0], entry.get("continuation_delimiter", " "),
-                              baselines[label]))
+            raise UserError(f"{bundle_dir}: task {label} of type {kind} has no such type or no random baseline", AGAIN)
+        rows = _read_rows(bundle_dir / "eval_data" / path, FIELDS[kind])
+        tasks.append(CoreTask(label, kind, rows, num_fewshot, delimiter, baselines[label]))
     return tasks
 
 
 def _read_rows(path, fields):
     if not path.is_file():
-        raise UserError(f"{path} of the evaluation bundle is missing", "delete that folder to download it again")
+        raise UserError(f"{path} of the evaluation bundle is missing", AGAIN)
     rows = []
     for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if line.strip():
-            row = json.loads(line)
-            if not fields <= row.keys():
-                raise UserError(f"{path}:{number} has no field {sorted(fields - row.keys())}")
+            try:
+                row = json.loads(line)
+                missing = sorted(fields - row.keys())
+            except (ValueError, AttributeError):
+                raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}", AGAIN) from None
+            if missing:
+                raise UserError(f"{path}:{number} has no field {missing}", AGAIN)
             rows.append(row)
     if not rows:
-        raise UserError(f"{path} of the evaluation bundle is empty", "delete that folder to download it again")
+        raise UserError(f"{path} of the evaluation bundle is empty", AGAIN)
     return rows
 
 
@@ -259,23 +278,13 @@ def _ask(model, tokenizer, device, task, indices, max_seq_len, batch_tokens):
     return records
 
 
-def _gather(records):
-    """The records of all ranks, on all ranks, by row number. Every rank must call this."""
-    parts = [records]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, records)
-    return sorted((record for part in parts for record in part), key=lambda record: record["index"])
-
-
 def evaluate_task(model, tokenizer, device, task, *, max_seq_len, max_per_task=-1, batch_tokens=16384):
     """One task, shared by the ranks -> (result dict, records of all questions), the same on every rank."""
     begin = time.time()
-    rank = dist.get_rank() if world_size() > 1 else 0  # it has the questions rank, rank + world, rank + 2 world...
-    indices, records = pick_questions(task, max_per_task)[rank::world_size()], []
+    indices, records = pick_questions(task, max_per_task)[rank()::world_size()], []
     for i in range(0, len(indices), CHUNK_QUESTIONS):
         records += _ask(model, tokenizer, device, task, indices[i:i + CHUNK_QUESTIONS], max_seq_len, batch_tokens)
-    records = _gather(records)
+    records = sorted(gather_objects(records), key=lambda record: record["index"])
     n, scale = len(records), 1 / (1 - task.baseline)
     accuracy = sum(record["correct"] for record in records) / n
     stderr = math.sqrt(accuracy * (1 - accuracy) / n)

@@ -44,11 +44,11 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
     """
     epoch, first_span, first_row = start
     while epochs is None or epoch < epochs:
-        order = np.random.default_rng([seed, epoch]).permutation(len(spans)) if epochs is None else range(len(spans))
+        order = _span_order(len(spans), seed, epoch) if epochs is None else range(len(spans))
         found = False
         for index in range(first_span, len(spans)):
             rows = read_documents(spans[order[index]], first_row)
-            for row, ids in _encode_ahead(tokenizer, rows):
+            for row, ids in _encode_in_batches(tokenizer, rows):
                 found = True
                 yield (epoch, index, row), ids
             first_row = 0
@@ -57,7 +57,17 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
         epoch, first_span = epoch + 1, 0
 
 
-def _encode_ahead(tokenizer, rows):
+def _span_order(num_spans, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(num_spans)
+
+
+def describe_position(state, spans, seed):
+    """The file and row in it where the current block of a `training_rows` loader with this state() starts, in words."""
+    span = spans[_span_order(len(spans), seed, state["epoch"])[state["span"]]]
+    return f"{span.path}, row {state['row']} and after (epoch {state['epoch']})"
+
+
+def _encode_in_batches(tokenizer, rows):
     """(row, text) pairs -> (row, ids) pairs, encoded ENCODE_CHARS at a time."""
     numbers, texts, chars = [], [], 0
 

@@ -13,7 +13,6 @@ What is held out is fixed by two rules, however many processes read:
   - otherwise the last 5% of all documents, in the order of the paths: at least 1, at most 2,000.
 """
 
-import argparse
 import glob
 import logging
 import os
@@ -29,7 +28,8 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nanochat.common import UserError, get_base_dir, get_data_dir, run_script
+from nanochat.common import UserError, get_base_dir, get_data_dir, print0, run_script
+from nanochat.configurator import ArgumentParser
 from nanochat.documents import count_rows, file_format, open_parquet, read_rows
 from nanochat.download import DiskFullError, download_file, hub_url
 
@@ -67,6 +67,9 @@ def get_spans(data: str | None, split: str) -> list[Span]:
     else:
         num_train = total - min(max(1, int(VAL_FRAC * total)), MAX_VAL_DOCS)
     lo, hi = (0, num_train) if split == "train" else (num_train, total)
+    if total == 1:  # a page of text: enough to try things on
+        print0(f"note: {paths[0].parent} holds one document, so the {split} split is all of it")
+        lo, hi = 0, 1
     spans, offset = [], 0  # offset: documents before this file
     for path, count in zip(paths, counts, strict=True):
         start, stop = max(lo - offset, 0), min(hi - offset, count)
@@ -203,7 +206,7 @@ def download_shards(num_train: int, workers: int = 8, **options) -> None:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m nanochat.dataset", description=f"Download shards of {REPO_ID}.")
+    parser = ArgumentParser(prog="python -m nanochat.dataset", description=f"Download shards of {REPO_ID}.")
     parser.add_argument("-n", type=int, required=True, metavar="SHARDS", help="training shards of 100 MB; -1 = all")
     parser.add_argument("-w", type=int, default=8, metavar="WORKERS", help="downloads at a time (default 8)")
     args = parser.parse_args(argv)

@@ -123,7 +123,7 @@ def _read_txt(path, start, stop):
 
 
 def _cut_text(path):
-    """The documents of a .txt, cut as said on top. Each pass finds the cuts anew, so nothing is kept."""
+    """The documents of a .txt, as the module docstring describes. Each pass finds the cuts anew: nothing is kept."""
     separated = any(line.strip() == SEPARATOR for line in _read_lines(path, MAX_LINE_BYTES))
     decoder = codecs.getincrementaldecoder("utf-8")()  # incremental: a piece of a long line may end inside a character
     pieces, num_chars, line_number = [], 0, 1

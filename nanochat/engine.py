@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.execution import use_calculator
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.sampling import Sampling, sample_rows, top_logprobs
@@ -325,7 +326,11 @@ class Engine:
 
     def make_row(self, prompt, sampling, max_tokens=None, stop_tokens=None):
         """A row with tool use; max_tokens None = as many as the context holds."""
-        return Row(list(prompt), sampling, max_tokens or self.model.config.sequence_len,
+        if max_tokens is None:
+            max_tokens = self.model.config.sequence_len
+        if max_tokens < 1:
+            raise UserError(f"max_tokens={max_tokens}: need 1 or more, or None for as many as the context holds")
+        return Row(list(prompt), sampling, max_tokens,
                    self.stop_tokens if stop_tokens is None else frozenset(stop_tokens), ToolState(self.tokenizer))
 
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **filters):

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from nanochat.common import all_reduce_sum
+from nanochat.common import UserError, all_reduce_sum, run_together
 from nanochat.precision import get_autocast_ctx
 
 
@@ -37,21 +37,18 @@ def _nats_per_unit(model, batches, units):
     Sum of the losses over the sum of units(y), a count per target; a target of 0 units is left out of both.
 
     Collective: every rank brings its own batches (perhaps none) and gets the same number. An error on one rank, out
-    of memory for example, becomes a RuntimeError on all of them, after the collective, so that no rank waits for ever.
-    Raises ValueError when there is nothing to score.
+    of memory for example, becomes one on all of them. Raises UserError when there is nothing to score.
     """
-    was_training, failure = model.training, None
+    was_training = model.training
     model.eval()
     try:
-        sums = _sum_nats_and_units(model, batches, units)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        sums, failure = torch.full((2,), math.nan, dtype=torch.float64), error
-    model.train(was_training)
+        sums = run_together(lambda: _sum_nats_and_units(model, batches, units), model.device)
+    finally:
+        model.train(was_training)
     nats, total = all_reduce_sum(sums.cuda() if model.device.type == "cuda" else sums).tolist()
-    if math.isnan(total):
-        raise RuntimeError(f"the evaluation failed: {failure or 'on another rank'}") from failure
     if total == 0:
-        raise ValueError("the held-out rows hold nothing to score; need at least one target token")
+        raise UserError("the rows hold nothing to score; need at least one target token",
+                        "--eval_tokens=-1 scores all of the text")
     return nats / total
 
 

@@ -13,7 +13,7 @@ several ranks each one updates its K / ranks of them.
 
 import torch
 
-from nanochat.common import all_gather, get_dist_info, reduce_scatter_sum, world_size
+from nanochat.common import all_gather, compiles, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular values in [1e-3, 1]
@@ -80,19 +80,18 @@ class DistMuon(torch.optim.Optimizer):
         groups = [{"params": [p for _, p in items], "names": [name for name, _ in items], "initial_lr": lr}
                   for items in by_shape.values()]
         super().__init__(groups, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay))
-        self.dtype = get_precision_dtype(groups[0]["params"][0].device.type)
+        device = groups[0]["params"][0].device
+        self.dtype = get_precision_dtype(device.type)
         if self.dtype == torch.float16:
             self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
-        compiles = groups[0]["params"][0].is_cuda if compile is None else compile
-        self._update = torch.compile(muon_update, dynamic=False) if compiles else muon_update
+        self._update = torch.compile(muon_update, dynamic=False) if compiles(device, compile) else muon_update
 
     @staticmethod
     def _my_part(group):
         """Indices [start, stop) of this rank's matrices of a group of K, padded to ceil(K / ranks) per rank."""
         per_rank = -(-len(group["params"]) // world_size())
-        rank = get_dist_info()[0] if world_size() > 1 else 0
-        return rank * per_rank, (rank + 1) * per_rank
+        return rank() * per_rank, (rank() + 1) * per_rank
 
     @staticmethod
     def _stack(tensors, start, stop):
@@ -135,7 +134,7 @@ class DistMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self._state(group).items():
                 full = all_gather(value)
-                if get_dist_info()[0] == 0:
+                if rank() == 0:
                     for name, tensor in zip(group["names"], full, strict=False):
                         tensors[f"{name}.{key}"] = tensor.cpu() if tensor.is_cuda else tensor.clone()
         return tensors

@@ -13,7 +13,6 @@ What `log` takes, all of it optional: `config` {name: value}; `metrics` {name: v
 {title: [row dicts]}; `command` (default: this process's own). Anything else is listed as a fact of the stage.
 """
 
-import argparse
 import html
 import importlib.metadata
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 import torch
 
 from nanochat.common import get_base_dir, get_dist_info, run_script
+from nanochat.configurator import ArgumentParser
 from nanochat.curves import draw, read_panels
 
 _IMPORT_TIME = time.time()  # scripts import this module first thing, so it is when their stage began
@@ -314,7 +314,7 @@ def _duration(seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m nanochat.report", description="The report card of a run")
+    parser = ArgumentParser(prog="python -m nanochat.report", description="The report card of a run")
     parser.add_argument("action", choices=["reset", "generate"], help="start a new card / render report.md")
     parser.add_argument("--gpu_hourly_rate", type=float, help="dollars for one GPU and hour (default: 3.0 where there "
                         "are GPUs; without GPUs a run has no cost unless this is given)")

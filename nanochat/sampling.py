@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nanochat.common import UserError
+
 COLDEST = 1e-5  # a temperature below this takes the most likely token, before logits / temperature overflows
 
 
@@ -27,8 +29,8 @@ class Sampling:
                   "min_p": self.min_p is None or 0 <= self.min_p <= 1}
         for name, ok in checks.items():
             if not ok:
-                raise ValueError(f"{name}={getattr(self, name)}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
-                                 "0 <= min_p <= 1")
+                raise UserError(f"{name}={getattr(self, name)}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
+                                "0 <= min_p <= 1")
 
     @property
     def filters(self):

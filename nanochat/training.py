@@ -3,11 +3,13 @@ What the training scripts share, as functions: derived settings, one gradient ac
 stop signal, and the log of metrics. The loops themselves stay in the scripts.
 """
 
+import contextlib
 import gc
 import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,13 +114,8 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
         try:
             loss = torch.zeros((), device=model.device)
             for rows in micro_batches(len(inputs), device_batch_size):
-                T = used_columns(targets[rows])
-                x, y, *w = (to_device(array[rows, :T], model.device) for array in arrays)
-                with get_autocast_ctx(model.device):
-                    part = model(x, y, *w, loss_reduction="sum") / max(num_targets, 1)
-                (part if scaler is None else scaler.scale(part)).backward()
-                loss += part.detach()
-            return loss, device_batch_size
+                loss += _loss_and_gradients(model, [array[rows] for array in arrays], num_targets, scaler)
+            break
         except torch.OutOfMemoryError:
             if device_batch_size == 1:
                 raise UserError("out of memory with one row at a time",
@@ -128,6 +125,21 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
+    if scaler is not None and len(inputs) == 0:  # it wants a loss and gradients on every rank
+        scaler.scale(loss)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    return loss, device_batch_size
+
+
+def _loss_and_gradients(model, arrays, num_targets, scaler):
+    """One micro-batch of `accumulate_gradients`; a function, for nothing of it may live on when memory runs out."""
+    T = used_columns(arrays[1])
+    x, y, *w = (to_device(array[:, :T], model.device) for array in arrays)
+    with get_autocast_ctx(model.device):
+        loss = model(x, y, *w, loss_reduction="sum") / max(num_targets, 1)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return loss.detach()
 
 
 def used_columns(targets):
@@ -140,11 +152,11 @@ def used_columns(targets):
 
 
 def set_rates(optimizers, lr_factor, **values):
-    """Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go where a group has them."""
+    """Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go to Muon's groups only."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-            if "momentum" in group:
+            if "momentum" in group:  # Muon's
                 group.update(values)
 
 
@@ -153,6 +165,7 @@ def optimizer_step(model, optimizers, scaler=None):
     if scaler is not None:
         _unscale(optimizers, scaler)
     for optimizer in optimizers:
+        optimizer.grad_sq = 0.0  # and that it stays when the scaler skips the step
         optimizer.step() if scaler is None else scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
@@ -185,12 +198,12 @@ def make_scaler(device, state=None):
     return scaler
 
 
-def check_finite(loss, step, loader_state, manager):
-    """The loss summed over ranks as a float. One that is not finite ends the run and names where it happened."""
+def check_finite(loss, step, place, manager):
+    """The loss summed over ranks as a float. One that is not finite ends the run and names the place in the data."""
     loss = all_reduce_sum(loss).item()
     if not math.isfinite(loss):
-        raise UserError(f"the loss at step {step} is {loss}; rows of {loader_state}; nothing of this step was saved, "
-                        f"the last good checkpoint is step {manager.last_step()} in {manager.checkpoint_dir}",
+        raise UserError(f"the loss at step {step} is {loss}; its rows are from {place}; nothing of this step was "
+                        f"saved, the last good checkpoint is step {manager.last_step()} in {manager.checkpoint_dir}",
                         "resume with --resume_from_step=-2 and a smaller --matrix_lr, or check that part of the data")
     return loss
 
@@ -227,7 +240,7 @@ class RunKeeper:
     """
 
     def __init__(self, manager, settings, iterations, step, state, data, device):
-        wandb = _import_wandb() if settings["run"] != "dummy" and get_dist_info()[0] == 0 else None
+        wandb = _import_wandb() if settings["run"] not in ("", "dummy") and get_dist_info()[0] == 0 else None
         if state is None:
             moved = manager.move_aside()
             if moved:
@@ -272,13 +285,16 @@ class RunKeeper:
         self._saved_step = step
 
     def close(self):
-        """After the loop. Says how to go on if it was stopped."""
-        if self.stopping and self._saved_step < 0:
-            print0("stopped before the first step: nothing to save")
-        elif self.stopping:
-            print0(f"stopped at step {self._saved_step}; go on with --resume_from_step={self._saved_step}")
+        """
+        The end of a script. A run that was stopped says how to go on, and exits as if the signal had ended it
+        (128 + its number): a shell script with further stages then stops too.
+        """
         self._log.close()
         self._signal.restore()
+        if self.stopping:
+            print0(f"stopped at step {self._saved_step}; go on with --resume_from_step={self._saved_step}"
+                   if self._saved_step >= 0 else "stopped before the first step: nothing to save")
+            sys.exit(128 + (self._signal.received or signal.SIGTERM))
 
 
 # -----------------------------------------------------------------------------
@@ -287,21 +303,24 @@ class RunKeeper:
 
 class StopSignal:
     """
-    SIGTERM and SIGINT ask the loop to save and end; a second SIGINT interrupts at once. `asked` says whether a
-    signal came to any rank: collective, so that all ranks leave the loop at the same step.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost connection) ask the loop to save and end; a second SIGINT interrupts at
+    once. `received` is the number of the first one or 0. `asked` says whether a signal came to any rank: collective,
+    so that all ranks leave the loop at the same step.
     """
 
     def __init__(self, device):
-        self._device, self._received = device, False
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._device, self.received = device, 0
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers
+                          if signal.getsignal(number) != signal.SIG_IGN}  # nohup: what it ignores stays ignored
 
     def _receive(self, number, frame):
-        if self._received and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = True
+        self.received = self.received or number
 
     def asked(self):
-        return bool(all_reduce_sum(torch.tensor(float(self._received), device=self._device)).item())
+        return bool(all_reduce_sum(torch.tensor(float(self.received > 0), device=self._device)).item())
 
     def restore(self):
         for number, handler in self._previous.items():
@@ -355,16 +374,20 @@ class MetricsLog:
                 continue  # the line that a crash cut short
 
     def log(self, metrics):
-        """metrics: {'step': int, name: number, ...}."""
+        """metrics: {'step': int, name: number, ...}. A full disk costs the line and a warning, not the run."""
         if self._file:
-            self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(metrics) + "\n")
+                self._file.flush()
+            except OSError as error:
+                print(f"warning: {self.path} could not be written: {error}", flush=True)
         if self._wandb:
             self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def close(self):
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk once more
+                self._file.close()
         if self._wandb:
             self._wandb.finish()
 

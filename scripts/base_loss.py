@@ -14,7 +14,9 @@ from nanochat.dataset import get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
+from nanochat.sampling import Sampling
 from nanochat.tokenizer import get_token_bytes
+from nanochat.training import check_positive
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -42,6 +44,8 @@ def sample_all(model, tokenizer):
 def main():
     # Init
     settings = get_settings(globals())
+    check_positive(settings, "device_batch_size")
+    Sampling(temperature)  # a wrong one is refused before the scoring, not after it
     ddp_rank, _, ddp_world_size, device = compute_init(device_type)
     model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)
     token_bytes = get_token_bytes(device, tokenizer)
@@ -61,8 +65,9 @@ def main():
     samples = sample_all(model, tokenizer) if ddp_rank == 0 else []
     for sample in samples:
         print0(f"sample: {sample['text']!r}")
-    get_report().log("Base model loss", {"config": settings, "samples": samples,
-                                         "train bpb": bpb["train"], "metrics": {"bpb": bpb["val"]}})
+    section = "Base model loss" if source == "base" else f"Loss of the {source} model"
+    get_report().log(section, {"config": settings, "samples": samples, "train bpb": bpb["train"],
+                               "metrics": {"bpb": bpb["val"]}})
     compute_cleanup()
 
 

@@ -19,6 +19,7 @@ import time
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
     Ema,
+    compiles,
     compute_cleanup,
     compute_init,
     get_peak_flops,
@@ -30,7 +31,7 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import shift, to_batch, training_rows, validation_rows
+from nanochat.dataloader import describe_position, shift, to_batch, training_rows, validation_rows
 from nanochat.dataset import describe_spans, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.gpt import GPT, GPTConfig
@@ -106,21 +107,19 @@ def main():
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
-    # Tokenizer
-    tokenizer = get_tokenizer()
-    token_bytes = get_token_bytes(device, tokenizer)
-    vocab_size = tokenizer.get_vocab_size()
-
-    # Model: new, or from the checkpoint to resume
+    # Model and tokenizer: new, or both from the checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
     step, state = resume_step(manager, resume_from_step, settings, FIXED)
     if state is None:
-        model = GPT.create(GPTConfig.from_depth(depth, vocab_size, max_seq_len, head_dim), device)
+        tokenizer = get_tokenizer()
+        config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, head_dim)
+        model = GPT.create(config, device)
     else:
-        model = manager.load_model(device, step)
+        tokenizer, model = manager.load_tokenizer(step), manager.load_model(device, step)
+    token_bytes = get_token_bytes(device, tokenizer)
     if get_precision(device.type) == "fp8":
         model.use_fp8()
-    if compile or (compile is None and device.type == "cuda"):
+    if compiles(device, compile):
         model.compile()
     num_params, flops_per_token = model.num_params(), model.estimate_flops()
     print0(f"model: {model.config} | parameters: {num_params:,} | FLOPs per token: {flops_per_token:.3e}")
@@ -196,7 +195,7 @@ def main():
         set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=decay * (1 - step / iterations))
         inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
         loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
-        loss = check_finite(loss, step, loader.state(), manager)
+        loss = check_finite(loss, step, describe_position(loader.state(), spans, seed), manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start
@@ -225,8 +224,8 @@ def main():
         "training FLOPs": flops_per_token * step * batch_tokens, "training minutes": progress["train_s"] / 60,
         "minimum validation bpb": progress["min_val_bpb"], "peak memory MiB": peak_memory_bytes(device) / 2**20})
     loader.close()
-    keeper.close()
     compute_cleanup()
+    keeper.close()
 
 
 if __name__ == "__main__":

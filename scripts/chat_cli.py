@@ -6,20 +6,24 @@ Talk to a model in the terminal, or let a base model complete text.
     python -m scripts.chat_cli -i base -p "Once upon a time"    (a base model continues the text)
 """
 
-import argparse
 import sys
+from contextlib import suppress
+from itertools import groupby
 
 from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
+from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine, Sampling, TextStream, fit_conversation
+from nanochat.serving import BLOCKS
 
 HELP = "commands: /clear forget the conversation, /system TEXT set the system message, /help, /quit (or Ctrl-D)\n" \
        'multi-line input: begin and end with """'
 DIM, PLAIN = "\033[2m", "\033[0m"
+SHOWN = {"python_start": f"{DIM}[", "python_end": f"] {PLAIN}", "output_start": f"{DIM}= ", "output_end": f" {PLAIN}"}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("-i", "--source", default="sft", choices=STAGE_DIRS, help="stage of the model (default: sft)")
     parser.add_argument("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     parser.add_argument("-s", "--step", type=int, help="step to load (default: the last)")
@@ -35,29 +39,25 @@ def parse_args():
 
 
 def answer(engine, prompt, args, seed, show_tools=False):
-    """
-    Stream the answer to stdout; returns its text. Ctrl-C ends the answer, not the program. What the model computes on
-    the way (a python block and its result) is no part of the text: shown dimmed, or not at all.
-    """
+    """Stream the answer to stdout; returns its parts, so that the model later reads the turn that it wrote. Tool calls
+    are shown dimmed, or not at all. Ctrl-C ends the answer, not the program."""
     tokenizer = engine.tokenizer
-    stream, text, in_tool = TextStream(tokenizer), "", False
-    opens = {tokenizer.encode_special("<|python_start|>"): "[", tokenizer.encode_special("<|output_start|>"): " -> "}
-    closes = {tokenizer.encode_special("<|python_end|>"): "", tokenizer.encode_special("<|output_end|>"): "] "}
+    stream, kind, pieces = TextStream(tokenizer), "text", []  # pieces: [(kind, text)]
+    fences = {tokenizer.encode_special(f"<|{name}|>"): name for name in BLOCKS}
     settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     try:
         for (token,), _ in engine.generate(prompt, seed=seed, **settings):
-            in_tool = token in opens or (in_tool and token not in closes)
-            piece = opens.get(token) or closes.get(token) or stream.feed(token)
-            if in_tool or token in closes:
-                print(f"{DIM}{piece}{PLAIN}" if show_tools else "", end="", flush=True)
-            else:
-                print(piece, end="", flush=True)
-                text += piece
+            fence = fences.get(token)
+            pieces.append((kind, stream.flush() if fence else stream.feed(token)))
+            text = pieces[-1][1] if kind == "text" or show_tools else ""
+            print(text + (SHOWN.get(fence, "") if show_tools else ""), end="", flush=True)
+            kind = BLOCKS.get(fence, kind)
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
-    end = stream.flush()
-    print(end, flush=True)
-    return text + end
+    pieces.append((kind, stream.flush()))
+    print(pieces[-1][1] + (PLAIN if show_tools else ""), flush=True)
+    groups = groupby(pieces, key=lambda piece: piece[0])
+    return [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in groups]
 
 
 def read_message():
@@ -73,6 +73,8 @@ def read_message():
 
 def chat(engine, args):
     """The conversation: read, answer, remember."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (its import gives input() arrow keys and a history)
     messages, system, turn = [], args.system, 0
     context = engine.model.config.sequence_len
     max_prompt = max(8, context - min(args.max_tokens, context // 2))
@@ -105,8 +107,8 @@ def chat(engine, args):
                 messages = messages[dropped:]
             print("Assistant: ", end="", flush=True)
             turn += 1
-            text = answer(engine, prompt, args, args.seed + turn, show_tools=sys.stdout.isatty())
-            messages.append({"role": "assistant", "content": text})
+            parts = answer(engine, prompt, args, args.seed + turn, show_tools=sys.stdout.isatty())
+            messages.append({"role": "assistant", "content": parts})
 
 
 def complete(engine, args):
@@ -127,6 +129,8 @@ def complete(engine, args):
 def main():
     args = parse_args()
     try:
+        if args.max_tokens < 1:
+            raise ValueError(f"max_tokens={args.max_tokens}: need 1 or more")
         Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         raise UserError(str(error), "leave the flag out for its default") from error

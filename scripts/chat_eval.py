@@ -10,7 +10,6 @@ Every answer goes to <base dir>/chat_eval/<stage>/<model>/<task>.jsonl, the tabl
 of the six tasks' accuracies, each centred so that blind guesses give 0; it takes a run of all six.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from nanochat.common import (
     print0,
     run_script,
 )
+from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
 from nanochat.report import get_report
@@ -35,7 +35,7 @@ from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
     parser.add_argument("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all)')
     parser.add_argument("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")

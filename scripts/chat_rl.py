@@ -137,13 +137,13 @@ def roll_out(engine, task, step):
     return rows, rewards, (by_question - by_question.mean(axis=1, keepdims=True)).reshape(-1)
 
 
-def training_arrays(rows, advantages):
+def training_arrays(rows, advantages, max_len):
     """
-    (inputs, targets, weights), (R, T) each, of finished rows: the targets are the tokens that the model sampled, the
-    weight of each is its answer's advantage.
+    (inputs, targets, weights), (R, T) each, T at most max_len, of finished rows: the targets are the tokens that the
+    model sampled, the weight of each is its answer's advantage.
     """
     longest = max((len(row.prompt) + len(row.tokens) for row in rows), default=1) - 1
-    T = -(-longest // 32) * 32  # few shapes occur
+    T = min(max_len, -(-longest // 32) * 32)  # few shapes occur
     inputs = np.zeros((len(rows), T), dtype=np.int32)
     targets = np.full((len(rows), T), IGNORE, dtype=np.int32)
     weights = np.zeros((len(rows), T), dtype=np.float32)
@@ -172,19 +172,19 @@ def compare_models(model, start_model, inputs, targets, device_rows):
 
 
 def main():
-    # Init: device, ranks, the model to start from and its tokenizer
+    # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    check_positive(settings, "examples_per_step", "num_samples", "max_new_tokens", "rollout_rows")
+    check_positive(settings, "examples_per_step", "num_epochs", "num_samples", "max_new_tokens", "rollout_rows")
     _, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
-    tokenizer = source_manager.load_tokenizer(source_step)
     manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
     step, state = resume_step(manager, resume_from_step, settings, ("seed",))
     start_model = source_manager.load_model(device, source_step).requires_grad_(False)
     start_model.to_compute_dtype()  # only compared with
-    model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
+    begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
+    tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     writer = writing_copy(model)
     engine = Engine(writer, tokenizer)
 
@@ -207,7 +207,8 @@ def main():
 
     # State of the loop
     progress = (state or {}).get("progress", {"train_s": 0.0, "start": None, "accuracy": None, "rollouts": 0})
-    keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(train_task):,} questions", device)
+    data = f"{len(train_task):,} questions, compared with {source} step {source_step}"
+    keeper = RunKeeper(manager, settings, iterations, step, state, data, device)
     samples = []
 
     def evaluate():
@@ -249,13 +250,13 @@ def main():
         # Train: one optimizer step; ranks may have sampled different numbers of tokens
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
         set_rates(optimizers, lr_factor)
-        inputs, targets, weights = training_arrays(rows, advantages)
+        inputs, targets, weights = training_arrays(rows, advantages, model.config.sequence_len)
         local = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         num_targets, reward_sum, num_rollouts, num_useful = all_reduce_sum(
             torch.tensor(local, dtype=torch.float32, device=device)).tolist()
         kl, entropy = compare_models(model, start_model, inputs[:KL_ROWS], targets[:KL_ROWS], device_rows)
         loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
-        loss = check_finite(loss, step, {"questions": step * examples_per_step}, manager)
+        loss = check_finite(loss, step, f"question {step * examples_per_step} and after", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         update_copy(writer, model)
         synchronize(device)
@@ -281,8 +282,8 @@ def main():
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples, "steps": step,
         "metrics": {"GSM8K while training": progress["accuracy"]}, "GSM8K before": progress["start"],
         "answers sampled": progress["rollouts"], "training minutes": progress["train_s"] / 60})
-    keeper.close()
     compute_cleanup()
+    keeper.close()
 
 
 if __name__ == "__main__":

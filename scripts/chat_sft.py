@@ -26,7 +26,7 @@ from nanochat.common import (
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import IGNORE, conversation_rows, to_device
-from nanochat.loss_eval import evaluate_loss as mean_loss
+from nanochat.loss_eval import evaluate_loss
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.training import (
@@ -54,7 +54,8 @@ seed: int = 42                       # of the data order
 source: str = "mid"                  # stage to start from: mid or base
 model_tag: str | None = None         # its tag, and the result's; None = the one saved last
 model_step: int | None = None        # its step; None = the last
-# Data: sizes of the mixture's parts
+# Data: your own conversations, and sizes of the mixture's parts
+data: str | None = None              # JSONL file whose conversations join the mixture (see tasks/customjson.py)
 smoltalk_size: int = 10000           # SmolTalk conversations
 identity_epochs: int = 1             # times the identity conversations stand in the mixture
 spelling_size: int = 300             # SimpleSpelling words
@@ -71,7 +72,7 @@ matrix_lr: float = 0.02              # Muon, all matrices of the blocks
 init_lr_frac: float = 0.02           # all learning rates start at this fraction and fall linearly to 0
 # Evaluation and checkpoints
 eval_every: int = 100                # steps between validation losses; -1 = at the end only
-eval_examples: int = 256             # held-out conversations to score
+eval_examples: int = 256             # held-out conversations to score; -1 = all
 save_every: int = 500                # steps between checkpoints (one is also saved before every evaluation)
 keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
@@ -93,7 +94,8 @@ def step_indices(step, num_examples):
 
 def held_out_loss(model, dataset, tokenizer, ddp_rank, ddp_world_size, device_rows):
     """Mean loss in nats over the assistant's tokens of held-out conversations; ranks share them. Collective."""
-    indices = range(min(eval_examples, len(dataset)))[ddp_rank::ddp_world_size]
+    num_examples = len(dataset) if eval_examples < 0 else min(eval_examples, len(dataset))
+    indices = range(num_examples)[ddp_rank::ddp_world_size]
 
     def batches():
         for start in range(0, len(indices), device_rows):
@@ -101,25 +103,25 @@ def held_out_loss(model, dataset, tokenizer, ddp_rank, ddp_world_size, device_ro
                                                    model.config.sequence_len)
             yield to_device(inputs, model.device), to_device(targets, model.device)
 
-    return mean_loss(model, batches())
+    return evaluate_loss(model, batches())
 
 
 def main():
-    # Init: device, ranks, the model to start from and its tokenizer
+    # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
     check_positive(settings, "examples_per_step", "num_epochs")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
-    tokenizer = source_manager.load_tokenizer(source_step)
     manager = CheckpointManager(get_checkpoint_dir("sft", source_manager.checkpoint_dir.name))
     step, state = resume_step(manager, resume_from_step, settings, ("seed",))
-    model = source_manager.load_model(device, source_step) if state is None else manager.load_model(device, step)
+    begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
+    tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
 
     # Data and horizon
-    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size)
+    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data)
     held_out = SmolTalk("test")
     iterations = num_iterations if num_iterations > 0 else -(-len(mixture) * num_epochs // examples_per_step)
     device_rows = device_batch_size
@@ -176,7 +178,7 @@ def main():
         mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
         loss, device_rows = accumulate_gradients(model, inputs[mine], targets[mine], num_targets, device_rows,
                                                  scaler=scaler)
-        loss = check_finite(loss, step, {"conversations": step * examples_per_step}, manager)
+        loss = check_finite(loss, step, f"conversation {step * examples_per_step} and after", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start
@@ -202,8 +204,8 @@ def main():
         "metrics": {"loss of conversations": progress["val_loss"]}, "conversations": progress["used"],
         "conversations cut to the context": progress["cut"], "target tokens": progress["targets"], "steps": step,
         "training minutes": progress["train_s"] / 60})
-    keeper.close()
     compute_cleanup()
+    keeper.close()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ step. Chat text is never logged. Pages: / · API: /v1/models /v1/chat/completion
 /chat/completions as the first nanochat servers had it · operations: /health /ready /stats /metrics.
 """
 
-import argparse
+import errno
 import hmac
 import ipaddress
 import os
 import secrets
+import socket
 import time
 from contextlib import asynccontextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
+from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine
 from nanochat.precision import get_precision_dtype
 from nanochat.protocol import ChatRequest, CompletionRequest, TokenizeRequest, TokenReply, error_body, token_text
@@ -134,13 +136,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
     if cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"], allow_headers=["*"])
 
-    @app.get("/", response_class=HTMLResponse)
-    def page():
-        nonce = secrets.token_urlsafe(16)
-        html = (Path(__file__).parents[1] / "nanochat" / "ui.html").read_text(encoding="utf-8")
-        return HTMLResponse(html.replace("__NONCE__", nonce), headers={
-            "Content-Security-Policy": CSP.format(nonce), "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+    app.get("/", response_class=HTMLResponse)(page)
 
     @app.get("/v1/models")
     def models():
@@ -200,6 +196,14 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
     return app
 
 
+def page():
+    nonce = secrets.token_urlsafe(16)
+    html = (Path(__file__).parents[1] / "nanochat" / "ui.html").read_text(encoding="utf-8")
+    return HTMLResponse(html.replace("__NONCE__", nonce), headers={
+        "Content-Security-Policy": CSP.format(nonce), "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+
+
 def model_card(service, name):
     lane = service.threads[0].lanes.get(name)
     return {"id": name, "object": "model", "created": int(service.started_at), "owned_by": "nanochat",
@@ -209,9 +213,12 @@ def model_card(service, name):
 # -----------------------------------------------------------------------------
 # Start
 
+RANGES = {"step": (0, None), "temperature": (0, 10), "top_k": (0, None), "max_tokens": (1, None), "port": (0, 65535),
+          "num_gpus": (1, None), "rows": (1, None), "max_waiting": (1, None)}
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("-i", "--source", default="sft", choices=STAGE_DIRS, help="stage of the model (default: sft)")
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
@@ -220,22 +227,27 @@ def parse_args(argv=None):
     add("-t", "--temperature", type=float, default=0.8, help="where a request names none (default: 0.8)")
     add("-k", "--top_k", "--top-k", type=int, default=50, help="where a request names none; 0 = off (default: 50)")
     add("-m", "--max_tokens", "--max-tokens", type=int, default=512, help="of an answer, if unnamed (default: 512)")
-    add("-p", "--port", type=int, default=8000, help="default: 8000")
+    add("-p", "--port", type=int, default=8000, help="0 = any free one (default: 8000)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="required of every request "
         "(default: $NANOCHAT_API_KEY, which other users of this machine cannot read)")
     add("--cors_origin", "--cors-origin", action="append", help="web origin that may call the API; may be repeated")
     add("-n", "--num_gpus", "--num-gpus", type=int, default=1, help="GPUs, each with a copy of the models (default: 1)")
-    add("--rows", type=int, help="answers decoded at once on a device (default: what memory allows, at most 64 on a "
-        "CPU and 256 on a GPU)")
+    add("--rows", type=int, help="answers at once on a device (default: by memory, at most 64 on a CPU, 256 on a GPU)")
     add("--max_waiting", "--max-waiting", type=int, default=256, help="answers that may wait per device (default: 256)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, (low, high) in RANGES.items():
+        value, need = getattr(args, name), f"{low} or more" if high is None else f"{low} to {high}"
+        if value is not None and not low <= value <= (value if high is None else high):
+            raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={parser.get_default(name) or low}")
+    return args
 
 
 def find_models(args):
     """{name: (stage, tag, step)} of the checkpoints to serve; refuses what is not there before anything starts."""
-    specs = args.models.split(",") if args.models else [f"{args.source}:{args.model_tag or ''}:{args.step or ''}"]
+    single = [args.source, args.model_tag or "", "" if args.step is None else str(args.step)]
+    specs = args.models.split(",") if args.models else [":".join(single)]
     found = {}
     for spec in specs:
         stage, tag, step, *rest = [*spec.strip().split(":"), "", ""]
@@ -243,7 +255,8 @@ def find_models(args):
             raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step", "for example --models=sft:d20")
         folder = find_checkpoint_dir(stage, tag or None)
         step, _ = CheckpointManager(folder).load_meta(int(step) if step else None)
-        found[f"{stage}-{folder.name}"] = (stage, folder.name, step)
+        name = f"{stage}-{folder.name}"
+        found[f"{name}-{step}" if name in found else name] = (stage, folder.name, step)  # several steps of a model
     return found
 
 
@@ -278,12 +291,25 @@ def is_loopback(host):
         return False
 
 
+def listen(host, port):
+    """A socket on this address, before anything is loaded. A name with several addresses (localhost) means its IPv4."""
+    try:
+        family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a machine can look like that
+        other_port = f"-p {port + 1 if 1023 < port < 65535 else 8001}"
+        flag = other_port if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES) else "--host=127.0.0.1"
+        raise UserError(f"cannot listen on --host={host} --port={port}: {getattr(error, 'strerror', None) or error}",
+                        f"python -m scripts.chat_web {flag}") from error
+
+
 def main():
     args = parse_args()
     if not is_loopback(args.host) and not args.api_key:
         raise UserError(f"--host={args.host} lets other machines in, which needs a key",
                         f"NANOCHAT_API_KEY=$(openssl rand -hex 16) python -m scripts.chat_web --host={args.host}")
     models = find_models(args)
+    sock = listen(args.host, args.port)
     device = compute_init(args.device_type)[3]
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise UserError(f"--num_gpus={args.num_gpus}, but there are {torch.cuda.device_count()}", "ask for fewer")
@@ -291,12 +317,11 @@ def main():
                       args.max_waiting, args.temperature, args.top_k, args.max_tokens)
     app = create_app(service, args.api_key, args.cors_origin)
     app.state.service = service
-    server = Server(uvicorn.Config(app, args.host, args.port, log_level="warning", access_log=False,
-                                   timeout_graceful_shutdown=GRACE_S + 2))
+    server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + 2))
     service.on_failure = lambda: setattr(server, "should_exit", True)
-    print(f"http://{args.host}:{args.port} | device: {args.num_gpus} x {device.type} | loading: {', '.join(models)}",
-          flush=True)
-    server.run()
+    address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{sock.getsockname()[1]}"
+    print(f"{address} | device: {args.num_gpus} x {device.type} | loading: {', '.join(models)}", flush=True)
+    server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
 

@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, 
 from nanochat.common import (
     Ema,
     all_reduce_sum,
+    compiles,
     compute_cleanup,
     compute_init,
     get_peak_flops,
@@ -64,7 +65,8 @@ seed: int = 42                       # of the data order
 # Model
 model_tag: str | None = None         # base model to start from, and tag of the result; None = the one saved last
 model_step: int | None = None        # its step; None = the last
-# Data: how often the mixture holds each part
+# Data: your own conversations, and how often the mixture holds each part
+data: str | None = None              # JSONL file whose conversations join the mixture (see tasks/customjson.py)
 identity_epochs: int = 2             # times the identity conversations stand in the mixture
 spelling_size: int = 200000          # SimpleSpelling words
 spellingbee_size: int = 80000        # SpellingBee questions
@@ -98,27 +100,27 @@ def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
 
 
 def main():
-    # Init: device, ranks, the base model, its tokenizer
+    # Init: device, ranks, the base model
     settings = get_settings(globals())
     check_positive(settings, "total_batch_size")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
     base_step, _ = base_manager.load_meta(model_step)
-    tokenizer = base_manager.load_tokenizer(base_step)
-    token_bytes = get_token_bytes(device, tokenizer)
 
-    # Model: the base model's weights, or this stage's own checkpoint to resume
+    # Model and tokenizer: of the base model, or of this stage's own checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("mid", base_manager.checkpoint_dir.name))
     step, state = resume_step(manager, resume_from_step, settings, ("seed",))
-    model = base_manager.load_model(device, base_step) if state is None else manager.load_model(device, step)
+    begin, begin_step = (base_manager, base_step) if state is None else (manager, step)
+    tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
+    token_bytes = get_token_bytes(device, tokenizer)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
-    if compile or (compile is None and device.type == "cuda"):
+    if compiles(device, compile):
         model.compile()
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
     # Data: the mixture packed into rows, and held-out conversations
-    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size)
+    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
     num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if num_iterations <= 0 else None
 
     def documents(position):
@@ -186,7 +188,7 @@ def main():
         rows = loader.next_rows(rows_per_step)
         inputs, targets = shift(rows[my_rows])
         loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
-        loss = check_finite(loss, step, loader.state(), manager)
+        loss = check_finite(loss, step, f"the mixture, {loader.state()}", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start
@@ -209,8 +211,8 @@ def main():
         "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
         "tokens": step * batch_tokens, "training minutes": progress["train_s"] / 60})
     loader.close()
-    keeper.close()
     compute_cleanup()
+    keeper.close()
 
 
 if __name__ == "__main__":

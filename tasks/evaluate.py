@@ -8,7 +8,6 @@ return (result, records): figures, and a record for JSONL of every single answer
 within float rounding) for any number of ranks and any batch size. Every rank must call them.
 """
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from difflib import SequenceMatcher
@@ -16,7 +15,7 @@ from functools import partial
 
 import torch
 
-from nanochat.common import UserError, all_gather, all_reduce_sum, get_dist_info
+from nanochat.common import UserError, gather_objects, get_dist_info, run_together
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
 from tasks.arc import ARC
@@ -30,7 +29,7 @@ from tasks.spellingbee import SpellingBee
 # -----------------------------------------------------------------------------
 # The table of tasks
 
-# name: (how to make it, accuracy of blind guesses). ARC has a few questions of 3 or 5 choices: 9 in 2,000 for training
+# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9 of 2,000
 TASKS = {
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
@@ -94,14 +93,10 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
     return questions
 
 
-def gather_records(records, device):
-    """The records of all ranks, on every rank, by problem and sample."""
-    sent = json.dumps(records).encode()  # JSON may end in spaces, so that all ranks can send the same number of bytes
-    lengths = all_gather(torch.tensor([len(sent)], device=device))
-    sent = torch.frombuffer(bytearray(sent.ljust(int(lengths.max()))), dtype=torch.uint8)
-    parts = all_gather(sent.to(device)).view(len(lengths), -1).cpu()
-    gathered = [record for part in parts for record in json.loads(part.numpy().tobytes())]
-    return sorted(gathered, key=lambda record: (record["index"], record["sample"]))
+def gather_records(answer_questions, device):
+    """The records that answer_questions() gives on each rank, on every rank, by problem and sample. Collective."""
+    records = gather_objects(run_together(answer_questions, device))
+    return sorted(records, key=lambda record: (record["index"], record["sample"]))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -139,14 +134,16 @@ def evaluate_task(task, engine, tokenizer, *, batch_rows=32, max_problems=-1, **
 
 
 def evaluate_categorical(task, model, tokenizer, *, batch_rows=32, max_problems=-1):
-    questions = read_questions(task, tokenizer, model.config.sequence_len, max_problems)
-    letters = [tokenizer.encode(conversation["letters"]) for conversation, _, _ in questions]  # one token each
-    logits = letter_logits(model, [prompt for _, prompt, _ in questions], letters, batch_rows)
-    records = []
-    for (conversation, _, record), values in zip(questions, logits, strict=True):
-        letter = conversation["letters"][values.index(max(values))]
-        records.append(record | {"sample": 0, "completion": letter, "correct": task.evaluate(conversation, letter)})
-    records = gather_records(records, model.device)
+    def answer_questions():
+        questions = read_questions(task, tokenizer, model.config.sequence_len, max_problems)
+        letters = [tokenizer.encode(conversation["letters"]) for conversation, _, _ in questions]  # one token each
+        logits = letter_logits(model, [prompt for _, prompt, _ in questions], letters, batch_rows)
+        for (conversation, _, record), values in zip(questions, logits, strict=True):
+            letter = conversation["letters"][values.index(max(values))]
+            record |= {"sample": 0, "completion": letter, "correct": task.evaluate(conversation, letter)}
+        return [record for _, _, record in questions]
+
+    records = gather_records(answer_questions, model.device)
     return summarize(task, records), records
 
 
@@ -171,15 +168,15 @@ def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_token
                         batch_rows=32, max_problems=-1, seed=42):
     """A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less."""
     context = engine.model.config.sequence_len
-    questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
-    rows, asked, graded = [], {}, []  # asked: id(row) -> (conversation, record so far)
-    for conversation, prompt, record in questions:
-        for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
-            sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
-            rows.append(engine.make_row(prompt, sampling, max_new_tokens))
-            asked[id(rows[-1])] = conversation, record | {"sample": sample}
-    failure = None
-    try:
+
+    def answer_questions():
+        questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
+        rows, asked, graded = [], {}, []  # asked: id(row) -> (conversation, record so far)
+        for conversation, prompt, record in questions:
+            for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
+                sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
+                rows.append(engine.make_row(prompt, sampling, max_new_tokens))
+                asked[id(rows[-1])] = conversation, record | {"sample": sample}
         with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
             for row in engine.generate_rows(rows, batch_rows):
                 conversation, record = asked[id(row)]
@@ -187,10 +184,7 @@ def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_token
                 completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
                 record |= {"completion": completion, "finish_reason": row.finish_reason}
                 graded.append((record, pool.submit(task.evaluate, conversation, completion)))
-        records = [record | {"correct": bool(outcome.result())} for record, outcome in graded]
-    except Exception as error:  # whatever it is, the other ranks must hear of it, or they would wait for ever
-        failure = error
-    if all_reduce_sum(torch.tensor(float(failure is not None), device=engine.model.device)) > 0:
-        raise failure or RuntimeError("the evaluation failed on another rank")
-    records = gather_records(records, engine.model.device)
+        return [record | {"correct": bool(outcome.result())} for record, outcome in graded]
+
+    records = gather_records(answer_questions, engine.model.device)
     return summarize(task, records), records

@@ -11,7 +11,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 
 def identity_tasks(epochs):
-    """The identity conversations `epochs` times; none, and that is said, where there are none."""
+    """The identity conversations `epochs` times; none, with a note, where there is no such file."""
     folder = get_data_dir() or get_base_dir()
     if not (folder / "identity_conversations.jsonl").is_file():
         print0(f"note: no identity_conversations.jsonl in {folder}: the model does not learn who it is "
@@ -20,15 +20,24 @@ def identity_tasks(epochs):
     return [CustomJSON() for _ in range(epochs)]
 
 
-def mid_mixture(identity_epochs, spelling_size, spellingbee_size):
-    """Small talk, multiple choice, word problems with the calculator, identity, spelling. All examples, shuffled."""
+def own_conversations(data):
+    """The user's --data, a JSONL file of conversations, as a list of one task; empty without it."""
+    return [CustomJSON(data)] if data is not None else []
+
+
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None):
+    """
+    Small talk, multiple choice, word problems with the calculator, identity, spelling, and the conversations of the
+    user's own file `data`. All examples, shuffled.
+    """
     return TaskMixture([SmolTalk("train"), MMLU("auxiliary_train"), GSM8K(split="train"),
                         *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
-                        SpellingBee(spellingbee_size, "train")])
+                        SpellingBee(spellingbee_size, "train"), *own_conversations(data)])
 
 
-def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size):
+def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data=None):
     """Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full."""
     return TaskMixture([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
                         SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
-                        SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train")])
+                        SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"),
+                        *own_conversations(data)])

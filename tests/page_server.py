@@ -1,18 +1,18 @@
 """
 A stand-in for scripts/chat_web on 127.0.0.1: it serves the page with the same headers and answers from a script of
-canned streams, delays and faults, so that a browser can be tried against what real servers do wrong.
+canned streams, delays and faults, so that a browser can be tried against what real servers do wrong. Requests are
+checked and events written by the server's own nanochat/protocol.py.
 
     with PageServer() as server:
         server.script = [Answer(["Hel", "lo"]), Answer(status=429, headers={"Retry-After": "1"})]  # one per request
         server.url, server.requests                              # the address; [(body, headers), ...] of the chat calls
 
-    python tests/page_server.py                                  # look at the page by hand, without a model
+    python -m tests.page_server                                  # look at the page by hand, without a model
 """
 
 import json
 import math
 import re
-import secrets
 import select
 import socket
 import threading
@@ -20,11 +20,11 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "nanochat" / "ui.html"
-CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+from nanochat.protocol import ChatReply, ChatRequest, error_body
+from nanochat.serving import Event
+from scripts.chat_web import page
+
 MAX_CONTEXT = 2048  # tokens
 
 
@@ -53,27 +53,28 @@ def token_odds(piece):
     return math.log(p), ranked
 
 
-def sse(data):
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-    return f"data: {text}\n\n".encode()
+class Pieces(list):
+    """The tokenizer of canned answers: a piece is a token, and its id the place in this list."""
+
+    def encode(self, piece):
+        if piece not in self:
+            self.append(piece)
+        return self.index(piece)
+
+    def decode_bytes(self, ids):
+        return "".join(self[i] for i in ids).encode()
 
 
-def chunk(delta=None, finish=None, **extra):
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "d4"}
-    return head | {"choices": choices} | extra
+def event_of(piece, num_tokens, tokenizer, with_scores):
+    kind, text = piece if isinstance(piece, tuple) else ("text", piece)
+    logprob, top = token_odds(text)
+    score = tokenizer.encode(text), (logprob, [(tokenizer.encode(other), q) for other, q in top])
+    return Event(0, text, kind, [score] if with_scores else [], num_tokens)
 
 
-def piece_chunk(piece, with_logprobs):
-    if isinstance(piece, tuple):
-        return chunk({"nanochat": {"type": piece[0], "text": piece[1]}})
-    made = chunk({"content": piece})
-    if with_logprobs:
-        logprob, top = token_odds(piece)
-        top = [{"token": token, "logprob": q, "bytes": list(token.encode())} for token, q in top]
-        made["choices"][0]["logprobs"] = {"content": [
-            {"token": piece, "bytes": list(piece.encode()), "logprob": logprob, "top_logprobs": top}]}
-    return made
+def unescape(stream):
+    """The same events with their letters beyond ASCII as they are, so that a slice can end inside one."""
+    return re.sub("(?<=data: ){.*", lambda data: json.dumps(json.loads(data[0]), ensure_ascii=False), stream)
 
 
 class PageServer:
@@ -116,10 +117,8 @@ class PageServer:
     def get(self, handler):
         path = handler.path.split("?")[0]
         if path == "/":
-            nonce = secrets.token_urlsafe(16)
-            page = PAGE.read_text(encoding="utf-8").replace("__NONCE__", nonce)
-            return reply(handler, 200, page.encode(), "text/html; charset=utf-8",
-                         {"Content-Security-Policy": CSP.format(nonce)})
+            response = page()
+            return reply(handler, 200, response.body, response.headers)
         if path == "/v1/models" and not self.allowed(handler):
             return fail(handler, 401, "invalid API key")
         if path == "/v1/models" and self.models_status != 200:
@@ -134,6 +133,10 @@ class PageServer:
         if not self.allowed(handler):
             return fail(handler, 401, "invalid API key")
         self.requests.append((body, dict(handler.headers)))
+        try:
+            request = ChatRequest(**body)
+        except ValueError as error:
+            return fail(handler, 400, str(error))
         answer = self.script.pop(0) if self.script else self.default
         if answer.status != 200:
             return fail(handler, answer.status, answer.message, answer.headers)
@@ -141,35 +144,39 @@ class PageServer:
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.end_headers()
         try:
-            self.stream(handler, answer, body)
+            self.stream(handler, answer, request)
         except OSError:  # the client went away
             self.hung_up.set()
 
-    def stream(self, handler, answer, body):
-        def write(data):
-            data, size = sse(data), answer.slice_bytes or 1 << 20
+    def stream(self, handler, answer, request):
+        def write(text):
+            data, size = (unescape(text) if answer.slice_bytes else text).encode(), answer.slice_bytes or 1 << 20
             for i in range(0, len(data), size):
                 handler.wfile.write(data[i:i + size])
                 handler.wfile.flush()
                 if answer.slice_bytes:
                     time.sleep(0.001)  # or the kernel joins the slices again
 
-        about = {"seed": body.get("seed") or 1234, "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
-        write(chunk({"role": "assistant", "content": ""}, nanochat=about))
+        about = {"seed": request.seed or 1234, "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
+        tokenizer = Pieces()
+        wire = ChatReply(request.model, tokenizer, answer.prompt_tokens, about, stream=True)
+
+        def tell(event):
+            wire.feed(event)
+            write(wire.chunk(event))
+
+        write(wire.opening())
         for i, piece in enumerate(answer.pieces):
             if i == answer.cut:
                 return kill(handler)
             if i == answer.hold and self.wait_for_release(handler):
                 return
             time.sleep(answer.pace_s)
-            write(piece_chunk(piece, body.get("logprobs")))
+            tell(event_of(piece, i + 1, tokenizer, request.logprobs))
         if answer.error:
-            return write({"error": {"message": answer.error, "type": "server_error", "param": None, "code": None}})
-        write(chunk({}, answer.finish))
-        count = len(answer.pieces)
-        usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": count}
-        write(chunk(usage=usage | {"total_tokens": answer.prompt_tokens + count}))
-        write("[DONE]")
+            return write(f"data: {json.dumps(error_body(answer.error, 500))}\n\n")
+        tell(Event(0, num_tokens=len(answer.pieces), finish_reason=answer.finish))
+        write(wire.closing(request.stream_options.include_usage))
 
     def wait_for_release(self, handler):
         """True when the client hung up first."""
@@ -186,21 +193,22 @@ def kill(handler):
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def reply(handler, status, body, content_type, headers=None):
+def reply(handler, status, body, headers):
     handler.send_response(status)
-    for name, value in ({"Content-Type": content_type, "Content-Length": str(len(body))} | (headers or {})).items():
+    for name, value in headers.items():
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)
 
 
 def send_json(handler, data, status=200, headers=None):
-    reply(handler, status, json.dumps(data).encode(), "application/json", headers)
+    body = json.dumps(data).encode()
+    about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    reply(handler, status, body, about | (headers or {}))
 
 
 def fail(handler, status, message, headers=None):
-    error = {"message": message, "type": "error", "param": None, "code": None}
-    send_json(handler, {"error": error}, status, headers)
+    send_json(handler, error_body(message, status), status, headers)
 
 
 def split(text):

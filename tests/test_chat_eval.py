@@ -115,7 +115,7 @@ def test_prompts_that_were_cut_are_counted_in_the_line_of_the_task(chat_model, r
 @pytest.mark.parametrize("argv, message", [
     (["-a", "MMLU|Humaneval"], "did you mean -a HumanEval"), (["-n", "4"], "-n 4 -t 1.0"),
     (["-n", "0"], "num_samples=0"), (["-t", "-1"], "temperature=-1.0"), (["-t", "nan"], "temperature=nan"),
-    (["-b", "0"], "batch_rows=0"), (["-s", "8", "-a", "MMLU"], "there are: 7")])
+    (["-b", "0"], "batch_rows=0"), (["-s", "8", "-a", "MMLU"], "there are the steps 7")])
 def test_a_mistake_in_the_arguments_is_named(chat_model, run, argv, message):
     with pytest.raises(UserError, match=message):
         run(*argv)

@@ -13,7 +13,7 @@ from tests.tiny import tiny_model
 
 def test_sampled_tokens_are_targets_forced_ones_and_the_prompt_are_not():
     row = SimpleNamespace(prompt=[1, 2, 3], tokens=[10, 11, 12, 13], mask=[1, 0, 0, 1])  # 13: the sampled stop token
-    inputs, targets, weights = training_arrays([row], [0.25])
+    inputs, targets, weights = training_arrays([row], [0.25], 256)
     assert inputs.shape == targets.shape == weights.shape == (1, 32)
     assert inputs[0, :6].tolist() == [1, 2, 3, 10, 11, 12]
     assert targets[0, :6].tolist() == [IGNORE, IGNORE, 10, IGNORE, IGNORE, 13]

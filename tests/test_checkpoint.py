@@ -150,14 +150,21 @@ def test_a_newer_format_says_update(manager, saved):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m: m.load_model(CPU), "no checkpoint in .*none"),
-    (lambda m: m.load_model(CPU, 7), "no whole checkpoint of step 7"),
+    (lambda m: m.load_model(CPU), "no checkpoint in .*\nhint: train one: python -m scripts.base_train"),
+    (lambda m: m.load_model(CPU, 7), "no checkpoint in .*"),
     (lambda m: load_checkpoint("base", CPU), "no base checkpoint.*\n.*scripts.base_train"),
     (lambda m: load_checkpoint("nonsense", CPU), "stage 'nonsense' is unknown"),
 ])
 def test_what_is_not_there_is_said(manager, call, message):
     with pytest.raises(UserError, match=message):
         call(manager)
+
+
+def test_a_step_or_tag_that_is_not_there_is_answered_with_those_that_are(manager, saved):
+    with pytest.raises(UserError, match="no whole checkpoint of step 7 .*\nhint: there are the steps 10, 20"):
+        manager.load_model(CPU, 7)
+    with pytest.raises(UserError, match="no checkpoint in .*d99\nhint: the base models here are d2"):
+        load_checkpoint("base", CPU, model_tag="d99")
 
 
 def test_a_model_alone_cannot_be_resumed(manager):

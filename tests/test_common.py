@@ -3,13 +3,15 @@
 import json
 import math
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import CheckpointManager
-from nanochat.common import Ema, UserError, get_base_dir, get_data_dir, lr_multiplier, run_script
+from nanochat.common import Ema, UserError, compute_init, get_base_dir, get_data_dir, lr_multiplier, run_script
 from nanochat.dataloader import shift
 from nanochat.gpt import GPTConfig
 from nanochat.training import (
@@ -113,10 +115,9 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(monkey
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    from nanochat.checkpoint_manager import CheckpointManager
-    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*'row': 3.*resume"):
-        check_finite(torch.tensor(math.nan), 7, {"row": 3}, CheckpointManager(tmp_path))
-    assert check_finite(torch.tensor(2.5), 7, {}, CheckpointManager(tmp_path)) == 2.5
+    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*shard_3, row 3.*resume"):
+        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", CheckpointManager(tmp_path))
+    assert check_finite(torch.tensor(2.5), 7, "", CheckpointManager(tmp_path)) == 2.5
 
 
 def test_an_evaluation_that_fails_costs_a_warning(capsys):
@@ -185,7 +186,63 @@ def test_a_run_is_saved_when_it_is_time(tmp_path):
         signal.raise_signal(signal.SIGTERM)
         assert keeper.save_due(11, eval_due=False) and keeper.stopping
     finally:
+        with pytest.raises(SystemExit) as exit:  # as if the signal had ended it: a script's next stage does not run
+            keeper.close()
+    assert exit.value.code == 128 + signal.SIGTERM
+
+
+def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", {})
+    log._file.close()
+    log._file = open("/dev/full", "a", encoding="utf-8")
+    log.log({"step": 1, "train/loss": 2.0})
+    log.close()
+    assert "metrics.jsonl could not be written: [Errno 28]" in capsys.readouterr().out
+
+
+def test_a_save_that_fails_costs_a_warning_but_the_last_one_is_an_error(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise UserError("the disk is full")
+    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
+    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 10, 0, None, "", CPU)
+    try:
+        monkeypatch.setattr(keeper.manager, "save", fail)
+        keeper.save(5, tiny_model(), (), None, None)
+        assert "warning: the disk is full" in capsys.readouterr().out
+        with pytest.raises(UserError, match="the disk is full"):
+            keeper.save(10, tiny_model(), (), None, None)
+    finally:
         keeper.close()
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (UserError("a", "b"), 2, "error: a\nhint: b\n"),
+    (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\nhint: "),
+    (KeyboardInterrupt(), 130, "")])
+def test_how_a_script_ends_on_an_error(error, code, line, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    assert exit.value.code == code and capsys.readouterr().err.startswith(line)
+
+
+def test_output_that_nobody_reads_on_ends_quietly():
+    program = "from nanochat.common import run_script; run_script(lambda: [print('line') for _ in range(100_000)])"
+    result = subprocess.run(f"{sys.executable} -c \"{program}\" | head -1", shell=True, capture_output=True, text=True)
+    assert result.stdout == "line\n" and result.stderr == ""
+
+
+def test_a_base_dir_that_is_a_file_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be a folder"):
+        get_base_dir()
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(UserError, match="--seed=-1: need 0 or more"):
+        compute_init("cpu", -1)
 
 
 def test_one_overflowed_gradient_skips_the_step_of_every_optimizer():

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from nanochat.common import UserError, micro_batches, rank_slice
-from nanochat.dataloader import IGNORE, pack_rows, packed_blocks, to_batch, training_rows, validation_rows
+from nanochat.dataloader import (
+    IGNORE,
+    describe_position,
+    pack_rows,
+    packed_blocks,
+    to_batch,
+    token_documents,
+    training_rows,
+    validation_rows,
+)
 from nanochat.dataset import get_spans
 
 BOS = 0
@@ -146,3 +155,14 @@ def test_to_batch_shifts_by_one_and_ignores_padding():
     x, y = to_batch(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), torch.device("cpu"))
     assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
     assert x.dtype == y.dtype == torch.int64
+
+
+def test_a_position_in_the_data_is_told_as_file_and_row(tmp_path, tokenizer):
+    """What a run that meets a loss of NaN says; in the order in which the files are visited."""
+    for i in range(4):
+        (tmp_path / f"part{i}.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for _ in range(8)), encoding="utf-8")
+    spans = get_spans(str(tmp_path), "train")
+    position, ids = next(token_documents(tokenizer, spans, seed=3, start=(0, 2, 1)))
+    state = dict(zip(("epoch", "span", "row"), position, strict=True))
+    told = describe_position(state, spans, seed=3)
+    assert f"part{tokenizer.decode(ids)}.jsonl, row 1 and after (epoch 0)" in told

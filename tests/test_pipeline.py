@@ -148,7 +148,8 @@ def test_a_signal_saves_and_the_resumed_run_goes_on_as_if_nothing_was(monkeypatc
         return norm
     calls = []
     monkeypatch.setattr(base_train, "optimizer_step", step_and_signal)
-    run_stage("base", model_tag="stopped", eval_every=-1)
+    with pytest.raises(SystemExit):
+        run_stage("base", model_tag="stopped", eval_every=-1)
     assert CheckpointManager(get_checkpoint_dir("base", "stopped")).steps() == [3]
     run_stage("base", model_tag="stopped", eval_every=-1, resume_from_step=-2)
     assert curve("base", "stopped") == whole
