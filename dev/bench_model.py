@@ -19,7 +19,7 @@ from nanochat.dataloader import shift, training_rows
 from nanochat.dataset import get_spans, iter_texts
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.precision import describe_precision, get_precision, get_precision_dtype
+from nanochat.precision import get_precision, get_precision_dtype
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import accumulate_gradients, optimizer_step
 
@@ -100,7 +100,7 @@ def bench_decode(device):
     model = GPT.create(config, device).eval()
     if get_precision(device.type) == "int8":
         model.use_int8()
-    model.to(dtype)
+    model.to_compute_dtype()
     engine = Engine(model, RustBPETokenizer.train_from_iterator(iter(["the only text there is"]), 265))
     peer = _make_peer(config, device, dtype)
     goals = {1: 70, 8: 300, 64: 900}
@@ -150,7 +150,7 @@ def _peer_seconds(peer, prompt, B, max_tokens, device):
 def main():
     _, _, _, device = compute_init()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name} | torch {torch.__version__} | precision: {describe_precision(device.type)}\n")
+    print(f"{name} | torch {torch.__version__} | precision: {get_precision(device.type)}\n")
     print("| what | measured | goal | beside it |\n|---|---|---|---|", flush=True)
     chosen = parts.split(",")
     if "load" in chosen:

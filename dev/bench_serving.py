@@ -142,7 +142,8 @@ async def stream(address, rng, leave_after=None):
         async for line in reader:
             if line.startswith(b"data: {"):
                 chunk = json.loads(line[6:])
-                if chunk["choices"] and (delta := chunk["choices"][0]["delta"]).get("content") or "nanochat" in delta:
+                delta = chunk["choices"][0]["delta"] if chunk.get("choices") else {}
+                if delta.get("content") or "nanochat" in delta:
                     times.append(time.perf_counter())
                 tokens = chunk.get("usage", {}).get("completion_tokens", tokens)
             if leave_after is not None and len(times) >= leave_after:

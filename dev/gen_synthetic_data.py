@@ -41,7 +41,7 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 1            # of the mirror; raised when what a seed gives changes
+FORMAT_VERSION = 2            # of the mirror; raised when what a seed gives changes
 MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
 NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 27_000, 500, 3
 
@@ -275,7 +275,7 @@ def write_mirror(root, seed, scale=1.0):
     """The whole mirror under `root`. toy_world.json is written last: where it stands, all else is complete."""
     draw = Draws(seed, scale)
     words = toy_talk.make_words(draw.rng("words"))
-    tables, bundle = draw_tasks(draw), draw_bundle(draw)
+    bundle, tables = draw_bundle(draw), draw_tasks(draw)  # all of the bundle is held out
     identity_test, identity, chat_test, chat_train = draw_conversations(draw)
     val, train = draw_documents(draw, words)
     shards = [train[i::NUM_SHARDS] for i in range(NUM_SHARDS)]

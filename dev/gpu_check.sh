@@ -10,7 +10,7 @@ if [ -n "${WHEELS:-}" ]; then
     python3 -m pip install --quiet --no-index --no-deps --target /tmp/site "$WHEELS"/*.whl
     export PYTHONPATH="/tmp/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-python3 -m pytest tests/test_gpt.py tests/test_engine.py tests/test_optimizers.py tests/test_gpu.py -q -m "not slow" && tests=0 || tests=$?
+python3 -m pytest tests/test_gpt.py tests/test_engine.py tests/test_graphs.py tests/test_optimizers.py tests/test_gpu.py -q -m "not slow" && tests=0 || tests=$?
 bench="python3 -m dev.bench_model --seq=2048 --vocab=65536 --rows=16"
 $bench --parts=train --depths=12,20
 $bench --parts=train --depths=26 --rows=8

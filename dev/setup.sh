@@ -8,6 +8,11 @@ if ! command -v uv > /dev/null; then
     (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) || python3 -m pip install --quiet uv
     export PATH="$HOME/.local/bin:$PATH"
 fi
+if ! command -v cc > /dev/null; then  # rustbpe is linked with it
+    echo "error: no C compiler (cc) is installed" >&2
+    echo "hint: sudo apt-get install build-essential, or on a Mac: xcode-select --install" >&2
+    return 2
+fi
 uv sync --inexact --extra "$@"  # inexact: what the user added to the environment stays
 source .venv/bin/activate
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+IGNORE = -1  # a target without a token: no loss there
+
 # -----------------------------------------------------------------------------
 # Errors a user can cause, and how a script ends on one
 

@@ -23,13 +23,12 @@ import threading
 import numpy as np
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import IGNORE, UserError
 from nanochat.dataset import read_documents
 
 BLOCK_TOKENS = 2**19
 ENCODE_CHARS = 2**19  # characters handed to the tokenizer at once
 ENCODE_CONVERSATIONS = 256  # conversations handed to it at once
-IGNORE = -1           # marks a place without a token: no loss there
 
 
 # -----------------------------------------------------------------------------
@@ -38,7 +37,7 @@ IGNORE = -1           # marks a place without a token: no loss there
 
 def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
     """
-    Yield ((epoch, span, row), ids) for every document of `spans` from `start` on, for ever or for so many `epochs`;
+    Yield ((epoch, span, row), ids) for every document of `spans` from `start` on, forever or for `epochs` epochs;
     ids is an int array without <|bos|>. The files are visited in another order in every epoch of every seed, span
     being the place in that order. A stream without documents is a UserError, not an endless search.
     """
@@ -243,8 +242,8 @@ def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=Fals
     return RowLoader(documents, tokenizer.get_bos_token_id(), sequence_len, seed, state, crop)
 
 
-def validation_rows(tokenizer, spans, sequence_len, max_tokens):
-    """The fixed validation set as rows (see pack_documents): the held-out documents from the first one on."""
+def eval_rows(tokenizer, spans, sequence_len, max_tokens):
+    """A fixed set of rows (see pack_documents): the documents of `spans` from the first one on."""
     documents = token_documents(tokenizer, spans, seed=0, epochs=1)
     return pack_documents(documents, tokenizer.get_bos_token_id(), sequence_len, max_tokens)
 
@@ -320,7 +319,8 @@ def to_device(array, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def to_batch(rows, device):
-    """Rows (B, T + 1) -> inputs and targets, int64 (B, T) on the device; targets are IGNORE where a row is."""
-    inputs, targets = shift(rows)
-    return to_device(inputs, device), to_device(targets, device)
+def eval_batches(rows, device_batch_size, device):
+    """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1); targets are IGNORE where a row is."""
+    for start in range(0, len(rows), device_batch_size):
+        inputs, targets = shift(rows[start: start + device_batch_size])
+        yield to_device(inputs, device), to_device(targets, device)

@@ -19,6 +19,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.execution import use_calculator
+from nanochat.graphs import CudaRecorder, StepGraphs
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.sampling import Sampling, sample_rows, top_logprobs
 
@@ -47,7 +48,7 @@ class KVCache:
         (B, 1, T, S), True where a query may look, or None where plain causal attention says the same.
         """
         lengths = self.lengths[: self.num_active]
-        self._reserve(max(lengths) + T)
+        self.reserve(max(lengths) + T)
         device = self.k.device
         starts = torch.tensor(lengths, device=device)
         positions = starts[:, None] + torch.arange(T, device=device)
@@ -75,23 +76,23 @@ class KVCache:
     def copy_row(self, target, source_cache, source):
         """Overwrite row `target` with row `source` of a cache of the same model (this one, perhaps)."""
         length = source_cache.lengths[source]
-        self._reserve(length)
+        self.reserve(length)
         for mine, theirs in ((self.k, source_cache.k), (self.v, source_cache.v)):
             mine[:, target, :, :length] = theirs[:, source, :, :length]
         self.lengths[target] = length
 
-    def _reserve(self, length):
+    def reserve(self, length):
         if length > self.max_length:
             raise ValueError(f"the KV cache holds {self.max_length} tokens per row, {length} needed")
         capacity = self.k.size(3)
         if length <= capacity:
             return
         capacity = min(self.max_length, max(length, 2 * capacity))
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], capacity, old.shape[4])
-            new[:, :, :, : old.size(3)] = old
-            setattr(self, name, new)
+        grown = []
+        for old in (self.k, self.v):
+            grown.append(old.new_zeros(*old.shape[:3], capacity, old.shape[4]))
+            grown[-1][:, :, :, : old.size(3)] = old
+        self.k, self.v = grown  # both or, when memory runs out, none
 
 
 # -----------------------------------------------------------------------------
@@ -232,6 +233,14 @@ class Decoder:
         self.staged = []  # the tokens that `staging` holds
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
+        # not while training samples from float32 weights: autocast's copies of them must not be recorded
+        can_record = model.device.type == "cuda" and model.lm_head.weight.dtype == dtype
+        self.graphs = StepGraphs(self._run, self.cache, CudaRecorder(model.device) if can_record else None)
+
+    def reset(self):
+        """Give up all rows. The memory is kept."""
+        self.rows, self.staged = [], []
+        self.cache.lengths = [0] * self.num_rows
 
     @property
     def num_free(self):
@@ -294,11 +303,16 @@ class Decoder:
                 self.release(row)
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
 
+    @torch.inference_mode()
     def forward(self):
         """The second half: the logits after these tokens."""
         if self.rows:
             self.cache.num_active = len(self.rows)
-            self.logits[: len(self.rows)] = self._forward([[row.tokens[-1]] for row in self.rows], self.cache)[:, -1]
+            tokens = [row.tokens[-1] for row in self.rows]
+            logits = self.graphs.step(tokens)
+            if logits is None:
+                logits = self._forward([[token] for token in tokens], self.cache)[:, -1]
+            self.logits[: len(self.rows)] = logits
 
     def release(self, row):
         """Free a row's place; the last row moves into it."""
@@ -312,7 +326,9 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, ids, cache, last_only=True):
         """ids: B lists of T tokens -> logits (B, T, V), or (B, 1, V) of the last position."""
-        ids = torch.tensor(ids, device=self.model.device)
+        return self._run(torch.tensor(ids, device=self.model.device), cache, last_only)
+
+    def _run(self, ids, cache, last_only=True):
         with get_autocast_ctx(self.model.device):
             return self.model(ids, kv_cache=cache, last_only=last_only)
 

@@ -3,7 +3,7 @@ The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs a
 
 Rotary position embeddings, normalised queries and keys, ReLU^2 in the MLP, grouped-query attention on request, no
 biases, RMSNorm without parameters (one more after the embedding), untied output head, logits capped by
-15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, so a trained model loads there as it is.
+15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
+from nanochat.common import IGNORE
 from nanochat.muon import DistMuon
 from nanochat.precision import active_dtype, float8_linear, get_precision_dtype, int8_linear, int8_pack
 
@@ -26,7 +27,6 @@ except ImportError:
 
 LOGIT_CAP = 15.0
 ROPE_BASE = 10000.0
-IGNORE = -1  # a target that carries no loss
 
 
 @dataclass

@@ -243,10 +243,11 @@ class TextReply(Reply):
     """A completion: the text, after the prompt's own text where `echo` asks for it."""
     prefix, kind = "cmpl", "text_completion"
 
-    def __init__(self, *args, echoes=None):
+    def __init__(self, *args, echoes=None, hidden=0):
+        """hidden: characters of a prompt's tokens that its echo does not show, a <|bos|> in front."""
         super().__init__(*args)
         self.echoes = echoes or {}  # by choice: the prompt's text
-        self.offsets = {}           # by choice: characters so far, for `text_offset`
+        self.offsets = {index: -hidden for index in self.echoes}  # by choice: characters so far, for `text_offset`
 
     def opening(self):
         return "".join(self.data([{"index": index, "text": text, "logprobs": None, "finish_reason": None}])
@@ -262,7 +263,7 @@ class TextReply(Reply):
                 "logprobs": self._logprobs(index, scores), "finish_reason": events[-1].finish_reason}
 
     def _logprobs(self, index, scores):
-        """Four lists, an entry a token; a prompt's first token has no log-probability."""
+        """Four lists, one entry per token; a prompt's first token has no log-probability."""
         if not scores:
             return None
         columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -275,7 +276,7 @@ class TextReply(Reply):
                 for other, logprob in [*entry[1], (token, entry[0])]:  # the likeliest first, the chosen one too
                     top.setdefault(token_text(self.tokenizer, other), logprob)
             offset = self.offsets.get(index, 0)
-            values = (text, entry[0] if entry else None, top, offset)
+            values = (text, entry[0] if entry else None, top, max(0, offset))
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
             self.offsets[index] = offset + len(utf8.decode(self.tokenizer.decode_bytes([token])))

@@ -207,7 +207,7 @@ def _cost(num_gpus, stages, seconds, rate):
 
 
 def _summary(stages):
-    """The table of metrics: a row a metric, a column a stage of the model. The latest section of a column wins."""
+    """The table of metrics: one row per metric, one column per stage. The latest section of a column wins."""
     columns, cells = ["base", "mid", "sft", "rl"], {}  # cells: metric name -> {column: cell}
     known = {name.lower(): name for name in METRICS}
     for stage in stages:

@@ -204,7 +204,8 @@ def begin_completion(service, request, call, stream):
     texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in request.prompts()]
     echoes = {choice.index: texts[choice.index // (request.n or 1)] for choice in choices} if request.echo else {}
     about = {"seed": seed, "max_context": lane.decoder.max_length}
-    return name, choices, TextReply(name, tokenizer, sum(map(len, prompts)), about, echoes=echoes)
+    hidden = len("<|bos|>") if isinstance(request.prompts()[0], str) else 0
+    return name, choices, TextReply(name, tokenizer, sum(map(len, prompts)), about, echoes=echoes, hidden=hidden)
 
 
 async def respond(service, http_request, request, begin, stream=None):

@@ -65,7 +65,7 @@ class Choice(Row):
     def feed(self):
         """The events of the newest token; sets finish_reason where it completes a stop string."""
         token, events = self.tokens[-1], []
-        if self.num_top is not None:
+        if self.num_top is not None and self.mask[-1]:  # what a tool forces, the model did not choose
             self.held_scores.append((len(self.held), (token, self.logprobs[-1])))
         if token in self.blocks:  # a block of a tool call opens or closes
             events += self._emit(self.held + self.stream.flush(), "")
@@ -135,9 +135,10 @@ class Lane:
         self.decoder.forward()
 
     def fail(self, error, events):
-        """A step went wrong: nobody can tell whose fault it was, so all rows end; who waits is served afterwards."""
+        """A step went wrong: nobody can tell whose fault it was, so all rows end; those waiting are served after it."""
         self._fail(self.decoder.rows, error, events)
-        self.decoder, self.reading = Decoder(self.engine.model, self.num_rows), None
+        self.decoder.reset()  # allocates nothing, for memory may be what ran out
+        self.reading = None
 
     def end(self, reason, events):
         """End everything, saying why."""

@@ -50,7 +50,7 @@ TIKTOKEN_MAX_CHARS = 500_000  # its regex engine panics on a match that steps ba
 
 
 def _ranks_to_text(mergeable):
-    """tiktoken's own format, a line a token: base64 of its bytes, a space, its rank."""
+    """tiktoken's own format, one line per token: base64 of its bytes, a space, its rank."""
     return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(mergeable))
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, get_dist_info, micro_batches, print0
-from nanochat.dataloader import IGNORE, to_device
+from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, micro_batches, print0
+from nanochat.dataloader import to_device
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
 # -----------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def derive_batch_size(num_tokens):
 
 
 def align_batch_size(batch_tokens, sequence_len):
-    """The batch in whole rows; a size that is no multiple is rounded to the nearest one, and that is said."""
+    """The batch in whole rows; a size that is no multiple is rounded to the nearest one, with a note."""
     aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len
     if aligned != batch_tokens:
         print0(f"note: a batch of {batch_tokens} tokens is not a multiple of {sequence_len}, using {aligned}")
@@ -215,8 +215,8 @@ def check_finite(loss, step, place, manager):
 def resume_step(manager, resume_from_step, settings, fixed=()):
     """
     (step, meta) to go on from: (0, None) for a new run (resume_from_step = -1); -2 is the latest whole checkpoint.
-    Settings that differ from the saved run's are said, and those named in `fixed` are refused: with them it would be
-    another run.
+    Settings that differ from the saved run's are printed; those in `fixed` are refused, because changing them would
+    make it another run.
     """
     if resume_from_step == -1:
         return 0, None
@@ -233,10 +233,11 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
 
 class RunKeeper:
     """
-    What surrounds the loop of a training script: it clears the way once everything else is set up, so that a run
-    that cannot start moves nothing, then keeps the log, says when to save, saves, and heeds signals. Clearing the way:
-    an older run's checkpoints go aside, or, after a resume (`state` is its meta data), those of later steps. A run that
-    is resumed past its end is refused, and one whose data changed is warned: `data` is a line that describes it.
+    What surrounds the loop of a training script: it logs, says when to save, saves, and stops on signals. Made when all
+    else is set up, so that a run that cannot start moves nothing. Then
+      - a new run moves an older one's checkpoints aside, a resumed run (`state` is its meta data) those of later steps;
+      - a run resumed past its end is refused;
+      - a resumed run whose data changed prints a warning; `data` is a line that describes them.
     """
 
     def __init__(self, manager, settings, iterations, step, state, data, device):

@@ -6,8 +6,8 @@ The CORE metric of a base model, our own or any of the Hugging Face hub.
     python -m scripts.base_eval --model_tag=d4 --max_per_task=20       # a quick look, fine on a CPU
     python -m scripts.base_eval --hf_path=openai-community/gpt2        # to check against published numbers
 
-Writes <base dir>/base_eval/<model>.csv, a line a task, and <model>.jsonl, every single prediction; CORE and the table
-go to the report.
+Writes <base dir>/base_eval/<model>.csv, one line per task, and <model>.jsonl, every single prediction; CORE and the
+table go to the report.
 """
 
 import csv
@@ -20,13 +20,13 @@ import torch
 from nanochat.checkpoint_manager import find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.core_eval import evaluate_core, get_eval_bundle, load_tasks
+from nanochat.core_eval import NUM_TASKS, evaluate_core, get_eval_bundle, load_tasks
 from nanochat.report import get_report
 
 hf_path: str = ""             # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
 model_tag: str | None = None  # which of our models, such as d20; none = the last one that was trained
 step: int | None = None       # which of its checkpoints; none = the last
-max_per_task: int = -1        # questions a task, the same ones each time; -1 = all
+max_per_task: int = -1        # questions per task, the same ones each time; -1 = all
 batch_tokens: int = 16384     # most tokens in a forward pass; halve it when memory runs out
 device_type: str = ""         # cuda, mps or cpu; empty = detect
 
@@ -109,7 +109,8 @@ def main():
     ddp_rank, _, _, device = compute_init(device_type)
     tasks = load_tasks(get_eval_bundle())
     model, tokenizer, max_seq_len, name = load_hf(device) if hf_path else load_own(device)
-    print0(f"CORE of {name}: {len(tasks)} tasks on {device}, inputs of up to {max_seq_len} tokens")
+    whole = "" if len(tasks) == NUM_TASKS else f" of the metric's {NUM_TASKS}"
+    print0(f"CORE of {name}: {len(tasks)} tasks{whole} on {device}, inputs of up to {max_seq_len} tokens")
 
     records = []
 

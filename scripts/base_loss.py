@@ -9,7 +9,7 @@ Bits per byte of a checkpoint on the training and the validation text, and sampl
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import to_batch, validation_rows
+from nanochat.dataloader import eval_batches, eval_rows
 from nanochat.dataset import get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
@@ -54,10 +54,8 @@ def main():
     # Bits per byte of both splits; ranks share the rows
     bpb = {}
     for split in ("train", "val"):
-        rows = validation_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
-        mine = rows[ddp_rank::ddp_world_size]
-        batches = (to_batch(mine[start: start + device_batch_size], device)
-                   for start in range(0, len(mine), device_batch_size))
+        rows = eval_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
+        batches = eval_batches(rows[ddp_rank::ddp_world_size], device_batch_size, device)
         bpb[split] = evaluate_bpb(model, batches, token_bytes)
         print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)}")
 

@@ -15,6 +15,7 @@ and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 """
 
 import time
+from functools import partial
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
@@ -31,7 +32,7 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import describe_position, shift, to_batch, training_rows, validation_rows
+from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
 from nanochat.dataset import describe_spans, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.gpt import GPT, GPTConfig
@@ -145,12 +146,8 @@ def main():
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
     spans = get_spans(data, "train")
     loader = training_rows(tokenizer, spans, max_seq_len, seed, state and state["loader"], crop)
-    val_rows = validation_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
+    val_rows = eval_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
-
-    def val_batches():
-        for rows in range(0, len(my_val_rows), device_rows):
-            yield to_batch(my_val_rows[rows: rows + device_rows], device)
 
     # State of the loop
     peak_flops, peak_source = get_peak_flops(device, get_precision_dtype(device.type))
@@ -173,7 +170,8 @@ def main():
 
         # Evaluate: bits per byte on the fixed validation rows
         if eval_due:
-            val_bpb = attempt("the evaluation", lambda: evaluate_bpb(model, val_batches(), token_bytes))
+            batches = eval_batches(my_val_rows, device_rows, device)
+            val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
             if val_bpb is not None:
                 progress["val_bpb"] = val_bpb
                 progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)

@@ -41,7 +41,7 @@ def parse_args():
     parser.add_argument("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     parser.add_argument("-s", "--step", type=int, help="step to load (default: the last)")
     parser.add_argument("-x", "--max_problems", "--max-problems", type=int, default=-1,
-                        help="problems a task, the same ones each time (default: -1, all)")
+                        help="problems per task, the same ones each time (default: -1, all)")
     parser.add_argument("-b", "--batch_rows", "--batch-rows", type=int, default=32,
                         help="rows at once; halve it when memory runs out (default: 32)")
     written = parser.add_argument_group("tasks whose answers are written out")

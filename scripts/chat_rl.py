@@ -7,9 +7,9 @@ Reinforcement learning on word problems: GRPO reduced to its core.
 Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its
 reward minus the mean of its question's (arXiv 2402.03300, without dividing by the standard deviation, arXiv
 2503.20783). Every step trains once on what the present model wrote, so there is no ratio to clip, and no KL term: the
-loss is the negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (the
-ending one too, what a tool forced not) and divided by their number over all ranks. KL to the start and entropy are
-logged.
+loss is the negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (including
+the stop token, excluding what a tool forced) and divided by their number over all ranks. KL to the model at the start,
+the reference model, and entropy are logged.
 """
 
 import copy
@@ -21,6 +21,7 @@ import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
 from nanochat.common import (
+    IGNORE,
     all_reduce_sum,
     compute_cleanup,
     compute_init,
@@ -33,7 +34,7 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import IGNORE, to_device
+from nanochat.dataloader import to_device
 from nanochat.engine import Engine, Sampling
 from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
 from nanochat.report import get_report
@@ -100,23 +101,23 @@ def step_questions(task, step):
         yield int(np.random.default_rng([seed, epoch]).permutation(len(task))[place])
 
 
-def writing_copy(model):
-    """The model that writes the answers: a copy in the compute dtype, so that decoding never casts, or itself."""
+def make_rollout_model(model):
+    """The model that samples the answers: a copy in the compute dtype, so that decoding never casts, or itself."""
     if get_precision_dtype(model.device.type) == torch.float32:
         return model
     return copy.deepcopy(model).requires_grad_(False).to_compute_dtype()
 
 
 @torch.no_grad()
-def update_copy(writer, model):
-    """Give the copy the parameters that the last step left."""
-    if writer is not model:
-        torch._foreach_copy_(list(writer.parameters()), list(model.parameters()))
+def sync_rollout_model(rollout_model, model):
+    """Give it the parameters that the last step left."""
+    if rollout_model is not model:
+        torch._foreach_copy_(list(rollout_model.parameters()), list(model.parameters()))
 
 
 def roll_out(engine, task, step):
     """
-    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with num_samples entries a
+    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with num_samples entries per
     question; what is sampled depends on (seed, step, question, sample) alone.
     """
     context = engine.model.config.sequence_len
@@ -157,17 +158,17 @@ def training_arrays(rows, advantages, max_len):
 
 
 @torch.no_grad()
-def compare_models(model, start_model, inputs, targets, device_rows):
+def compare_models(model, ref_model, inputs, targets, device_rows):
     """
-    (KL to the start model, entropy) in nats per token, estimated on sampled tokens: the means of log p - log p_start
+    (KL to the reference model, entropy) in nats per token, estimated on sampled tokens: the means of log p - log p_ref
     and of -log p (Schulman 2020, "Approximating KL divergence", k1).
     """
     sums = torch.zeros(3)
     for rows in micro_batches(len(inputs), device_rows):
         x, y = to_device(inputs[rows], model.device), to_device(targets[rows], model.device)
         with get_autocast_ctx(model.device):
-            nll, nll_start = (m(x, y, loss_reduction="none") for m in (model, start_model))
-        sums += torch.stack([(nll_start - nll).sum(), nll.sum(), (y != IGNORE).sum()]).cpu()
+            nll, nll_ref = (m(x, y, loss_reduction="none") for m in (model, ref_model))
+        sums += torch.stack([(nll_ref - nll).sum(), nll.sum(), (y != IGNORE).sum()]).cpu()
     return (sums[0] / sums[2].clamp(min=1)).item(), (sums[1] / sums[2].clamp(min=1)).item()
 
 
@@ -181,12 +182,12 @@ def main():
     source_step, _ = source_manager.load_meta(model_step)
     manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
     step, state = resume_step(manager, resume_from_step, settings, ("seed",))
-    start_model = source_manager.load_model(device, source_step).requires_grad_(False)
-    start_model.to_compute_dtype()  # only compared with
+    ref_model = source_manager.load_model(device, source_step).requires_grad_(False)
+    ref_model.to_compute_dtype()  # only compared with
     begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
-    writer = writing_copy(model)
-    engine = Engine(writer, tokenizer)
+    rollout_model = make_rollout_model(model)
+    engine = Engine(rollout_model, tokenizer)
 
     # Data and horizon
     train_task, test_task = GSM8K(split="train"), GSM8K(split="test")
@@ -254,11 +255,11 @@ def main():
         local = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         num_targets, reward_sum, num_rollouts, num_useful = all_reduce_sum(
             torch.tensor(local, dtype=torch.float32, device=device)).tolist()
-        kl, entropy = compare_models(model, start_model, inputs[:KL_ROWS], targets[:KL_ROWS], device_rows)
+        kl, entropy = compare_models(model, ref_model, inputs[:KL_ROWS], targets[:KL_ROWS], device_rows)
         loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
         loss = check_finite(loss, step, f"question {step * examples_per_step} and after", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
-        update_copy(writer, model)
+        sync_rollout_model(rollout_model, model)
         synchronize(device)
         dt_s = time.perf_counter() - start
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
 from nanochat.common import (
+    IGNORE,
     Ema,
     compute_cleanup,
     compute_init,
@@ -25,7 +26,7 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import IGNORE, conversation_rows, to_device
+from nanochat.dataloader import conversation_rows, to_device
 from nanochat.loss_eval import evaluate_loss
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report

@@ -9,6 +9,7 @@ one pass over the mixture (or num_iterations steps): its tokens are counted befo
 """
 
 import time
+from functools import partial
 
 import torch
 
@@ -31,10 +32,10 @@ from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import (
     RowLoader,
     conversation_documents,
+    eval_batches,
     pack_documents,
     rendered_conversations,
     shift,
-    to_batch,
 )
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import describe_precision, get_precision_dtype
@@ -142,10 +143,6 @@ def main():
     print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch_tokens:,} tokens = {rows_per_step} rows, "
            f"{device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
 
-    def val_batches():
-        for start in range(0, len(my_val_rows), device_rows):
-            yield to_batch(my_val_rows[start: start + device_rows], device)
-
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
     scaler = make_scaler(device, state)
@@ -171,7 +168,8 @@ def main():
 
         # Evaluate: bits per byte of held-out conversations
         if eval_due:
-            val_bpb = attempt("the evaluation", lambda: evaluate_bpb(model, val_batches(), token_bytes))
+            batches = eval_batches(my_val_rows, device_rows, device)
+            val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
             if val_bpb is not None:
                 progress["val_bpb"] = val_bpb
                 progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)

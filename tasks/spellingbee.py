@@ -57,7 +57,7 @@ def load_words(path: Path) -> dict[str, list[str]]:
     for split, members in splits.items():
         if not members:
             raise UserError(f"{path} has no words for the {split} split",
-                            f"it needs a word a line, a to z, {MIN_LETTERS} to {MAX_LETTERS} letters")
+                            f"it needs one word per line, a to z, {MIN_LETTERS} to {MAX_LETTERS} letters")
     return splits
 
 

@@ -21,3 +21,20 @@ def story():
 def tokenizer(story):
     """503 ordinary and 9 special tokens. Shared by all tests: nothing may change it."""
     return RustBPETokenizer.train_from_iterator(iter([story]), vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def trained_dir(tmp_path_factory, tokenizer):
+    """base/: what all four stages leave after four steps each; mirror/: the data they read. Copy what you change."""
+    from dev import gen_synthetic_data
+    from tests.stages import STAGES, run_stage
+    root = tmp_path_factory.mktemp("trained")
+    gen_synthetic_data.write_mirror(root / "mirror", seed=1, scale=0.02)
+    tokenizer.save(root / "base" / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
+        patch.setenv("NANOCHAT_DATA_DIR", str(root / "mirror"))
+        patch.setenv("NANOCHAT_PRECISION", "float32")
+        for stage in STAGES:
+            run_stage(stage)
+    return root

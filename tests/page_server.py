@@ -69,7 +69,7 @@ def event_of(piece, num_tokens, tokenizer, with_scores):
     kind, text = piece if isinstance(piece, tuple) else ("text", piece)
     logprob, top = token_odds(text)
     score = tokenizer.encode(text), (logprob, [(tokenizer.encode(other), q) for other, q in top])
-    return Event(0, text, kind, [score] if with_scores else [], num_tokens)
+    return Event(0, text, kind, [score] if with_scores and kind != "python_output" else [], num_tokens)
 
 
 def unescape(stream):

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import torch
 import uvicorn
 
 from nanochat.engine import Engine
@@ -15,6 +16,9 @@ from tests.tiny import tiny_model
 
 MODEL = "sft-tiny"
 URL = "http://127.0.0.1"
+QUESTION = {"role": "user", "content": "What is 2+3?"}
+TOOL_ANSWER = [{"type": "text", "text": "Let me add them: "}, {"type": "python", "text": "2+3"},
+               {"type": "python_output", "text": "5"}, {"type": "text", "text": "It is **five**."}]
 HELLO = {"messages": [{"role": "user", "content": "the light of the sun"}], "seed": 3, "max_tokens": 8}
 
 
@@ -33,6 +37,34 @@ def tiny_service(tokenizer, sequence_len=128, num_rows=4, chunk=32, endless=Fals
     engine.stop_tokens = frozenset() if endless else engine.stop_tokens
     settings = {"max_tokens": 16, **settings}
     return Service(lambda i: {MODEL: Lane(engine, num_rows, chunk)}, [MODEL], **settings)
+
+
+def tool_script(tokenizer):
+    """The ids of TOOL_ANSWER to QUESTION, as a model is trained to write them."""
+    ids, _ = tokenizer.render_conversation({"messages": [QUESTION, {"role": "assistant", "content": TOOL_ANSWER}]})
+    return ids[len(tokenizer.render_for_completion({"messages": [QUESTION]})):]
+
+
+class Scripted:
+    """Stands in for a model, for one conversation at a time: every answer is the same list of ids. Before place `hold`
+    of it the decode thread waits for `release`."""
+
+    def __init__(self, script, tokenizer, sequence_len=256, hold=None):
+        model = tiny_model(tokenizer.get_vocab_size(), sequence_len)
+        self.script, self.config, self.device, self.cos = script, model.config, model.device, model.cos
+        self.start, self.place = tokenizer.encode_special("<|assistant_start|>"), 0
+        self.hold, self.release, self.read = hold, threading.Event(), []  # read: all ids that it was given
+
+    def __call__(self, ids, kv_cache, last_only):
+        kv_cache.begin(ids.size(1))
+        kv_cache.lengths[0] += ids.size(1)
+        self.read += ids[0].tolist()
+        self.place = 0 if ids[0, -1] == self.start else self.place + 1
+        if self.place == self.hold:
+            self.release.wait(30)
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        logits[0, 0, self.script[min(self.place, len(self.script) - 1)]] = 9.0
+        return logits
 
 
 @contextlib.contextmanager

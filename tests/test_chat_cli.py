@@ -1,13 +1,21 @@
 """The terminal chat: one answer on stdout and nothing else, a conversation with commands, text of a base model."""
 
+import os
+import select
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
+from nanochat.engine import Engine
 from scripts import chat_cli
+from tests.servers import QUESTION, TOOL_ANSWER, Scripted, tool_script
 from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -62,3 +70,53 @@ def test_a_prompt_beyond_the_context_is_refused(run):
 def test_a_bad_setting_is_refused(run):
     with pytest.raises(UserError, match="temperature=-1"):
         run("-p", "Hello", "-t", "-1")
+
+
+@pytest.mark.parametrize("max_tokens", ["0", "-3"])
+def test_an_answer_of_no_tokens_is_refused(run, max_tokens):
+    with pytest.raises(UserError, match=f"max_tokens={max_tokens}: need 1 or more"):
+        run("-p", "Hello", "-n", max_tokens)
+
+
+@pytest.mark.parametrize("show_tools", [False, True])
+def test_the_model_reads_its_own_tool_call_as_it_wrote_it(tokenizer, monkeypatch, capsys, show_tools):
+    lines = iter([QUESTION["content"], "Sure?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "argv", ["chat_cli"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: show_tools)
+    model = Scripted(tool_script(tokenizer), tokenizer)
+    chat_cli.chat(Engine(model, tokenizer), chat_cli.parse_args())
+    shown = "Let me add them: \033[2m[2+3] \033[0m\033[2m= 5 \033[0mIt is **five**.\033[0m\n"
+    assert capsys.readouterr().out.endswith(shown if show_tools else "Let me add them: It is **five**.\n")
+    second = tokenizer.render_for_completion({"messages": [
+        QUESTION, {"role": "assistant", "content": TOOL_ANSWER}, {"role": "user", "content": "Sure?"}]})
+    assert model.read[-len(tool_script(tokenizer)) - len(second) + 1:][:len(second)] == second
+
+
+def test_a_terminal_has_arrow_keys_a_history_and_multi_line_input(run, tmp_path):
+    pytest.importorskip("readline", reason="this Python has no readline")
+    master, terminal = pytest.importorskip("pty", reason="needs a pseudo-terminal").openpty()
+    command = [sys.executable, "-m", "scripts.chat_cli", "--device_type", "cpu", "-n", "4"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT,
+                               env={**os.environ, "TERM": "xterm"})
+    seen = ""
+
+    def expect(text):
+        nonlocal seen
+        while text not in seen:
+            assert select.select([master], [], [], 60)[0], seen
+            seen += os.read(master, 4096).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    up, left, done = "\033[A", "\033[D", "(new conversation)"
+    try:
+        for prompt, typed, answer in [("User: ", "/clear", done), ("User: ", up, done), ("User: ", '"""one', "\n"),
+                                      ("... ", 'two"""', "Assistant: "), ("User: ", f"/qut{left}i", "\n")]:
+            expect(prompt)
+            os.write(master, f"{typed}\r".encode())
+            expect(answer)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(master)
+        os.close(terminal)

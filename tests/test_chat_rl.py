@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from nanochat.dataloader import IGNORE
-from scripts.chat_rl import compare_models, training_arrays, update_copy, writing_copy
+from nanochat.engine import Engine
+from scripts import chat_rl
+from scripts.chat_rl import compare_models, make_rollout_model, roll_out, sync_rollout_model, training_arrays
 from tests.tiny import tiny_model
 
 
@@ -31,15 +33,48 @@ def test_a_model_has_no_divergence_from_itself_and_some_from_another():
 
 
 @pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_the_writing_copy_has_the_weights_of_the_last_step_in_the_compute_dtype(monkeypatch, precision, dtype):
+def test_the_make_rollout_model_has_the_weights_of_the_last_step_in_the_compute_dtype(monkeypatch, precision, dtype):
     monkeypatch.setenv("NANOCHAT_PRECISION", precision)
     model = tiny_model()
-    writer = writing_copy(model)
+    writer = make_rollout_model(model)
     assert (writer is model) == (dtype == torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    update_copy(writer, model)
+    sync_rollout_model(writer, model)
     for own, written in zip(model.parameters(), writer.parameters(), strict=True):
         assert own.dtype == torch.float32 and written.dtype == dtype and torch.equal(own.to(dtype), written)
     assert writer.cos.dtype == torch.float32
+
+
+class Lengths:
+    """Two questions; an answer is worth its length."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"messages": [{"role": "user", "content": "one " * (index + 1)}, {"role": "assistant", "content": "."}]}
+
+    def reward(self, conversation, completion):
+        return float(len(completion))
+
+
+def test_answers_are_compared_with_the_others_to_their_question_and_differ_from_step_to_step(monkeypatch, tokenizer):
+    for name, value in dict(examples_per_step=2, num_samples=3, max_new_tokens=12).items():
+        monkeypatch.setattr(chat_rl, name, value)
+    engine = Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=64).eval(), tokenizer)
+
+    def answers(step):
+        rows, rewards, advantages = roll_out(engine, Lengths(), step)
+        assert [len(tokenizer.decode(row.tokens)) for row in rows] == rewards.tolist()
+        for question in (slice(0, 3), slice(3, 6)):  # each is asked three times running
+            prompt, *others = [row.prompt for row in rows[question]]
+            assert others == [prompt, prompt] and len({tuple(row.tokens) for row in rows[question]}) == 3
+            assert abs(advantages[question].sum()) < 1e-4 and advantages[question].any()
+            assert np.ptp(rewards[question] - advantages[question]) < 1e-4
+        assert len({len(row.prompt) for row in rows}) == 2
+        return {(len(row.prompt), *row.tokens) for row in rows}
+
+    first = answers(0)
+    assert first == answers(0) and first.isdisjoint(answers(1))

@@ -11,12 +11,12 @@ from nanochat.common import UserError, micro_batches, rank_slice
 from nanochat.dataloader import (
     IGNORE,
     describe_position,
+    eval_batches,
+    eval_rows,
     pack_rows,
     packed_blocks,
-    to_batch,
     token_documents,
     training_rows,
-    validation_rows,
 )
 from nanochat.dataset import get_spans
 
@@ -143,16 +143,16 @@ def test_close_ends_the_thread(tokenizer, corpus):
     assert threading.active_count() == before
 
 
-def test_validation_rows_hold_each_token_once_and_pad_only_the_end(tokenizer, corpus):
-    rows = validation_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=-1)
+def test_eval_rows_hold_each_token_once_and_pad_only_the_end(tokenizer, corpus):
+    rows = eval_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=-1)
     assert (rows[:-1] != IGNORE).all() and (rows[:, 0] == tokenizer.get_bos_token_id()).all()
-    limited = validation_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=50)
+    limited = eval_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=50)
     bos = tokenizer.get_bos_token_id()
     assert ((limited != bos) & (limited != IGNORE)).sum() == 50
 
 
-def test_to_batch_shifts_by_one_and_ignores_padding():
-    x, y = to_batch(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), torch.device("cpu"))
+def test_eval_batches_shift_by_one_and_ignore_padding():
+    ((x, y),) = eval_batches(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), 8, torch.device("cpu"))
     assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
     assert x.dtype == y.dtype == torch.int64
 

@@ -2,9 +2,10 @@
 
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from nanochat.common import compute_cleanup, compute_init, rank_slice
 from nanochat.dataloader import IGNORE, shift
 from nanochat.training import accumulate_gradients, optimizer_step, set_rates
+from tests.ranks import on_ranks
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -53,18 +55,8 @@ def train(out, load=None, steps=10, num_rows=7):
     compute_cleanup()
 
 
-def run_rank(rank, world_size, port, out, kwargs):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    train(out, **kwargs)
-
-
 def launch(world_size, out, **kwargs):
-    """Run train() on so many ranks, forked from here, since importing torch once more takes longer than the test."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(run_rank, (world_size, port, out, kwargs), world_size, start_method="fork")
+    on_ranks(world_size, partial(train, out, **kwargs))
     return torch.load(out)
 
 
@@ -124,3 +116,34 @@ def test_base_train_has_the_same_losses_on_two_ranks(tmp_path, tokenizer, story)
         lines = (base / "base_checkpoints" / "d1" / "metrics.jsonl").read_text().splitlines()
         curves.append([line.get("train/loss", line.get("val/bpb")) for line in map(json.loads, lines)])
     assert len(curves[0]) == 5 and curves[0] == pytest.approx(curves[1], abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["mid", "sft", "rl"])
+def test_a_chat_stage_has_the_same_losses_on_two_ranks(stage, trained_dir, tmp_path, monkeypatch):
+    """Under torchrun on CPU; and what two ranks saved goes on with one."""
+    from tests.stages import curve, run_stage
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
+    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
+    settings = dict(num_iterations=3, save_every=2, eval_every=-1)
+    names = ("step", "train/loss", "grad_norm", "reward", "val/bpb", "val/loss", "pass@1")
+
+    def losses():
+        return [{name: line[name] for name in names if name in line} for line in curve(stage)]
+
+    def new_base_dir(name):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / name)))
+
+    new_base_dir("one")
+    run_stage(stage, **settings)
+    one = losses()
+    new_base_dir("two")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.stages"]
+    done = subprocess.run([sys.executable, *launcher, stage, json.dumps(settings)], cwd=ROOT, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = losses()
+    run_stage(stage, **settings, resume_from_step=2)
+    assert [line["step"] for line in one] == [1, 2, 3, 3] and any(line.get("grad_norm") for line in one)
+    for expected, *others in zip(one, two, losses(), strict=True):
+        assert others == [pytest.approx(expected, abs=2e-5, rel=1e-4)] * 2

@@ -46,6 +46,24 @@ def test_rows_of_different_lengths_share_a_cache():
         torch.testing.assert_close(batched[row], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_cache_that_cannot_grow_stays_as_it_is(monkeypatch):
+    cache = cache_for(tiny_model(), length=4)
+    real = torch.Tensor.new_zeros
+
+    def second_fails(self, *shape):
+        made.append(1)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, *shape)
+    made = []
+    monkeypatch.setattr(torch.Tensor, "new_zeros", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.reserve(20)
+    assert cache.k.size(3) == cache.v.size(3) == 4
+    cache.reserve(20)
+    assert cache.k.size(3) == cache.v.size(3) == 20
+
+
 def test_cache_growth_keeps_contents_and_refuses_overflow():
     model = tiny_model()
     cache = cache_for(model, length=4)

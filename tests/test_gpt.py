@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, IGNORE, GPTConfig
+from scripts.export_hf import hf_weights
 from tests.tiny import tiny_model
 
 
@@ -56,15 +57,7 @@ def test_logits_equal_transformers(n_kv_head):
         vocab_size=128, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, max_position_embeddings=c.sequence_len,
         rms_norm_eps=torch.finfo(torch.float32).eps, final_logit_softcapping=15.0, tie_word_embeddings=False)).eval()
-    names = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_q": "self_attn.q_proj",
-             "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    weights = {}
-    for name, value in model.state_dict().items():
-        for ours, other in names.items():
-            name = name.replace(ours, other)
-        weights[name] = value
-    theirs.load_state_dict(weights, strict=True)
+    theirs.load_state_dict(hf_weights(model), strict=True)
     x = torch.randint(0, 128, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-5, rtol=1e-5)

@@ -8,8 +8,6 @@ import pytest
 from page_driver import open_browser, open_page
 from page_server import Answer, PageServer, demo_answer, token_odds
 
-pytestmark = pytest.mark.slow  # half a minute, nearly all of it Chromium's
-
 
 @pytest.fixture(scope="module")
 def browser():

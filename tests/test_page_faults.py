@@ -7,7 +7,6 @@ import pytest
 from page_driver import open_browser, open_page
 from page_server import Answer, PageServer
 
-pytestmark = pytest.mark.slow  # half a minute, nearly all of it Chromium's
 RETRY = {"Retry-After": "20"}  # longer than a test waits: it presses the button
 
 
@@ -33,7 +32,7 @@ def roles(server):
     return [message["role"] for message in server.requests[-1][0]["messages"]]
 
 
-@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize("size", [1, 50])
 def test_chunks_split_anywhere_lose_nothing(chat, server, size):
     text = "naïve ☃ 漢字 🙂 – “quoted”"
     server.script = [Answer([text[:7], text[7:12], text[12:]], slice_bytes=size)]

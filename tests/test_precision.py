@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from nanochat import precision
+from nanochat.engine import Decoder, Row, _exhaust
 from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype
+from nanochat.sampling import Sampling
 from tests.tiny import tiny_model
 
 
@@ -88,3 +90,21 @@ def test_a_model_in_int8_says_about_the_same(monkeypatch):
     idx = torch.randint(0, 100, (2, 16))
     exact, rough = model(idx).softmax(-1), model.use_int8()(idx).softmax(-1)
     assert 0 < (rough - exact).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name, tolerance", [("bfloat16", 0.1), ("float16", 0.015)])  # of logits up to 2.4
+@pytest.mark.parametrize("stored", [False, True])
+def test_cached_decoding_in_16_bits_is_the_full_forward(name, tolerance, stored, monkeypatch):
+    """Of a model in float32, as while it trains, and of one that is stored in the compute dtype."""
+    monkeypatch.setenv("NANOCHAT_PRECISION", name)
+    model = tiny_model().eval().requires_grad_(False)
+    decoder = Decoder(model.to_compute_dtype() if stored else model, num_rows=2)
+    for prompt in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
+        decoder.admit(Row(prompt, Sampling(1.0, 0), 30, frozenset()), _exhaust(decoder.prefill(prompt)))
+    for _ in range(8):
+        decoder.step()
+        for row, cached in zip(decoder.rows, decoder.logits, strict=True):
+            with get_autocast_ctx("cpu"):
+                full = model(torch.tensor([row.prompt + row.tokens]))[0, -1]
+            torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
+    assert decoder.cache.k.dtype == decoder.cache.v.dtype == decoder.staging.k.dtype == precision.DTYPES[name]

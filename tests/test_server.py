@@ -6,9 +6,23 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from nanochat.engine import fit_conversation
+from nanochat.engine import Engine, fit_conversation
+from nanochat.protocol import token_text
+from nanochat.service import Service
+from nanochat.serving import Lane
 from scripts.chat_web import create_app
-from tests.servers import HELLO, MODEL, URL, chat, tiny_service, wait_for
+from tests.servers import (
+    HELLO,
+    MODEL,
+    QUESTION,
+    TOOL_ANSWER,
+    URL,
+    Scripted,
+    chat,
+    tiny_service,
+    tool_script,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +128,16 @@ def test_echo_and_logprobs_as_the_evaluation_harness_asks_for_them(client, servi
         assert scores["token_logprobs"][-1] == best[-1]  # greedy
 
 
+def test_text_offsets_of_an_echoed_text_count_from_its_first_character(client):
+    fields = {"prompt": "the light of day", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+    choice = client.post("/v1/completions", json=fields).json()["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"][1:], choice["logprobs"]["text_offset"][1:]
+    assert choice["logprobs"]["tokens"][0] == "<|bos|>" and choice["logprobs"]["text_offset"][0] == 0
+    prompt = [(token, at) for token, at in zip(tokens, offsets, strict=True) if at < len(fields["prompt"])]
+    assert offsets[0] == 0 and "".join(token for token, _ in prompt) == fields["prompt"]
+    assert all(choice["text"].startswith(token, at) for token, at in prompt)
+
+
 def test_completions_of_several_texts_with_echo(client):
     fields = {"prompt": ["the light", "a boat <|bos|>"], "max_tokens": 4, "temperature": 0, "echo": True, "n": 2}
     whole = client.post("/v1/completions", json=fields).json()
@@ -140,6 +164,21 @@ def test_text_of_a_user_never_becomes_a_special_token(client, tokenizer):
     assert not special & set(client.post("/tokenize", json={"prompt": text}).json()["tokens"])
     ids = client.post("/tokenize", json={"messages": [{"role": "user", "content": text}]}).json()["tokens"]
     assert len([token for token in ids if token in special]) == 4  # bos, user_start, user_end, assistant_start
+
+
+def test_a_tool_call_is_told_in_parts_and_the_odds_are_those_of_what_the_model_chose(tokenizer):
+    script = tool_script(tokenizer)
+    service = Service(lambda i: {MODEL: Lane(Engine(Scripted(script, tokenizer), tokenizer), 1, 32)}, [MODEL])
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert wait_for(lambda: service.trouble is None)
+        body = chat(client, messages=[QUESTION], max_tokens=100, temperature=0, logprobs=True).json()
+    choice = body["choices"][0]
+    assert choice["message"]["nanochat"]["parts"] == TOOL_ANSWER and body["usage"]["completion_tokens"] == len(script)
+    forced = [tokenizer.encode_special("<|output_start|>"), *tokenizer.encode("5"),
+              tokenizer.encode_special("<|output_end|>")]
+    told, start = [entry["token"] for entry in choice["logprobs"]["content"]], script.index(forced[0])
+    assert script[start:start + len(forced)] == forced
+    assert told == [token_text(tokenizer, token) for token in script[:start] + script[start + len(forced):]]
 
 
 # -- long conversations

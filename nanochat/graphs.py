@@ -1,0 +1,118 @@
+"""
+CUDA graphs for decoding. A step of one token per row launches hundreds of small kernels, and on a fast GPU Python needs
+longer to issue them than they need to run. A graph records such a step once and replays it with a single call.
+
+A graph is for fixed shapes, so a step is rounded up to a power of two of rows and of positions, and reads the rows'
+lengths from a tensor. The rows that only fill up the shape write where nobody reads: a row is overwritten from its
+first position on when it is admitted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+LEAST_LENGTH = 256  # positions; to look at fewer saves nothing
+WARM_UP = 2  # ordinary steps of a shape before it is recorded: libraries choose kernels and take workspace in the first
+
+
+class FixedCache:
+    """A KVCache as a recorded step sees it: `num_rows` rows of `length` positions each, whatever they hold."""
+
+    def __init__(self, cache, num_rows, length):
+        device = cache.k.device
+        self.k, self.v = cache.k[:, :num_rows, :, :length], cache.v[:, :num_rows, :, :length]  # (L, B, H_kv, S, D)
+        self.rows = torch.arange(num_rows, device=device)[:, None]
+        self.keys = torch.arange(length, device=device)
+        self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)  # (B, 1), where the token goes
+
+    def begin(self, T):
+        """As KVCache.begin, for T = 1."""
+        return self.positions, (self.keys <= self.positions[:, :, None])[:, None]
+
+    def update(self, layer, k, v):
+        """Store k, v (B, H_kv, 1, D) of a layer; returns views (B, H_kv, S, D) of all positions."""
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
+            cache[self.rows, :, self.positions] = new.transpose(1, 2).to(cache.dtype)
+        return self.k[layer], self.v[layer]
+
+
+class StepGraphs:
+    """
+    The decode steps of one KVCache, recorded shape by shape. forward(ids (B, 1), cache) -> logits (B, 1, V) is the
+    model's; record(function) -> (replay, output) is a CudaRecorder, its like in a test, or None for none.
+    """
+
+    def __init__(self, forward, cache, record):
+        self.forward, self.cache, self.record = forward, cache, record
+        self._steps, self._uses, self._recorded_k = {}, {}, None
+
+    def step(self, tokens):
+        """
+        The logits (B, V) after one more token in each of the first B rows, or None where the step is not recorded
+        (yet) and the caller takes it the ordinary way. Valid until the next step.
+        """
+        if self.record is None:
+            return None
+        cache, B = self.cache, len(tokens)
+        cache.reserve(max(cache.lengths[:B]) + 1)
+        if self._recorded_k is not cache.k:  # it has grown: the graphs point at memory that is gone
+            self._steps, self._uses, self._recorded_k = {}, {}, cache.k
+        length = max(LEAST_LENGTH, _power_of_two(max(cache.lengths[:B]) + 1))
+        shape = (min(_power_of_two(B), cache.k.size(1)), min(length, cache.k.size(3)))
+        if shape not in self._steps:
+            self._uses[shape] = self._uses.get(shape, 0) + 1
+            if self._uses[shape] <= WARM_UP:
+                return None
+            ids = torch.zeros(shape[0], 1, dtype=torch.long, device=cache.k.device)
+            self._steps[shape] = _Step(ids, FixedCache(cache, *shape))
+        step, fill = self._steps[shape], [0] * (shape[0] - B)
+        step.ids.copy_(torch.tensor(tokens + fill)[:, None])
+        step.fixed.positions.copy_(torch.tensor(cache.lengths[:B] + fill)[:, None])
+        if step.replay is None and not self._record(step):  # with these inputs, for recording runs the step, too
+            return None
+        step.replay()
+        cache.lengths[:B] = [length + 1 for length in cache.lengths[:B]]
+        return step.logits[:B, -1]
+
+    def _record(self, step):
+        """False, once and for all steps, where recording fails: decoding goes on without."""
+        try:
+            step.replay, step.logits = self.record(lambda: self.forward(step.ids, step.fixed))
+        except RuntimeError as error:
+            print(f"note: decoding without CUDA graphs: {error}", flush=True)
+            self.record = None
+        return step.replay is not None
+
+
+@dataclass
+class _Step:
+    ids: torch.Tensor                # (B, 1), the tokens that go in
+    fixed: FixedCache
+    replay: Callable | None = None   # fills logits
+    logits: torch.Tensor | None = None  # (B, 1, V)
+
+
+class CudaRecorder:
+    """recorder(function) records the kernels of function(), which returns a tensor that each replay fills anew."""
+
+    def __init__(self, device):
+        self.device, self.pool = device, None  # one pool for all graphs: only one of them is in use at a time
+
+    def __call__(self, function):
+        """Returns (replay, the tensor)."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # once on a stream of its own, as recording will be
+                function()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # other GPUs' engines go on
+                output = function()
+        self.pool = graph.pool()
+        return graph.replay, output
+
+
+def _power_of_two(n):
+    return 1 << (n - 1).bit_length()

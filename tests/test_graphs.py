@@ -1,0 +1,56 @@
+"""Recorded decode steps against ordinary ones. Only the recording itself needs a GPU; a stand-in calls again."""
+
+import pytest
+import torch
+
+from nanochat import graphs
+from nanochat.engine import Decoder, Engine, _exhaust
+from nanochat.sampling import Sampling
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=96).eval(), tokenizer)
+
+
+def decode(engine, record, num_rows=5):
+    """Rows that come and go, of many lengths, in a cache that grows. Returns (their tokens, recorded shapes)."""
+    rows = [engine.make_row(range(1, 2 + 5 * i), Sampling(0.0), 4 + 7 * (i % 4), stop_tokens=()) for i in range(9)]
+    decoder, waiting, shapes = Decoder(engine.model, num_rows, length=16), list(rows), set()
+    decoder.graphs.record = record
+    while waiting or decoder.rows:
+        while waiting and decoder.num_free:
+            row = waiting.pop(0)
+            decoder.admit(row, _exhaust(decoder.prefill(row.prompt)))
+        decoder.step()
+        shapes |= set(decoder.graphs._steps)
+    return [row.tokens for row in rows], shapes
+
+
+def stand_in(function):
+    """What recording promises: a call that does it all again and leaves the result in the same place."""
+    output = function().clone()
+    return lambda: output.copy_(function()), output
+
+
+def test_recorded_steps_write_what_ordinary_ones_do(engine, monkeypatch):
+    monkeypatch.setattr(graphs, "LEAST_LENGTH", 8)
+    ordinary, nothing = decode(engine, None)
+    recorded, shapes = decode(engine, stand_in)
+    assert recorded == ordinary and not nothing
+    assert len({rows for rows, _ in shapes}) >= 2 and len({length for _, length in shapes}) >= 2
+
+
+def test_a_recording_that_fails_is_said_once_and_decoding_goes_on(engine, capsys):
+    def fail(function):
+        raise RuntimeError("no graphs here")
+    assert decode(engine, fail)[0] == decode(engine, None)[0]
+    assert capsys.readouterr().out == "note: decoding without CUDA graphs: no graphs here\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_records_and_replays(engine):
+    engine.model.cuda().to(torch.float32)
+    recorded, shapes = decode(engine, graphs.CudaRecorder(engine.model.device))
+    assert shapes and recorded == decode(engine, None)[0]

@@ -1,0 +1,61 @@
+"""The chat page on the real server, whose events, errors and headers the stand-in of the other page tests imitates."""
+
+from types import SimpleNamespace
+
+import pytest
+from page_driver import open_browser, open_page
+
+from nanochat.engine import Engine
+from nanochat.service import Service
+from nanochat.serving import Lane
+from tests.servers import MODEL, QUESTION, TOOL_ANSWER, Scripted, running_server, tiny_service, tool_script, wait_for
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+def test_an_answer_streams_shows_its_tokens_is_found_again_and_goes_back_as_it_was_written(browser, tokenizer):
+    script = tool_script(tokenizer)
+    model = Scripted(script, tokenizer, hold=len(tokenizer.encode(TOOL_ANSWER[0]["text"])))
+    service = Service(lambda i: {MODEL: Lane(Engine(model, tokenizer), 1, 32)}, [MODEL])
+    with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
+        chat.send(QUESTION["content"])
+        chat.see("Let me add them:")
+        assert chat.page.get_attribute("#thread", "aria-busy") == "true"  # the rest has not been said yet
+        model.release.set()
+        chat.wait()
+        turns = [["user", "What is 2+3?"], ["assistant", "Let me add them:\n\n2+3 = 5\n\nIt is five."]]
+        assert chat.turns() == turns
+        assert chat.answer().locator(".facts").inner_text().startswith(f"{len(script)} tokens")
+
+        chat.button("Tokens").click()
+        written = [text for text in map(tokenizer.id_to_token, script) if not text.startswith("<|output_")]
+        assert chat.answer().locator(".tokens > span").all_text_contents() == written
+        assert chat.answer().locator(".tokens > .forced").all_text_contents() == ["5"]  # by the tool, not the model
+        chat.button("Tokens").click()
+
+        chat.reload()
+        assert chat.titles() == ["What is 2+3?"] and chat.turns() == turns
+        with chat.page.expect_request("**/v1/chat/completions") as asked:
+            chat.say("Sure?")
+        assert asked.value.post_data_json["messages"][:2] == [QUESTION, {"role": "assistant", "content": TOOL_ANSWER}]
+        assert chat.turns()[2:] == [["user", "Sure?"], turns[1]]
+
+
+def test_stopping_frees_the_row_and_a_refusal_is_told(browser, tokenizer):
+    service = tiny_service(tokenizer, sequence_len=8192, endless=True, num_rows=1)
+    with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
+        chat.button("Settings").click()
+        chat.page.fill("[name=max_tokens]", "8000")  # longer than a browser needs, also on a busy machine
+        chat.page.keyboard.press("Escape")
+        chat.send("Go on for ever")
+        assert wait_for(lambda: chat.page.evaluate("currentRun()?.turn.parts.length"))
+        assert service.count("num_running") == 1
+        chat.button("Stop").click()
+        chat.wait()
+        assert wait_for(lambda: service.count("num_running") == 0)
+        chat.say("word " * 5000)
+        chat.see("The server refused this: the newest message takes")
