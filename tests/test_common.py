@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -112,6 +113,42 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(monkey
     assert size == 2
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_memory_that_runs_out_in_the_backward_pass_is_free_again_for_the_next_try(monkeypatch):
+    class Graph(torch.autograd.Function):
+        """Stands for the activations; its backward pass does not fit more than 2 rows."""
+        @staticmethod
+        def forward(ctx, x, rows):
+            ctx.rows, ctx.kept = rows, torch.zeros(3)
+            alive.append(weakref.ref(ctx.kept))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.rows > 2:
+                raise torch.OutOfMemoryError("pretended")
+            return grad, None
+
+    def forward(idx, *args, **kwargs):
+        assert not any(ref() is not None for ref in alive), "the failed try still holds its memory"
+        return Graph.apply(real(idx, *args, **kwargs), idx.size(0))
+
+    alive, model = [], tiny_model()
+    real, rows = model.forward, torch.randint(0, 100, (8, 9)).numpy()
+    monkeypatch.setattr(model, "forward", forward)
+    _, size = accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    assert size == 2 and len(alive) == 2 + 4
+
+
+def test_a_rank_without_rows_takes_part_in_a_step_in_float16():
+    model, scaler = tiny_model(), torch.amp.GradScaler("cpu")
+    optimizers = model.setup_optimizers()
+    before = [p.clone() for p in model.parameters()]
+    rows = np.zeros((0, 8), dtype=np.int32)
+    loss, _ = accumulate_gradients(model, rows, rows, 16, 4, scaler=scaler)
+    assert optimizer_step(model, optimizers, scaler) == 0 and loss.item() == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -125,7 +125,7 @@ def test_a_chat_stage_has_the_same_losses_on_two_ranks(stage, trained_dir, tmp_p
     from tests.stages import curve, run_stage
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
     monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
-    settings = dict(num_iterations=3, save_every=2, eval_every=-1)
+    settings = dict(num_iterations=4, save_every=2, eval_every=-1)
     names = ("step", "train/loss", "grad_norm", "reward", "val/bpb", "val/loss", "pass@1")
 
     def losses():
@@ -144,6 +144,6 @@ def test_a_chat_stage_has_the_same_losses_on_two_ranks(stage, trained_dir, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     two = losses()
     run_stage(stage, **settings, resume_from_step=2)
-    assert [line["step"] for line in one] == [1, 2, 3, 3] and any(line.get("grad_norm") for line in one)
+    assert [line["step"] for line in one] == [1, 2, 3, 4, 4] and any(line.get("grad_norm") for line in one)
     for expected, *others in zip(one, two, losses(), strict=True):
-        assert others == [pytest.approx(expected, abs=2e-5, rel=1e-4)] * 2
+        assert others == [pytest.approx(expected, abs=2e-5, rel=1e-5)] * 2

@@ -1,0 +1,105 @@
+"""Every stage in 16 bits, over a whole pass of its data, and when its numbers go wrong."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
+from nanochat.common import UserError
+from nanochat.dataloader import rendered_conversations
+from nanochat.tokenizer import RustBPETokenizer
+from scripts import chat_rl
+from tasks.gsm8k import GSM8K
+from tasks.mixtures import mid_mixture
+from tests.stages import MID, STAGES, curve, run_stage
+
+
+@pytest.fixture(autouse=True)
+def base_dir(trained_dir, tmp_path, monkeypatch):
+    """Each test has its own copy of what all four stages left."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / "base")))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
+    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
+    return tmp_path / "base"
+
+
+def steps_of(stage):
+    return [line for line in curve(stage) if "grad_norm" in line]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_in_16_bits_trains_as_in_32(stage, precision, monkeypatch):
+    expected = steps_of(stage)  # the first two steps of four have the learning rates of two steps
+    monkeypatch.setenv("NANOCHAT_PRECISION", precision)
+    run_stage(stage, num_iterations=2, eval_every=-1)
+    first, second = steps_of(stage)
+    assert all(math.isfinite(value) for line in (first, second) for value in line.values())
+    _, meta = CheckpointManager(get_checkpoint_dir(stage, "d1")).load_meta()
+    assert (meta["scaler"] is not None) == (precision == "float16")
+    if stage == "rl":  # other rounding, other samples
+        assert first["grad_norm"] + second["grad_norm"] > 0
+    else:
+        assert first["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=0.02)
+        assert first["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=0.002)
+        assert second["train/loss"] == pytest.approx(expected[1]["train/loss"], rel=0.002)
+        assert second["train/loss"] != expected[1]["train/loss"]  # it does compute in 16 bits
+
+
+def test_mid_goes_over_its_mixture_once(tokenizer):
+    """The loader's position at the end of the run is the end of epoch 0, within one batch."""
+    run_stage("mid", num_iterations=-1, total_batch_size=2048, device_batch_size=32, eval_every=-1)
+    step, meta = CheckpointManager(get_checkpoint_dir("mid", "d1")).load_meta()
+    assert step == len(steps_of("mid")) > 10
+    mixture = mid_mixture(2, MID["spelling_size"], MID["spellingbee_size"])
+    lengths = [len(ids) for _, ids in rendered_conversations(mixture, range(len(mixture)), tokenizer)]
+    loader = meta["loader"]
+    position = loader["epoch"] * sum(lengths) + sum(lengths[: loader["row"]]) + loader["offset"]
+    assert position > 2048 and abs(position + 64 * loader["rows_used"] - sum(lengths)) <= 2048
+
+
+def test_rl_asks_every_question_once(monkeypatch):
+    def roll_out(engine, task, step):
+        asked.extend(chat_rl.step_questions(task, step))
+        return real(engine, task, step)
+    asked, real = [], chat_rl.roll_out
+    monkeypatch.setattr(chat_rl, "roll_out", roll_out)
+    run_stage("rl", num_iterations=-1, examples_per_step=3, eval_every=-1)
+    assert sorted(asked) == list(range(len(GSM8K(split="train"))))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(stage, what, monkeypatch):
+    def diverge(model, *args, **kwargs):
+        loss, rows = real(model, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4 and what == "gradient":
+            model.lm_head.weight.grad[0, 0] = math.nan
+        return (loss * math.nan if len(calls) == 4 and what == "loss" else loss), rows
+    calls, script = [], STAGES[stage][0]
+    real = script.accumulate_gradients
+    monkeypatch.setattr(script, "accumulate_gradients", diverge)
+    with pytest.raises(UserError, match={"loss": "step 3 is nan.*step 2", "gradient": "gradient's norm is nan"}[what]):
+        run_stage(stage, eval_every=-1, save_every=2)
+    manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
+    assert manager.steps() == [2] and len(calls) == 4
+    assert all(p.isfinite().all() for p in manager.load_model(torch.device("cpu")).parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_keeps_the_tokenizer_it_began_with(stage, base_dir):
+    """Meanwhile another tokenizer was trained, and the stage before was trained again with it."""
+    manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
+    unbroken, hash_before = curve(stage), manager.load_meta(2)[1]["tokenizer_hash"]
+    other = RustBPETokenizer.train_from_iterator(iter(["quite another text, of other words"]), 270)
+    other.save(base_dir / "tokenizer")
+    for name in STAGES:
+        source = CheckpointManager(get_checkpoint_dir(name, "d1"))
+        if name != stage:
+            source.save(5, source.load_model(torch.device("cpu")), tokenizer=other)
+    run_stage(stage, resume_from_step=2)
+    assert curve(stage) == unbroken
+    assert manager.load_meta(4)[1]["tokenizer_hash"] == hash_before != other.hash()
