@@ -267,8 +267,10 @@ def _is_whole(folder):
     meta = _read_meta(folder)
     if not isinstance(meta, dict) or "files" not in meta:
         return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size
-               for name, size in meta["files"].items())
+    try:
+        return all((folder / name).stat().st_size == size for name, size in meta["files"].items())
+    except OSError:  # missing, perhaps just now: a run deletes its oldest checkpoints
+        return False
 
 
 def _upgrade(meta, folder):

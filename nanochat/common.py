@@ -181,9 +181,9 @@ def peak_memory_bytes(device):
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (SXM parts unless named; without sparsity). The first
 # name that fits counts.
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-              "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-              "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def get_peak_flops(device, dtype):
@@ -194,7 +194,7 @@ def get_peak_flops(device, dtype):
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for key, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{key}\b", name):
+            if re.search(rf"\b{key}\b", name) and "Laptop" not in name:  # those have fewer units of the same name
                 return flops, "data sheet"
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ a position in the stream is a few integers. Packing every rank's rows on every r
 runs in Rust at tens of megabytes per second and ahead of training, in a background thread.
 
 A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts with <|bos|>, as each document does.
-Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents:
+Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents of one epoch:
   - a document longer than a row is cut; what remains becomes a document of its own, with its own <|bos|>;
   - the others are packed best-fit: the longest that still fits, until none does, and the gap takes the head of a
     document, whose tail goes back to the rest (or is dropped: `crop`);
@@ -143,13 +143,14 @@ def _behead(piece, count, bos):
 def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=BLOCK_TOKENS):
     """
     Endless ((position, offset), rows): where in the stream the block starts, and its rows, int32 (R, capacity),
-    shuffled. `documents` is an endless iterator of (position, ids) that starts at the document with the offset.
+    shuffled. A block ends with its epoch. `documents` is an endless iterator of (position, ids) that starts at the
+    document with the offset.
     """
     block_tokens = max(block_tokens, capacity)
     position, ids = next(documents)
     while True:
         start, pieces, total = (position, offset), [], 0
-        while total < block_tokens:
+        while total < block_tokens and position[0] == start[0][0]:  # else one pass would see some of the next
             pieces.append(np.concatenate(([bos], ids[offset:])).astype(np.int32))
             total += len(pieces[-1])
             (position, ids), offset = next(documents), 0

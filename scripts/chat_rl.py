@@ -93,12 +93,14 @@ KL_ROWS = 16  # answers a step on which KL and entropy are estimated, on rank 0
 
 
 def step_questions(task, step):
-    """This rank's share of the questions of a step: one shuffled pass after another, dealt out to the ranks."""
+    """
+    This rank's share of the questions of a step, dealt out to the ranks: (place, index) each, the place in one shuffled
+    pass after another.
+    """
     ddp_rank, _, ddp_world_size = get_dist_info()
-    places = range(step * examples_per_step, (step + 1) * examples_per_step)[ddp_rank::ddp_world_size]
-    for place in places:
-        epoch, place = divmod(place, len(task))
-        yield int(np.random.default_rng([seed, epoch]).permutation(len(task))[place])
+    for place in range(step * examples_per_step, (step + 1) * examples_per_step)[ddp_rank::ddp_world_size]:
+        epoch, place_in_epoch = divmod(place, len(task))
+        yield place, int(np.random.default_rng([seed, epoch]).permutation(len(task))[place_in_epoch])
 
 
 def make_rollout_model(model):
@@ -118,16 +120,16 @@ def sync_rollout_model(rollout_model, model):
 def roll_out(engine, task, step):
     """
     Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with num_samples entries per
-    question; what is sampled depends on (seed, step, question, sample) alone.
+    question; what is sampled depends on the seed, the question's place in the run and the sample alone.
     """
     context = engine.model.config.sequence_len
     room = min(max_new_tokens, context // 2)
     rows, conversations = [], []
-    for index in step_questions(task, step):
+    for place, index in step_questions(task, step):
         conversation = task[index]
         prompt = cut_prompt(engine.tokenizer.render_for_completion(conversation), context - room)
         for sample in range(num_samples):
-            sampling = Sampling(temperature, top_k, seed=f"{seed}:{step}:{index}:{sample}")
+            sampling = Sampling(temperature, top_k, seed=f"{seed}:{place}:{sample}")
             rows.append(engine.make_row(prompt, sampling, room))
             conversations.append(conversation)
     for _ in engine.generate_rows(rows, rollout_rows):

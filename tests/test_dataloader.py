@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -155,6 +156,18 @@ def test_eval_batches_shift_by_one_and_ignore_padding():
     ((x, y),) = eval_batches(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), 8, torch.device("cpu"))
     assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
     assert x.dtype == y.dtype == torch.int64
+
+
+def test_a_pass_over_little_data_sees_all_of_it_before_the_next_begins():
+    """Much less than a block: a block that ran on would mix random parts of many passes."""
+    def documents():
+        for epoch in range(9):
+            for row, length in enumerate((5, 9, 4, 12)):
+                yield (epoch, 0, row), np.arange(length) + 100 * (row + 1)
+    blocks = packed_blocks(documents(), BOS, 8, seed=0)
+    seen = content([next(blocks)[1] for _ in range(3)])
+    once = content([ids for _, ids in islice(documents(), 4)])
+    assert set(seen) == set(once) and max(map(seen.count, once)) <= 4 and min(map(seen.count, once)) >= 3
 
 
 def test_a_position_in_the_data_is_told_as_file_and_row(tmp_path, tokenizer):

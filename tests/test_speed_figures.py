@@ -14,7 +14,8 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("name, tflops", [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-    ("NVIDIA B200", 2250), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA B200", 2250), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+    ("NVIDIA A100-SXM4-80GB", 312),
     ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165),
 ])
 def test_the_peak_of_a_known_gpu_is_its_data_sheets(name, tflops, monkeypatch):
@@ -30,7 +31,8 @@ def test_the_peak_of_anything_else_is_measured(monkeypatch):
     def ones(*shape, device, dtype):
         raise RuntimeError(f"measuring {dtype}")
     monkeypatch.setattr(torch, "ones", ones)
-    for name, dtype in (("NVIDIA L40", torch.bfloat16), ("NVIDIA H100 PCIe", torch.float32)):
+    for name, dtype in (("NVIDIA L40", torch.bfloat16), ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16),
+                         ("NVIDIA H100 PCIe", torch.float32)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         with pytest.raises(RuntimeError, match=f"measuring {dtype}"):
             get_peak_flops(CUDA, dtype)

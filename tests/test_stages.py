@@ -62,7 +62,7 @@ def test_mid_goes_over_its_mixture_once(tokenizer):
 
 def test_rl_asks_every_question_once(monkeypatch):
     def roll_out(engine, task, step):
-        asked.extend(chat_rl.step_questions(task, step))
+        asked.extend(index for _, index in chat_rl.step_questions(task, step))
         return real(engine, task, step)
     asked, real = [], chat_rl.roll_out
     monkeypatch.setattr(chat_rl, "roll_out", roll_out)

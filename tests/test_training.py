@@ -1,0 +1,257 @@
+"""What the training scripts share: derived settings, accumulation, stopping, the log."""
+
+import json
+import math
+import signal
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager
+from nanochat.common import UserError
+from nanochat.dataloader import shift
+from nanochat.gpt import GPTConfig
+from nanochat.training import (
+    MetricsLog,
+    RunKeeper,
+    StopSignal,
+    accumulate_gradients,
+    align_batch_size,
+    attempt,
+    check_finite,
+    derive_batch_size,
+    derive_horizon,
+    guess_device_batch_size,
+    optimizer_step,
+    used_columns,
+)
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def test_derived_batch_is_the_published_one_at_d20_and_shrinks_with_the_run():
+    assert derive_batch_size(20 * 561e6) == 2**19
+    sizes = [derive_batch_size(tokens) for tokens in (1e6, 1e8, 1e10, 1e12)]
+    assert sizes == sorted(sizes) and all(math.log2(size).is_integer() for size in sizes)
+
+
+def test_the_first_positive_horizon_decides():
+    model = tiny_model()
+    flops, params = model.estimate_flops(), model.num_params()
+    assert derive_horizon(7, 1e18, 20, 320, model) == (7, 320, "--num_iterations")
+    assert derive_horizon(-1, flops * 320 * 9, 20, 320, model) == (9, 320, "--target_flops")
+    assert derive_horizon(-1, -1, 20, 320, model) == (round(20 * params / 320), 320, "--target_param_data_ratio")
+    with pytest.raises(UserError, match="no end"):
+        derive_horizon(-1, -1, -1, 320, model)
+
+
+def test_a_batch_that_is_no_multiple_is_aligned_and_said(capsys):
+    assert align_batch_size(1000, 512) == 1024
+    assert "a batch of 1000 tokens" in capsys.readouterr().out
+    assert align_batch_size(1024, 512) == 1024
+    assert capsys.readouterr().out == ""
+
+
+def test_guessed_micro_batch_is_a_power_of_two_within_the_step():
+    for depth in (4, 20, 32):
+        rows = guess_device_batch_size(GPTConfig.from_depth(depth, 65536, 2048), CPU, max_rows=6)
+        assert rows in (1, 2, 4)
+
+
+@pytest.mark.parametrize("device_batch_size", [1, 2, 3, 5])
+def test_gradients_do_not_depend_on_the_micro_batch(device_batch_size):
+    model = tiny_model()
+    rows = torch.randint(0, 100, (5, 33)).numpy()
+    rows[0, 3:] = -1  # one row with few targets: a mean per micro-batch would weigh it wrongly
+    targets = int((rows[:, 1:] >= 0).sum())
+    x, y = torch.from_numpy(rows[:, :-1]).clamp(min=0), torch.from_numpy(rows[:, 1:])
+    model(x, y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss, _ = accumulate_gradients(model, *shift(rows), targets, device_batch_size)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(loss, model(x, y).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(monkeypatch):
+    model = tiny_model()
+    rows = torch.randint(0, 100, (8, 33)).numpy()
+    accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    forward = model.forward
+
+    def small_device(idx, *args, **kwargs):
+        if idx.size(0) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(idx, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", small_device)
+    _, size = accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    assert size == 2
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_memory_that_runs_out_in_the_backward_pass_is_free_again_for_the_next_try(monkeypatch):
+    class Graph(torch.autograd.Function):
+        """Stands for the activations; its backward pass does not fit more than 2 rows."""
+        @staticmethod
+        def forward(ctx, x, rows):
+            ctx.rows, ctx.kept = rows, torch.zeros(3)
+            alive.append(weakref.ref(ctx.kept))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.rows > 2:
+                raise torch.OutOfMemoryError("pretended")
+            return grad, None
+
+    def forward(idx, *args, **kwargs):
+        assert not any(ref() is not None for ref in alive), "the failed try still holds its memory"
+        return Graph.apply(real(idx, *args, **kwargs), idx.size(0))
+
+    alive, model = [], tiny_model()
+    real, rows = model.forward, torch.randint(0, 100, (8, 9)).numpy()
+    monkeypatch.setattr(model, "forward", forward)
+    _, size = accumulate_gradients(model, *shift(rows), rows[:, 1:].size, 8)
+    assert size == 2 and len(alive) == 2 + 4
+
+
+def test_a_rank_without_rows_takes_part_in_a_step_in_float16():
+    model, scaler = tiny_model(), torch.amp.GradScaler("cpu")
+    optimizers = model.setup_optimizers()
+    before = [p.clone() for p in model.parameters()]
+    rows = np.zeros((0, 8), dtype=np.int32)
+    loss, _ = accumulate_gradients(model, rows, rows, 16, 4, scaler=scaler)
+    assert optimizer_step(model, optimizers, scaler) == 0 and loss.item() == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*shard_3, row 3.*resume"):
+        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", CheckpointManager(tmp_path))
+    assert check_finite(torch.tensor(2.5), 7, "", CheckpointManager(tmp_path)) == 2.5
+
+
+def test_an_evaluation_that_fails_costs_a_warning(capsys):
+    def fail():
+        raise torch.OutOfMemoryError("out of memory")
+    assert attempt("the evaluation", fail) is None
+    assert "warning: the evaluation failed" in capsys.readouterr().out
+    assert attempt("the evaluation", lambda: 3) == 3
+
+
+def test_signals_ask_to_stop_and_a_second_interrupt_interrupts():
+    stop = StopSignal(CPU)
+    try:
+        assert not stop.asked()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, {})
+    for step in range(6):
+        log.log({"step": step, "val/bpb": 0})
+        log.log({"step": step + 1, "train/loss": 0})
+    log.close()
+    with open(path, "a", encoding="utf-8") as f:
+        f.write('{"step": 6, "val')  # a line that a crash cut short
+    log = MetricsLog(path, {}, step=4)
+    log.log({"step": 4, "val/bpb": 1})
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert lines[-2:] == [{"step": 4, "train/loss": 0}, {"step": 4, "val/bpb": 1}]
+
+
+def test_a_missing_wandb_is_one_line(tmp_path):
+    try:
+        import wandb  # noqa: F401
+        pytest.skip("wandb is installed")
+    except ImportError:
+        pass
+    with pytest.raises(UserError, match="wandb is not installed"):
+        RunKeeper(CheckpointManager(tmp_path), {"run": "my-run"}, 10, 0, None, "", CPU)
+
+
+def test_a_resumed_run_whose_data_changed_is_warned(tmp_path, capsys):
+    manager, settings = CheckpointManager(tmp_path), {"run": "dummy", "save_every": 5, "keep_last": -1}
+    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "3 documents", CPU).close()
+    assert capsys.readouterr().out == ""
+    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "4 documents", CPU).close()
+    assert "warning: the data is not what the run began with (4 documents now" in capsys.readouterr().out
+
+
+def test_a_run_is_saved_when_it_is_time(tmp_path):
+    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
+    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 12, 0, None, "", CPU)
+    try:
+        assert [step for step in range(13) if keeper.save_due(step, eval_due=step == 8)] == [5, 8, 10, 12]
+        keeper.save(10, tiny_model(), (), None, None, loader={"row": 3})
+        assert not keeper.save_due(10, eval_due=True)
+        assert keeper.manager.load_meta(10)[1]["loader"] == {"row": 3}
+        signal.raise_signal(signal.SIGTERM)
+        assert keeper.save_due(11, eval_due=False) and keeper.stopping
+    finally:
+        with pytest.raises(SystemExit) as exit:  # as if the signal had ended it: a script's next stage does not run
+            keeper.close()
+    assert exit.value.code == 128 + signal.SIGTERM
+
+
+def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", {})
+    log._file.close()
+    log._file = open("/dev/full", "a", encoding="utf-8")
+    log.log({"step": 1, "train/loss": 2.0})
+    log.close()
+    assert "metrics.jsonl could not be written: [Errno 28]" in capsys.readouterr().out
+
+
+def test_a_save_that_fails_costs_a_warning_but_the_last_one_is_an_error(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise UserError("the disk is full")
+    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
+    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 10, 0, None, "", CPU)
+    try:
+        monkeypatch.setattr(keeper.manager, "save", fail)
+        keeper.save(5, tiny_model(), (), None, None)
+        assert "warning: the disk is full" in capsys.readouterr().out
+        with pytest.raises(UserError, match="the disk is full"):
+            keeper.save(10, tiny_model(), (), None, None)
+    finally:
+        keeper.close()
+
+
+def test_one_overflowed_gradient_skips_the_step_of_every_optimizer():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in params]
+    for optimizer in optimizers:
+        optimizer.grad_sq = 0.0
+    model, scaler = torch.nn.ParameterList(params), torch.amp.GradScaler("cpu", init_scale=4.0)
+    model.device = CPU
+    for bad in (float("inf"), 1.0):
+        scaler.scale(params[0].sum() + bad * params[1].sum()).backward()
+        optimizer_step(model, optimizers, scaler)
+        assert [p.tolist() for p in params] == ([[1, 1], [1, 1]] if math.isinf(bad) else [[0, 0], [0, 0]])
+    assert scaler.get_scale() == 2.0  # halved once
+
+
+def test_columns_after_the_last_target_are_left_out_in_steps_of_32():
+    targets = np.full((3, 100), -1)
+    assert used_columns(targets) == 32
+    for column, used in ((0, 32), (31, 32), (32, 64), (95, 96), (96, 100)):
+        targets[1, column] = 5
+        assert used_columns(targets) == used
+    assert used_columns(targets[:, :20]) == 20
