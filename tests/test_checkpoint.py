@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +194,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path):
         manager.load_model(CPU)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights may still be mapped
+
+
+def test_a_checkpoint_of_the_first_format_loads(monkeypatch):
+    """tests/golden_checkpoint was written by format 1 and never changes: what users have on disk must go on loading."""
+    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
+    manager = CheckpointManager(Path(__file__).parent / "golden_checkpoint")
+    model, tokenizer = manager.load_model(CPU, 3), manager.load_tokenizer(3)
+    manager.load_optimizers(model.setup_optimizers(), 3)
+    ids = tokenizer.encode("the fox lives", prepend="<|bos|>")
+    assert ids == [271, 116, 257, 263, 111, 120, 264, 270, 268]
+    logits = model(torch.tensor([ids]))[0, -1, :5]
+    assert logits.tolist() == pytest.approx([0.3063, -1.3572, 1.4623, -0.187, 0.9777], abs=1e-3)
