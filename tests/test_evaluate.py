@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from nanochat import common
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from tasks.common import MultipleChoice, Task
@@ -217,7 +218,14 @@ def test_more_samples_of_the_same_answer_do_not_shrink_the_error():
 
 def test_records_come_back_in_order_with_their_letters_whole():
     records = [{"index": 2, "sample": 0, "completion": "žluť \ud800"}, {"index": 1, "sample": 0, "completion": "\n"}]
-    assert gather_records(records, "cpu") == records[::-1]
+    assert gather_records(lambda: records, "cpu") == records[::-1]
+
+
+def test_an_error_on_one_rank_ends_the_evaluation_on_all(monkeypatch):
+    """The first all-reduce says how many ranks failed: this one did not, another one did."""
+    monkeypatch.setattr(common, "all_reduce_sum", lambda failed: failed + 1)
+    with pytest.raises(RuntimeError, match="failed on another rank"):
+        gather_records(lambda: [], "cpu")
 
 
 # -----------------------------------------------------------------------------
