@@ -315,7 +315,7 @@ OBSTACLES = [
      "The small path was [short|easy]."),
     ("an angry goose stood on the road and let nobody pass", "{x} said please, but the goose only hissed.",
      "The goose will not let me pass", "gave the goose some [corn|bread]", "The goose ate it and forgot about them."),
-    ("the way led into the dark forest, and {x} was afraid", "{x} took three steps and ran back.",
+    ("a dark forest lay ahead, and {x} was afraid", "{x} took three steps and ran back.",
      "I am afraid of the dark",
      "took {x.him} by the hand and sang a song", "The forest did not seem so dark any more."),
     ("{x} stepped on a [sharp stone|thorn] and hurt {x.his} foot", "{x} tried to walk on, but it hurt too much.",
