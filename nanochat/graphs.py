@@ -97,7 +97,7 @@ class CudaRecorder:
     """recorder(function) records the kernels of function(), which returns a tensor that each replay fills anew."""
 
     def __init__(self, device):
-        self.device, self.pool = device, None  # one pool for all graphs: only one of them is in use at a time
+        self.device, self.last = device, None  # the last graph, which keeps the memory pool of all of them alive
 
     def __call__(self, function):
         """Returns (replay, the tensor)."""
@@ -108,9 +108,10 @@ class CudaRecorder:
                 function()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # other GPUs' engines go on
+            pool = None if self.last is None else self.last.pool()  # one for all: only one graph runs at a time
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other GPUs' engines go on
                 output = function()
-        self.pool = graph.pool()
+        self.last = graph
         return graph.replay, output
 
 
