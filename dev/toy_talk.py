@@ -231,7 +231,8 @@ def identity_question(rng):
 GREETINGS = ["Hello!", "Hi!", "Hi there!", "Good morning!", "Good evening!", "Hey!", "Hello, nanochat!"]
 ASK_STORY = ["[Tell|Please tell] me a story about {x}.", "[Can|Could] you tell me a story about {x}?",
              "[Tell me|I would like] a story about {x.a_animal}.", "Write a [short|little] story about {x} the "
-                                                                   "{x.animal}."]
+                                                                   "{x.animal}.",
+             "[Tell me|Please tell me|I would like to hear] a story.", "[Can|Could] you tell me a story?"]
 PLAIN = [  # user, assistant[, user, assistant]
     ["How are you[| today]?", "I am [well|fine], thank you. And you?", "I am [fine|happy|very well][| today].",
      "[I am glad to hear that|That is good to hear]!"],
