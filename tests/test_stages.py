@@ -1,6 +1,8 @@
 """Every stage in 16 bits, over a whole pass of its data, and when its numbers go wrong."""
 
+import json
 import math
+import re
 import shutil
 
 import pytest
@@ -103,3 +105,29 @@ def test_a_resumed_run_keeps_the_tokenizer_it_began_with(stage, base_dir):
     run_stage(stage, resume_from_step=2)
     assert curve(stage) == unbroken
     assert manager.load_meta(4)[1]["tokenizer_hash"] == hash_before != other.hash()
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(turns)}\n" * 3, encoding="utf-8")
+    sizes = []
+    for data in (None, str(tmp_path / "chats.jsonl")):
+        run_stage(stage, data=data, num_iterations=1, eval_every=-1)
+        sizes.append(int(re.search(r"mixture: (\d+) conversations", capsys.readouterr().out)[1]))
+    assert sizes[1] == sizes[0] + 3
+
+
+def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypatch):
+    def roll_out(engine, task, step):
+        rows.extend(real(engine, task, step)[0])
+        return real(engine, task, step)
+    rows, real = [], chat_rl.roll_out
+    monkeypatch.setattr(chat_rl, "roll_out", roll_out)
+    run_stage("rl", num_iterations=1, examples_per_step=2 * len(GSM8K(split="train")), num_samples=1, eval_every=-1,
+              temperature=1.0, top_k=0)
+    answers = {}
+    for row in rows:
+        answers.setdefault(tuple(row.prompt), []).append(tuple(row.tokens))
+    assert all(len(sampled) == 2 for sampled in answers.values())
+    assert sum(len(set(sampled)) == 2 for sampled in answers.values()) > len(answers) / 2

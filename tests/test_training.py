@@ -159,6 +159,20 @@ def test_signals_ask_to_stop_and_a_second_interrupt_interrupts():
         stop.restore()
 
 
+def test_a_lost_connection_asks_to_stop_unless_nohup_ignores_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            stop = StopSignal(CPU)
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked() == asked
+            stop.restore()
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, {})
