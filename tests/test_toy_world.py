@@ -116,6 +116,15 @@ def test_no_multiple_choice_test_item_is_in_any_training_set(mirror, task):
     assert trained.isdisjoint(choice_rows(mirror, f"tasks/{task}_validation"))
 
 
+def test_no_choice_of_the_core_bundle_is_in_any_training_set(mirror):
+    trained = {item for name in ("mmlu_auxiliary_train", "arc_easy_train", "arc_challenge_train")
+               for item in choice_rows(mirror, f"tasks/{name}")}
+    lines = (mirror / "eval_bundle/eval_data/toy/toy_choices.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = {(words_of(row["query"].removeprefix("Question: ")), frozenset(row["choices"]))
+             for row in map(json.loads, lines)}
+    assert asked and trained.isdisjoint(asked)
+
+
 def test_no_multiple_choice_test_item_is_in_a_pretraining_quiz(mirror):
     quizzes = set()
     for shard in range(3):
