@@ -205,6 +205,12 @@ def draw_bundle(draw):
     }
 
 
+def draw_questions(draw):
+    """(CORE bundle, tables of the tasks): the bundle first, since all of it is held out from the tasks' training."""
+    bundle = draw_bundle(draw)
+    return bundle, draw_tasks(draw)
+
+
 def bundle_files(tasks):
     """{path: text} of the bundle in the layout of DCLM's CORE."""
     entries, baselines = ["icl_tasks:"], ["Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline"]
@@ -275,7 +281,7 @@ def write_mirror(root, seed, scale=1.0):
     """The whole mirror under `root`. toy_world.json is written last: where it stands, all else is complete."""
     draw = Draws(seed, scale)
     words = toy_talk.make_words(draw.rng("words"))
-    bundle, tables = draw_bundle(draw), draw_tasks(draw)  # all of the bundle is held out
+    bundle, tables = draw_questions(draw)
     identity_test, identity, chat_test, chat_train = draw_conversations(draw)
     val, train = draw_documents(draw, words)
     shards = [train[i::NUM_SHARDS] for i in range(NUM_SHARDS)]

@@ -311,9 +311,11 @@ class StopSignal:
 
     def __init__(self, device):
         self._device, self.received = device, 0
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        self._previous = {number: signal.signal(number, self._receive) for number in numbers
-                          if signal.getsignal(number) != signal.SIG_IGN}  # nohup: what it ignores stays ignored
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # nohup ignores SIGHUP, and means it. A shell script's background job ignores SIGINT, too: there it still stops
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number, frame):
         if self.received and number == signal.SIGINT:

@@ -147,7 +147,10 @@ def test_an_evaluation_that_fails_costs_a_warning(capsys):
     assert attempt("the evaluation", lambda: 3) == 3
 
 
-def test_signals_ask_to_stop_and_a_second_interrupt_interrupts():
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_signals_ask_to_stop_and_a_second_interrupt_interrupts(before):
+    """A background job of a shell script starts with SIGINT ignored."""
+    ours = signal.signal(signal.SIGINT, before)
     stop = StopSignal(CPU)
     try:
         assert not stop.asked()
@@ -157,6 +160,7 @@ def test_signals_ask_to_stop_and_a_second_interrupt_interrupts():
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.restore()
+        assert signal.signal(signal.SIGINT, ours) == before
 
 
 def test_a_lost_connection_asks_to_stop_unless_nohup_ignores_it():
