@@ -41,9 +41,9 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 2            # of the mirror; raised when what a seed gives changes
+FORMAT_VERSION = 3            # of the mirror; raised when what a seed gives changes
 MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
-NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 27_000, 500, 3
+NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 39_000, 500, 3
 
 # -----------------------------------------------------------------------------
 # Drawing without overlap. An item has keys; two items that share a key are the same item
@@ -241,11 +241,12 @@ def draw_documents(draw, words):
         return make_doc
 
     makers = {  # and how many in a hundred
-        text_doc(story): 36, text_doc(fact_sheet): 12, text_doc(question_sheet): 12,
-        text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 8,
-        text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 10,
-        item_doc(lambda rng: choice_item(rng, SUBJECTS["mmlu"]), choice_keys, 3, quiz_sheet): 12,
-        item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 9,
+        text_doc(lambda rng: toy_talk.echo_sheet(rng, words)): 31,
+        text_doc(story): 25, text_doc(fact_sheet): 8, text_doc(question_sheet): 8,
+        text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 6,
+        text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
+        item_doc(lambda rng: choice_item(rng, SUBJECTS["mmlu"]), choice_keys, 3, quiz_sheet): 8,
+        item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 6,
         item_doc(toy_talk.small_program, program_keys, 3, toy_talk.program_sheet): 1,
     }
 

@@ -121,10 +121,24 @@ def spelling_sheet(rng, words):
     return "\n".join(lines)
 
 
+def echo_sheet(rng, words):
+    """
+    Three lines of words in no order, each said three times. Only what stood before tells what comes next, and most of
+    the sheet can be known that way, so it is where a small model learns to look back at all (induction heads: Olsson
+    et al., arXiv 2209.11895). With these sheets the rest of the text is learned better, too: see dev/LOG.md.
+    """
+    lines = []
+    for _ in range(3):
+        pool = [*rng.sample(words, 6), *rng.sample(ITEMS, 2), *(str(friend) for friend in rng.sample(FRIENDS, 2)),
+                *map(str, rng.sample(range(2, 98), 2))]
+        lines += [" ".join(rng.sample(pool, rng.randint(4, 9)))] * 3
+    return "\n".join(lines)
+
+
 def list_sheet(rng, words):
     """
-    Shopping lists read out, repeated, and asked about. Nothing predicts their words but the first reading, so they make
-    a small model look back and copy, which word problems, choices and spelling all need and stories rarely ask for.
+    Shopping lists read out, repeated, and asked about: looking back and copying as word problems and spelling need it,
+    from one sentence into another.
     """
     lines = []
     for x, y in (rng.sample(FRIENDS, 2) for _ in range(2)):

@@ -257,12 +257,12 @@ def test_a_story_asked_for_has_that_hero_and_no_one_twice():
 
 
 def test_every_fact_is_stated_often_in_pretraining(mirror):
-    """At a thirtieth of the size each of the 96 facts about friends stands there at least 3 times as a sentence."""
+    """At a thirtieth of the size each of the 96 facts about friends stands there at least twice as a sentence."""
     text = "\n".join(row["text"] for shard in range(3) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
     for friend in FRIENDS:
         for attribute, (form, statements, *_) in ATTRIBUTES.items():
             v = form.format(x=friend)
-            assert sum(text.count(s.format(x=friend, v=v)[:-1]) for s in statements) >= 3, (friend.name, attribute)
+            assert sum(text.count(s.format(x=friend, v=v)[:-1]) for s in statements) >= 2, (friend.name, attribute)
 
 
 def test_chats_alternate_and_end_with_the_assistant(mirror):
