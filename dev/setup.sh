@@ -4,8 +4,10 @@
 # NANOCHAT_BASE_DIR and the other variables keep the values they have.
 
 if ! command -v uv > /dev/null; then
-    # the official installer where its site is reached, else pip
-    (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) || python3 -m pip install --quiet uv
+    # the official installer where its site is reached, else pip, on systems that manage their Python themselves, too:
+    # uv is one binary without dependencies
+    (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) \
+        || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv
     export PATH="$HOME/.local/bin:$PATH"
 fi
 if ! command -v cc > /dev/null; then  # rustbpe is linked with it
