@@ -265,6 +265,13 @@ def test_every_fact_is_stated_often_in_pretraining(mirror):
             assert sum(text.count(s.format(x=friend, v=v)[:-1]) for s in statements) >= 2, (friend.name, attribute)
 
 
+def test_an_echo_sheet_can_be_known_from_its_first_readings(mirror):
+    words = (mirror / "words_alpha.txt").read_text(encoding="utf-8").split()
+    sheets = [toy_talk.echo_sheet(Random(i), words).split("\n") for i in range(100)]
+    assert all(lines == [line for line in lines[::3] for _ in range(3)] and len(set(lines)) == 3 for lines in sheets)
+    assert len({line for lines in sheets for line in lines}) == 300  # and nothing else tells what they say
+
+
 def test_chats_alternate_and_end_with_the_assistant(mirror):
     for row in rows(mirror, "chat/train_00000"):
         roles = [message["role"] for message in row["messages"]]
