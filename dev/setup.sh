@@ -6,7 +6,7 @@
 if ! command -v uv > /dev/null; then
     # the official installer where its site is reached, else pip, on systems that manage their Python themselves, too:
     # uv is one binary without dependencies
-    (curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) \
+    (set -o pipefail; curl -LsSf --connect-timeout 10 https://astral.sh/uv/install.sh | sh) \
         || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv
     export PATH="$HOME/.local/bin:$PATH"
 fi

@@ -1,5 +1,6 @@
 """What the tests share: a tokenizer of 512 tokens, trained in a blink on the story that lies beside this file."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from nanochat.tokenizer import RustBPETokenizer
 
+# Compared with references to many digits, so in float32 on every machine; a test of another precision asks for it.
+os.environ["NANOCHAT_PRECISION"] = "float32"
 # Tiny models gain nothing from threads, and a process without a thread pool can be forked (test_distributed.py).
 torch.set_num_threads(1)
 
@@ -34,7 +37,6 @@ def trained_dir(tmp_path_factory, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))
         patch.setenv("NANOCHAT_DATA_DIR", str(root / "mirror"))
-        patch.setenv("NANOCHAT_PRECISION", "float32")
         for stage in STAGES:
             run_stage(stage)
     return root

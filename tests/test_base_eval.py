@@ -31,7 +31,6 @@ def world(tmp_path, monkeypatch):
         (folder / "eval_data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "mirror"))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     monkeypatch.setattr(base_eval, "device_type", "cpu")
 
 

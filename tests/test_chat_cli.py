@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 def run(tmp_path, monkeypatch, tokenizer):
     """chat_cli.main() with flags, on a tiny model that is there as a base and as an SFT checkpoint."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     for stage in ("base", "sft"):
         CheckpointManager(get_checkpoint_dir(stage, "d2")).save(1, model, tokenizer=tokenizer)

@@ -52,7 +52,6 @@ def mirror(tmp_path, monkeypatch):
 def chat_model(mirror, tokenizer, tmp_path, monkeypatch):
     """An SFT checkpoint d2, step 7, in an empty base directory."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=96)
     CheckpointManager(get_checkpoint_dir("sft", "d2")).save(7, model, tokenizer=tokenizer)
 

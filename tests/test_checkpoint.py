@@ -198,7 +198,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path):
 
 def test_a_checkpoint_of_the_first_format_loads(monkeypatch):
     """tests/golden_checkpoint was written by format 1 and never changes: what users have on disk must go on loading."""
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     manager = CheckpointManager(Path(__file__).parent / "golden_checkpoint")
     model, tokenizer = manager.load_model(CPU, 3), manager.load_tokenizer(3)
     manager.load_optimizers(model.setup_optimizers(), 3)

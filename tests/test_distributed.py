@@ -124,7 +124,6 @@ def test_a_chat_stage_has_the_same_losses_on_two_ranks(stage, trained_dir, tmp_p
     """Under torchrun on CPU; and what two ranks saved goes on with one."""
     from tests.stages import curve, run_stage
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     settings = dict(num_iterations=4, save_every=2, eval_every=-1)
     names = ("step", "train/loss", "grad_norm", "reward", "val/bpb", "val/loss", "pass@1")
 

@@ -50,7 +50,6 @@ def base_dir(tmp_path_factory, models, small_tokenizer):
 @pytest.fixture(autouse=True)
 def environment(base_dir, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
 
 
 def export(out, **settings):

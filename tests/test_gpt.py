@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, IGNORE, GPTConfig
+from nanochat.gpt import GPT, IGNORE, GPTConfig, _ShortAttention
+from nanochat.precision import get_autocast_ctx
 from scripts.export_hf import hf_weights
 from tests.tiny import tiny_model
 
@@ -130,3 +131,28 @@ def test_bad_shapes_are_named():
         GPT(GPTConfig(n_embd=65))
     with pytest.raises(ValueError, match="33 tokens exceed the rotary table of 32"):
         tiny_model()(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_attention_of_short_rows_is_torchs():
+    """In training on a CPU in 16 bits; here in float64, where both may be compared, with gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(_ShortAttention.apply(q, k, v), expected)
+    assert torch.autograd.gradcheck(_ShortAttention.apply, (q, k, v))
+
+
+def test_training_in_16_bits_takes_the_gradients_of_32(monkeypatch):
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=512, sequence_len=32)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.05)
+    ids = torch.randint(0, 512, (4, 33))
+    grads = {}
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setenv("NANOCHAT_PRECISION", precision)
+        model.zero_grad()
+        with get_autocast_ctx("cpu"):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        grads[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.cosine_similarity(grads["bfloat16"], grads["float32"], dim=0) > 0.999

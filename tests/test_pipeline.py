@@ -30,7 +30,6 @@ def base_dir(trained_dir, tmp_path_factory):
 def environment(base_dir, trained_dir, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
 
 
 @pytest.mark.parametrize("stage", STAGES)

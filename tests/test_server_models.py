@@ -40,7 +40,6 @@ def base_dir(tmp_path_factory, tokenizer):
 @pytest.fixture(autouse=True)
 def environment(base_dir, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
 
 

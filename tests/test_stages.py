@@ -23,7 +23,6 @@ def base_dir(trained_dir, tmp_path, monkeypatch):
     """Each test has its own copy of what all four stages left."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / "base")))
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
-    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     return tmp_path / "base"
 
 
