@@ -40,7 +40,7 @@ def reference_muon(p, grads, lr, momentum, beta2, weight_decay):
     m, v = torch.zeros_like(p), torch.zeros(p.size(0), 1)
     for g in grads:
         m = momentum * m + (1 - momentum) * g
-        u = orthogonalize((1 - momentum) * g + momentum * m, torch.float32)
+        u = orthogonalize(((1 - momentum) * g + momentum * m)[None], torch.float32)[0]
         v = beta2 * v + (1 - beta2) * (u**2).mean(1, keepdim=True)
         scaled = u / v.sqrt()
         scaled = scaled * u.norm() / scaled.norm()
