@@ -22,6 +22,8 @@ from nanochat.precision import get_autocast_ctx, get_precision_dtype
 # -----------------------------------------------------------------------------
 # Derived settings
 
+MIN_STEPS = 700  # a run of few tokens takes smaller batches rather than fewer steps than about this (dev/LOG.md)
+
 
 def check_positive(settings, *names):
     """Settings that must be 1 or more: a wrong one is named."""
@@ -35,8 +37,12 @@ def derive_batch_size(num_tokens):
     Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv 2505.13738), passing
     through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of two.
     """
-    ideal = 2**19 * (num_tokens / (20 * 561e6)) ** 0.383
-    return 2 ** round(math.log2(max(ideal, 1024)))
+    return power_of_two(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
+
+
+def power_of_two(tokens):
+    """The nearest one (by ratio), but no batch under 2,048 tokens: there the optimizer takes most of a step."""
+    return 2 ** max(11, round(math.log2(max(tokens, 1))))
 
 
 def align_batch_size(batch_tokens, sequence_len):
@@ -50,7 +56,7 @@ def align_batch_size(batch_tokens, sequence_len):
 def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
     """
     (optimizer steps, tokens per step, the setting that decided). The first of the three horizons that is > 0 decides;
-    total_batch_size <= 0 is derived from it.
+    total_batch_size <= 0 is derived from it: see derive_batch_size, and small enough for MIN_STEPS steps.
     """
     if num_iterations > 0:
         tokens, rule = None, "--num_iterations"
@@ -63,7 +69,7 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
                         "<= 0", "set one, for example --num_iterations=1000")
     batch_tokens = total_batch_size
     if batch_tokens <= 0 and tokens is not None:
-        batch_tokens = derive_batch_size(tokens)
+        batch_tokens = min(derive_batch_size(tokens), power_of_two(tokens / MIN_STEPS))
     elif batch_tokens <= 0:  # the batch makes the horizon, which makes the batch: a few rounds settle it
         batch_tokens = 2**14
         for _ in range(20):
