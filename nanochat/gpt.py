@@ -107,7 +107,7 @@ def attention(q, k, v, mask=None):
     """
     causal = mask is None and q.size(2) > 1
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if half and causal and not q.is_cuda and q.requires_grad and q.shape == k.shape and q.size(2) <= SHORT_T:
+    if half and causal and q.requires_grad and q.device.type == "cpu" and q.shape == k.shape and q.size(2) <= SHORT_T:
         return _ShortAttention.apply(q, k, v)
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
