@@ -28,7 +28,7 @@ except ImportError:
 LOGIT_CAP = 15.0
 ROPE_BASE = 10000.0
 EAGER_BLOCK = 2**20  # logits a CPU works on at once: 4 MB of float32, twice
-SHORT_T = 1024       # rows up to which a CPU's attention keeps its (T, T) scores
+SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 
 @dataclass
@@ -78,7 +78,7 @@ def apply_rotary(x, cos, sin):
 
 class _ShortAttention(torch.autograd.Function):
     """
-    Causal attention for training on a CPU in 16 bits: the scores of a short row fit in memory, and plain batched
+    Causal attention for training on a CPU in bfloat16: the scores of a short row fit in memory, and plain batched
     products take half the time of torch's fused kernels there (dev/LOG.md). q, k, v (B, H, T, D) -> (B, H, T, D).
     """
 
@@ -107,7 +107,8 @@ def attention(q, k, v, mask=None):
     """
     causal = mask is None and q.size(2) > 1
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if half and causal and q.requires_grad and q.device.type == "cpu" and q.shape == k.shape and q.size(2) <= SHORT_T:
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= SHORT_T
+    if short and causal and q.requires_grad:
         return _ShortAttention.apply(q, k, v)
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)

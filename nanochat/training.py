@@ -37,11 +37,11 @@ def derive_batch_size(num_tokens):
     Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv 2505.13738), passing
     through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of two.
     """
-    return power_of_two(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
+    return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
 
 
-def power_of_two(tokens):
-    """The nearest one (by ratio), but no batch under 2,048 tokens: there the optimizer takes most of a step."""
+def round_batch(tokens):
+    """The nearest power of two (by ratio), at least 2,048: there the optimizer is a quarter of a CPU's step already."""
     return 2 ** max(11, round(math.log2(max(tokens, 1))))
 
 
@@ -69,7 +69,7 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
                         "<= 0", "set one, for example --num_iterations=1000")
     batch_tokens = total_batch_size
     if batch_tokens <= 0 and tokens is not None:
-        batch_tokens = min(derive_batch_size(tokens), power_of_two(tokens / MIN_STEPS))
+        batch_tokens = min(derive_batch_size(tokens), round_batch(tokens / MIN_STEPS))
     elif batch_tokens <= 0:  # the batch makes the horizon, which makes the batch: a few rounds settle it
         batch_tokens = 2**14
         for _ in range(20):

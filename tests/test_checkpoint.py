@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights may still be mapped
 
 
-def test_a_checkpoint_of_the_first_format_loads(monkeypatch):
+def test_a_checkpoint_of_the_first_format_loads():
     """tests/golden_checkpoint was written by format 1 and never changes: what users have on disk must go on loading."""
     manager = CheckpointManager(Path(__file__).parent / "golden_checkpoint")
     model, tokenizer = manager.load_model(CPU, 3), manager.load_tokenizer(3)

@@ -134,7 +134,7 @@ def test_bad_shapes_are_named():
 
 
 def test_attention_of_short_rows_is_torchs():
-    """In training on a CPU in 16 bits; here in float64, where both may be compared, with gradients."""
+    """In training on a CPU in bfloat16; here in float64, where both may be compared, with gradients."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
