@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from nanochat.common import compute_init, get_peak_flops, peak_memory_bytes, run_script, synchronize
+from nanochat.common import compiles, compute_init, get_peak_flops, peak_memory_bytes, run_script, synchronize
 from nanochat.configurator import override_from_cli
 from nanochat.dataloader import shift, training_rows
 from nanochat.dataset import get_spans, iter_texts
@@ -101,6 +101,8 @@ def bench_decode(device):
     if get_precision(device.type) == "int8":
         model.use_int8()
     model.to_compute_dtype()
+    if compiles(device):
+        model.compile_decoding()
     engine = Engine(model, RustBPETokenizer.train_from_iterator(iter(["the only text there is"]), 265))
     peer = _make_peer(config, device, dtype)
     goals = {1: 70, 8: 300, 64: 900}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it compiles kernels for GPUs
 IGNORE = -1  # a target without a token: no loss there
 
 # -----------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def compiles(device, setting=None):
     """Whether to torch.compile: as set; None = on GPUs, where it pays, if Triton is there for it."""
     if setting is not None:
         return setting
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and HAS_TRITON
 
 
 def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):

@@ -14,6 +14,7 @@ import random
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -33,6 +34,8 @@ class KVCache:
     in the compute dtype. They grow by doubling up to max_length and refuse to go further.
     """
 
+    fixed = False  # unlike graphs.FixedCache
+
     def __init__(self, config, num_rows, max_length, device, dtype, length=256):
         shape = (config.n_layer, num_rows, config.n_kv_head, min(length, max_length), config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -40,37 +43,34 @@ class KVCache:
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
-        self._new = None               # (T, lengths, positions) of the forward pass under way
 
     def begin(self, T):
         """
-        Make room for T more tokens in every active row. Returns (positions (B, T), mask): mask is a boolean
-        (B, 1, T, S), True where a query may look, or None where plain causal attention says the same.
+        Make room for T more tokens in every active row. Returns (positions (B, T), a function per layer: see `_store`).
         """
         lengths = self.lengths[: self.num_active]
         self.reserve(max(lengths) + T)
         device = self.k.device
         starts = torch.tensor(lengths, device=device)
         positions = starts[:, None] + torch.arange(T, device=device)
-        self._new = (T, lengths, positions)
-        even = min(lengths) == max(lengths)
-        if even and (T == 1 or lengths[0] == 0):
-            return positions, None
-        keys = torch.arange(max(lengths) + T, device=device)
-        return positions, (keys <= positions[:, :, None])[:, None]
+        return positions, [partial(self._store, layer, lengths, positions) for layer in range(self.k.size(0))]
 
-    def update(self, layer, k, v):
-        """Store k, v (B, H, T, D) of a layer; returns views (B, H, S, D) of all positions so far."""
-        T, lengths, positions = self._new
-        B, end = len(lengths), max(lengths) + T
+    def _store(self, layer, lengths, positions, k, v):
+        """
+        Store k, v (B, H, T, D) of a layer. Returns (k, v, last): views (B, H, S, D) of all positions so far, and the
+        positions (B, T) up to which the new tokens may look, or None where plain causal attention says the same.
+        """
+        B, T = positions.shape
+        even, end = min(lengths) == max(lengths), max(lengths) + T
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            if min(lengths) == max(lengths):
+            if even:
                 cache[:B, :, lengths[0]: end] = new
             else:  # every row at its own place: index (B, T) pairs, which puts them in front of the heads
                 cache[torch.arange(B, device=new.device)[:, None], :, positions] = new.transpose(1, 2).to(cache.dtype)
         if layer == self.k.size(0) - 1:
             self.lengths[:B] = [length + T for length in lengths]
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
+        plain = even and (T == 1 or lengths[0] == 0)
+        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end], None if plain else positions
 
     @torch.inference_mode()  # as the forward pass, in which the cache may have grown: its tensors allow no other mode
     def copy_row(self, target, source_cache, source):

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
-from nanochat.common import IGNORE
+from nanochat.common import HAS_TRITON, IGNORE
 from nanochat.muon import DistMuon
 from nanochat.precision import active_dtype, float8_linear, get_precision_dtype, int8_linear, int8_pack
 
@@ -100,14 +100,19 @@ class _ShortAttention(torch.autograd.Function):
         return (scores @ k).view(shape), (scores.mT @ q).view(shape), (P.mT @ grad).view(shape)
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, last=None):
     """
-    Causal attention: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D). Without a mask S = T, or T = 1 and
-    the query sees every key; a boolean mask (B, 1, T, S), True = may look, covers everything else.
+    Causal attention: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D). `last` (B, T) is the last key that each
+    query may look at. Without it S = T, or T = 1 and the query sees every key.
     """
-    causal = mask is None and q.size(2) > 1
+    T, S = q.size(2), k.size(2)
+    if last is not None and T == 1 and q.is_cuda and HAS_TRITON:
+        from nanochat.kernels import decode_attention
+        return decode_attention(q, k, v, last)
+    mask = None if last is None else (torch.arange(S, device=q.device) <= last[:, :, None])[:, None]  # (B, 1, T, S)
+    causal = mask is None and T > 1
     half = q.dtype in (torch.bfloat16, torch.float16)
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape and q.size(2) <= SHORT_T
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape and T <= SHORT_T
     if short and causal and q.requires_grad:
         return _ShortAttention.apply(q, k, v)
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
@@ -143,23 +148,37 @@ class Embedding(nn.Embedding):
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer = layer
         self.head_dim = config.n_embd // config.n_head
         self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.qkv = None  # the three weights in one, see fuse
 
-    def forward(self, x, cos, sin, kv_cache, mask):
+    @torch.no_grad()
+    def fuse(self):
+        """For inference: multiply by the three weights at once. They stay parameters, parts of one tensor."""
+        linears = (self.c_q, self.c_k, self.c_v)
+        self.qkv = torch.cat([linear.weight for linear in linears])
+        for linear, part in zip(linears, self.qkv.split([linear.out_features for linear in linears]), strict=True):
+            linear.weight.data = part
+
+    def forward(self, x, cos, sin, store=None):
         B, T, C = x.shape
+        if self.qkv is None:
+            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+        else:
+            sizes = [linear.out_features for linear in (self.c_q, self.c_k, self.c_v)]
+            q, k, v = F.linear(x, self.qkv).split(sizes, dim=-1)
         # (B, T, heads * D) -> (B, heads, T, D)
-        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-        if kv_cache is not None:
-            k, v = kv_cache.update(self.layer, k, v)  # (B, H_kv, S, D): everything so far
-        y = attention(q, k, v, mask)
+        last = None
+        if store is not None:
+            k, v, last = store(k, v)  # (B, H_kv, S, D): everything so far
+        y = attention(q, k, v, last)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -174,13 +193,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, kv_cache, mask):
-        x = x + self.attn(norm(x), cos, sin, kv_cache, mask)
+    def forward(self, x, cos, sin, store=None):
+        """
+        x (B, T, C); cos, sin (1 or B, 1, T, D / 2); store(k, v) puts the keys and values of the T tokens in a layer's
+        cache and returns (k, v, last) for `attention`.
+        """
+        x = x + self.attn(norm(x), cos, sin, store)
         return x + self.mlp(norm(x))
 
 
@@ -272,14 +295,14 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": Embedding(config.padded_vocab_size, config.n_embd),
-            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
         })
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._chunk_fn = _chunk_loss_and_grad_eager
-        self._trunk = self.trunk
+        self._decode_block = Block.forward
 
     # -- initialisation
 
@@ -322,10 +345,19 @@ class GPT(nn.Module):
         return self
 
     def compile(self):
-        """Compile the trunk and the loss. The module and its parameter names stay as they are."""
-        # static shapes: one or two batch sizes occur, and kernels for any size are slower
-        self._trunk = torch.compile(self.trunk, dynamic=False)
+        """
+        Compile the blocks and the loss for training. The module and its parameter names stay as they are. All blocks
+        share what the first one compiles to: a d20 starts five times faster than with its trunk in one piece.
+        """
+        for block in self.transformer.h:  # static shapes: one or two batch sizes occur, kernels for any are slower
+            block.compile(dynamic=False)
         self._chunk_fn = torch.compile(_chunk_loss_and_grad, dynamic=False)
+
+    def compile_decoding(self):
+        """Compile the step of one token per row, as graphs.py records it, of a model in the compute dtype on a GPU."""
+        for block in self.transformer.h:
+            block.attn.fuse()
+        self._decode_block = torch.compile(Block.forward)  # any number of rows: for one, and for all others
 
     # -- forward
 
@@ -335,16 +367,18 @@ class GPT(nn.Module):
 
     def trunk(self, idx, kv_cache=None):
         """idx (B, T) -> the normalised residual stream (B, T, C) that the head reads."""
-        T = idx.size(1)
+        T, blocks = idx.size(1), self.transformer.h
         if kv_cache is None:
-            cos, sin, mask = self.cos[:, :, :T], self.sin[:, :, :T], None
+            cos, sin, stores = self.cos[:, :, :T], self.sin[:, :, :T], [None] * len(blocks)
+            run = Block.__call__  # where compile's work is called
         else:
-            positions, mask = kv_cache.begin(T)  # (B, T), and (B, 1, T, S) or None
+            positions, stores = kv_cache.begin(T)  # (B, T), and a function per layer
             cos, sin = self.cos[0, 0][positions][:, None], self.sin[0, 0][positions][:, None]
+            run = self._decode_block if kv_cache.fixed else Block.forward
         x = self.transformer.wte(idx)
         x = norm(x.to(active_dtype(x)))
-        for block in self.transformer.h:
-            x = block(x, cos, sin, kv_cache, mask)
+        for block, store in zip(blocks, stores, strict=True):
+            x = run(block, x, cos, sin, store)
         return norm(x)
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, loss_reduction="mean", last_only=False):
@@ -356,7 +390,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if kv_cache is None and T > self.cos.size(2):
             raise ValueError(f"{T} tokens exceed the rotary table of {self.cos.size(2)}; call set_rotary({T})")
-        x = self._trunk(idx) if kv_cache is None else self.trunk(idx, kv_cache)
+        x = self.trunk(idx, kv_cache)
         if targets is not None:
             return self._loss(x.flatten(0, 1), targets, weights, loss_reduction)
         return self._logits(x[:, -1:] if last_only else x)

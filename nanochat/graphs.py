@@ -2,9 +2,9 @@
 CUDA graphs for decoding. A step of one token per row launches hundreds of small kernels, and on a fast GPU Python needs
 longer to issue them than they need to run. A graph records such a step once and replays it with a single call.
 
-A graph is for fixed shapes, so a step is rounded up to a power of two of rows and of positions, and reads the rows'
-lengths from a tensor. The rows that only fill up the shape write where nobody reads: a row is overwritten from its
-first position on when it is admitted.
+A graph is for fixed shapes, so the number of rows is rounded up to a power of two, a step sees the cache's whole length
+and reads the rows' own from a tensor. The rows that only fill up the shape write where nobody reads: a row is
+overwritten from its first position on when it is admitted.
 """
 
 from collections.abc import Callable
@@ -12,35 +12,44 @@ from dataclasses import dataclass
 
 import torch
 
-LEAST_LENGTH = 256  # positions; to look at fewer saves nothing
 WARM_UP = 2  # ordinary steps of a shape before it is recorded: libraries choose kernels and take workspace in the first
 
 
 class FixedCache:
-    """A KVCache as a recorded step sees it: `num_rows` rows of `length` positions each, whatever they hold."""
+    """A KVCache as a recorded step sees it: num_rows rows of all positions, whatever they hold."""
 
-    def __init__(self, cache, num_rows, length):
+    fixed = True
+
+    def __init__(self, cache, num_rows):
         device = cache.k.device
-        self.k, self.v = cache.k[:, :num_rows, :, :length], cache.v[:, :num_rows, :, :length]  # (L, B, H_kv, S, D)
-        self.rows = torch.arange(num_rows, device=device)[:, None]
-        self.keys = torch.arange(length, device=device)
         self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)  # (B, 1), where the token goes
+        rows = torch.arange(num_rows, device=device)
+        self.stores = [FixedLayer(k[:num_rows], v[:num_rows], rows, self.positions)
+                       for k, v in zip(cache.k, cache.v, strict=True)]
 
     def begin(self, T):
         """As KVCache.begin, for T = 1."""
-        return self.positions, (self.keys <= self.positions[:, :, None])[:, None]
+        return self.positions, self.stores
 
-    def update(self, layer, k, v):
-        """Store k, v (B, H_kv, 1, D) of a layer; returns views (B, H_kv, S, D) of all positions."""
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            cache[self.rows, :, self.positions] = new.transpose(1, 2).to(cache.dtype)
-        return self.k[layer], self.v[layer]
+
+@dataclass
+class FixedLayer:
+    """A layer's part of it: what KVCache._store does, on tensors alone, so that all layers compile to the same code."""
+    k: torch.Tensor          # (B, H_kv, S, D)
+    v: torch.Tensor
+    rows: torch.Tensor       # 0 .. B - 1
+    positions: torch.Tensor  # (B, 1)
+
+    def __call__(self, k, v):
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(cache.dtype)
+        return self.k, self.v, self.positions
 
 
 class StepGraphs:
     """
-    The decode steps of one KVCache, recorded shape by shape. forward(ids (B, 1), cache) -> logits (B, 1, V) is the
-    model's; record(function) -> (replay, output) is a CudaRecorder, its like in a test, or None for none.
+    The decode steps of one KVCache, recorded for each number of rows. forward(ids (B, 1), cache) -> logits (B, 1, V)
+    is the model's; record(function) -> (replay, output) is a CudaRecorder, its like in a test, or None for none.
     """
 
     def __init__(self, forward, cache, record):
@@ -58,15 +67,14 @@ class StepGraphs:
         cache.reserve(max(cache.lengths[:B]) + 1)
         if self._recorded_k is not cache.k:  # it has grown: the graphs point at memory that is gone
             self._steps, self._uses, self._recorded_k = {}, {}, cache.k
-        length = max(LEAST_LENGTH, _power_of_two(max(cache.lengths[:B]) + 1))
-        shape = (min(_power_of_two(B), cache.k.size(1)), min(length, cache.k.size(3)))
-        if shape not in self._steps:
-            self._uses[shape] = self._uses.get(shape, 0) + 1
-            if self._uses[shape] <= WARM_UP:
+        num_rows = min(1 << (B - 1).bit_length(), cache.k.size(1))
+        if num_rows not in self._steps:
+            self._uses[num_rows] = self._uses.get(num_rows, 0) + 1
+            if self._uses[num_rows] <= WARM_UP:
                 return None
-            ids = torch.zeros(shape[0], 1, dtype=torch.long, device=cache.k.device)
-            self._steps[shape] = _Step(ids, FixedCache(cache, *shape))
-        step, fill = self._steps[shape], [0] * (shape[0] - B)
+            ids = torch.zeros(num_rows, 1, dtype=torch.long, device=cache.k.device)
+            self._steps[num_rows] = _Step(ids, FixedCache(cache, num_rows))
+        step, fill = self._steps[num_rows], [0] * (num_rows - B)
         step.ids.copy_(torch.tensor(tokens + fill)[:, None])
         step.fixed.positions.copy_(torch.tensor(cache.lengths[:B] + fill)[:, None])
         if step.replay is None and not self._record(step):  # with these inputs, for recording runs the step, too
@@ -114,6 +122,3 @@ class CudaRecorder:
         self.last = graph
         return graph.replay, output
 
-
-def _power_of_two(n):
-    return 1 << (n - 1).bit_length()

@@ -15,7 +15,7 @@ def engine(tokenizer):
 
 
 def decode(engine, record, num_rows=5):
-    """Rows that come and go, of many lengths, in a cache that grows. Returns (their tokens, recorded shapes)."""
+    """Rows that come and go, of many lengths, in a growing cache. Returns (their tokens, recorded numbers of rows)."""
     rows = [engine.make_row(range(1, 2 + 5 * i), Sampling(0.0), 4 + 7 * (i % 4), stop_tokens=()) for i in range(9)]
     decoder, waiting, shapes = Decoder(engine.model, num_rows, length=16), list(rows), set()
     decoder.graphs.record = record
@@ -34,12 +34,11 @@ def stand_in(function):
     return lambda: output.copy_(function()), output
 
 
-def test_recorded_steps_write_what_ordinary_ones_do(engine, monkeypatch):
-    monkeypatch.setattr(graphs, "LEAST_LENGTH", 8)
+def test_recorded_steps_write_what_ordinary_ones_do(engine):
     ordinary, nothing = decode(engine, None)
     recorded, shapes = decode(engine, stand_in)
     assert recorded == ordinary and not nothing
-    assert len({rows for rows, _ in shapes}) >= 2 and len({length for _, length in shapes}) >= 2
+    assert len(shapes) >= 2
 
 
 def test_a_recording_that_fails_is_said_once_and_decoding_goes_on(engine, capsys):

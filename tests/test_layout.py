@@ -16,7 +16,7 @@ ROOMS = {
     "loss_eval": ["common", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "download", "precision"],
-    "dataloader": ["common", "dataset"], "gpt": ["common", "precision", "adamw", "muon"],
+    "dataloader": ["common", "dataset"], "kernels": [], "gpt": ["common", "precision", "adamw", "muon", "kernels"],
     "sampling": ["common"], "graphs": [], "engine": ["common", "execution", "graphs", "precision", "sampling"],
     "serving": ["engine"], "protocol": [],
     "service": ["engine", "protocol", "sampling", "serving"],
@@ -26,7 +26,7 @@ ROOMS = {
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 440, "nanochat/engine.py": 430, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 330,
+    "nanochat/gpt.py": 470, "nanochat/engine.py": 430, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 330,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 320, "nanochat/common.py": 345,
     "nanochat/configurator.py": 145, "nanochat/precision.py": 145, "nanochat/core_eval.py": 330,
@@ -102,7 +102,8 @@ def test_the_rust_crate_stays_under_its_budget():
 def test_importing_everything_does_nothing(tmp_path):
     """No output, no files, no working folder, and none of the optional packages."""
     files = python_files("nanochat", "scripts", "tasks")
-    modules = [f"{path.parent.name}.{path.stem}" for path in files if path.stem != "__init__"]
+    left_out = ("__init__", "kernels")  # kernels.py needs Triton
+    modules = [f"{path.parent.name}.{path.stem}" for path in files if path.stem not in left_out]
     code = (f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
             f"for name in {modules!r}: importlib.import_module(name)\n"
             "bad = [m for m in ('wandb', 'datasets', 'triton', 'transformers') if m in sys.modules]\n"
