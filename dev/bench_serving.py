@@ -87,7 +87,7 @@ def run_server():
             net.use_int8()
         engine = Engine(net.eval().requires_grad_(False).to_compute_dtype(), tokenizer)
         engine.stop_tokens = frozenset()
-        return {"random": Lane(engine, rows, chunk=2048 if device.type == "cuda" else 256)}
+        return {"random": Lane(engine, rows, chunk=2048 if device.type == "cuda" else 256).prepare()}
 
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))

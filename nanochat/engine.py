@@ -13,6 +13,7 @@ import codecs
 import random
 from bisect import bisect_left
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +21,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.execution import use_calculator
-from nanochat.graphs import CudaRecorder, StepGraphs
+from nanochat.graphs import WARM_UP, CudaRecorder, StepGraphs
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.sampling import Sampling, sample_rows, top_logprobs
 
@@ -237,6 +238,18 @@ class Decoder:
         can_record = model.device.type == "cuda" and model.lm_head.weight.dtype == dtype
         self.graphs = StepGraphs(self._run, self.cache, CudaRecorder(model.device) if can_record else None)
 
+    def warm_up(self):
+        """On a GPU, take and record the steps of every number of rows, which compiles them, before anybody waits."""
+        size = 1
+        while self.graphs.record and size < 2 * self.num_rows:
+            logits = _exhaust(self.prefill([0]))
+            while len(self.rows) < min(size, self.num_rows):
+                self.admit(Row([0], Sampling(0.0), self.max_length, frozenset()), logits)
+            for _ in range(WARM_UP + 1):
+                self.step()
+            size *= 2
+        self.reset()
+
     def reset(self):
         """Give up all rows. The memory is kept."""
         self.rows, self.staged = [], []
@@ -338,6 +351,7 @@ class Engine:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self._idle = None  # the last call's decoder, for the next one: on a GPU its steps are recorded already
         self.stop_tokens = frozenset((tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()))
 
     def make_row(self, prompt, sampling, max_tokens=None, stop_tokens=None):
@@ -349,6 +363,21 @@ class Engine:
         return Row(list(prompt), sampling, max_tokens,
                    self.stop_tokens if stop_tokens is None else frozenset(stop_tokens), ToolState(self.tokenizer))
 
+    @contextmanager
+    def _decoder(self, rows, num_rows):
+        """A decoder for num_rows of the rows at once, which nobody else uses until the context ends."""
+        decoder, self._idle = self._idle, None
+        if decoder is None or decoder.num_rows < num_rows:
+            decoder = None  # frees its memory first
+            # positions that the longest may need; no more than 1,024 in advance, to bound the memory
+            length = min(1024, max((len(row.prompt) + row.max_tokens for row in rows), default=1))
+            decoder = Decoder(self.model, num_rows, length=length)
+        decoder.reset()  # and forgets the last prompt: training may have changed the model since
+        try:
+            yield decoder
+        finally:
+            self._idle = decoder
+
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **filters):
         """
         Sample num_samples continuations of a prompt (list of ids) at once. Yields, token by token,
@@ -357,15 +386,15 @@ class Engine:
         """
         rows = [self.make_row(tokens, Sampling(temperature, top_k, seed=f"{seed}:{i}", **filters), max_tokens)
                 for i in range(num_samples)]
-        decoder = Decoder(self.model, num_samples, length=_positions(rows))
-        logits = _exhaust(decoder.prefill(list(tokens)))
-        for row in rows:
-            decoder.admit(row, logits)
         filler = self.tokenizer.get_bos_token_id()
-        while decoder.rows:
-            emitted = {id(row): (token, mask) for row, token, mask in decoder.step()}
-            column = [emitted.get(id(row), (filler, 0)) for row in rows]
-            yield [token for token, _ in column], [mask for _, mask in column]
+        with self._decoder(rows, num_samples) as decoder:
+            logits = _exhaust(decoder.prefill(list(tokens)))
+            for row in rows:
+                decoder.admit(row, logits)
+            while decoder.rows:
+                emitted = {id(row): (token, mask) for row, token, mask in decoder.step()}
+                column = [emitted.get(id(row), (filler, 0)) for row in rows]
+                yield [token for token, _ in column], [mask for _, mask in column]
 
     def generate_batch(self, tokens, num_samples=1, **settings):
         """
@@ -386,21 +415,16 @@ class Engine:
         Run any number of rows (see make_row) to their end, num_rows of them at a time, the next one starting when
         one ends. Yields each row when it has ended. Prompts that stand next to each other and are equal are read once.
         """
-        waiting = deque(rows)
-        decoder = Decoder(self.model, min(num_rows, len(rows)) or 1, length=_positions(rows))
+        waiting, num_rows = deque(rows), min(num_rows, len(rows)) or 1
         prompt, logits = None, None
-        while waiting or decoder.rows:
-            while waiting and decoder.num_free:
-                row = waiting.popleft()
-                if row.prompt != prompt:
-                    prompt, logits = row.prompt, _exhaust(decoder.prefill(row.prompt))
-                decoder.admit(row, logits)
-            yield from (row for row, _, _ in decoder.step() if row.finish_reason)
-
-
-def _positions(rows):
-    """The positions that the longest of the rows may need; no more than 1,024 in advance, to bound the memory."""
-    return min(1024, max((len(row.prompt) + row.max_tokens for row in rows), default=1))
+        with self._decoder(rows, num_rows) as decoder:
+            while waiting or decoder.rows:
+                while waiting and len(decoder.rows) < num_rows:
+                    row = waiting.popleft()
+                    if row.prompt != prompt:
+                        prompt, logits = row.prompt, _exhaust(decoder.prefill(row.prompt))
+                    decoder.admit(row, logits)
+                yield from (row for row, _, _ in decoder.step() if row.finish_reason)
 
 
 def _exhaust(generator):

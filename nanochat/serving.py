@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat.common import compiles
 from nanochat.engine import Decoder, Row, TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,18 @@ class Lane:
 
     def __init__(self, engine, num_rows, chunk):
         self.engine, self.num_rows, self.chunk = engine, num_rows, chunk
-        self.decoder = Decoder(engine.model, num_rows)
+        # on a GPU all memory at once: a cache that grows must have its steps recorded again, while everybody waits
+        length = engine.model.config.sequence_len if engine.model.device.type == "cuda" else 256
+        self.decoder = Decoder(engine.model, num_rows, length=length)
         self.waiting = deque()  # choices, in order of arrival
         self.reading = None     # the prefill of waiting[0] under way
+
+    def prepare(self):
+        """What a GPU needs seconds for at first, before anybody waits for it. Returns the lane."""
+        if compiles(self.engine.model.device):
+            self.engine.model.compile_decoding()
+            self.decoder.warm_up()
+        return self
 
     @property
     def busy(self):

@@ -21,6 +21,7 @@ from nanochat.checkpoint_manager import STAGE_DIRS, find_checkpoint_dir, load_ch
 from nanochat.common import (
     UserError,
     all_reduce_sum,
+    compiles,
     compute_cleanup,
     compute_init,
     get_base_dir,
@@ -116,6 +117,8 @@ def main():
     names = choose_names(args.tasks, args.allow_unsafe, device)
     tag = find_checkpoint_dir(args.source, args.model_tag).name
     model, tokenizer, meta = load_checkpoint(args.source, device, tag, args.step)
+    if compiles(device):
+        model.compile_decoding()
     options = {"HumanEval": {"allow_unsafe": args.allow_unsafe}}
     tasks = {name: TASKS[name][0](**options.get(name, {})) for name in names}  # all: a missing file should show now
     engine, model_name = Engine(model, tokenizer), f"{tag}_step_{meta['step']}"

@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, 
 from nanochat.common import (
     IGNORE,
     all_reduce_sum,
+    compiles,
     compute_cleanup,
     compute_init,
     get_dist_info,
@@ -189,6 +190,8 @@ def main():
     begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     rollout_model = make_rollout_model(model)
+    if rollout_model is not model and compiles(device):
+        rollout_model.compile_decoding()
     engine = Engine(rollout_model, tokenizer)
 
     # Data and horizon

@@ -272,7 +272,7 @@ def load_lanes(models, device_type, rows, i):
         c, itemsize = model.config, get_precision_dtype(device_type).itemsize
         row_bytes = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * c.sequence_len * itemsize  # keys and values
         num_rows = rows or int(min(most, max(1, memory / len(loaded) // row_bytes)))
-        lanes[name] = Lane(Engine(model, tokenizer), num_rows, chunk=2048 if device_type == "cuda" else 256)
+        lanes[name] = Lane(Engine(model, tokenizer), num_rows, chunk=2048 if device_type == "cuda" else 256).prepare()
     return lanes
 
 

@@ -121,6 +121,25 @@ def test_rows_are_the_same_alone_and_in_a_crowd(engine, tokenizer):
         assert row.tokens == alone.tokens and row.finish_reason == alone.finish_reason
 
 
+def test_calls_share_a_decoder_one_after_another(engine, tokenizer):
+    prompt = tokenizer.encode("The fox", prepend="<|bos|>")
+
+    def columns(num_samples):
+        return engine.generate(prompt, num_samples, max_tokens=5, temperature=1.0)
+
+    expected = [list(columns(1)), list(columns(3))]
+    decoder = engine._idle
+    assert list(columns(1)) == expected[0] and engine._idle is decoder
+    outer = columns(3)  # one call within another, and one that is given up, get and leave a decoder of their own
+    pairs = [(next(outer), list(columns(1))), (next(outer), list(columns(3)))]
+    assert [first for first, _ in pairs] == expected[1][:2] and [whole for _, whole in pairs] == expected
+    outer.close()
+    assert list(columns(3)) == expected[1]
+    with torch.no_grad():
+        engine.model.lm_head.weight.neg_()
+    assert list(columns(1)) != expected[0]  # nothing of what the model was is kept
+
+
 def test_rows_that_end_apart_after_the_cache_has_grown(tokenizer):
     """The cache starts at 256 positions and grows within a forward pass; places move when a row ends."""
     engine = Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=320).eval(), tokenizer)

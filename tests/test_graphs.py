@@ -5,6 +5,7 @@ import torch
 
 from nanochat import graphs
 from nanochat.engine import Decoder, Engine, _exhaust
+from nanochat.gpt import Block
 from nanochat.sampling import Sampling
 from tests.tiny import tiny_model
 
@@ -39,6 +40,31 @@ def test_recorded_steps_write_what_ordinary_ones_do(engine):
     recorded, shapes = decode(engine, stand_in)
     assert recorded == ordinary and not nothing
     assert len(shapes) >= 2
+
+
+def test_warming_up_records_every_number_of_rows(engine):
+    decoder = Decoder(engine.model, 5)
+    decoder.graphs.record = stand_in
+    decoder.warm_up()
+    assert set(decoder.graphs._steps) == {1, 2, 4, 5} and not decoder.rows and decoder.num_free == 5
+    decoder.graphs.record = None
+    decoder.graphs._steps.clear()
+    decoder.warm_up()
+    assert not decoder.graphs._steps
+
+
+def test_compiled_steps_write_what_ordinary_ones_do(engine):
+    """All layers and all numbers of rows but one share what is compiled; so do the graphs' inputs."""
+    ordinary, _ = decode(engine, None)
+    names = dict(engine.model.named_parameters())
+    engine.model.compile_decoding()
+    engine.model._decode_block = torch.compile(Block.forward, backend="eager")  # what a GPU's compiler would get
+    assert decode(engine, stand_in)[0] == ordinary
+    assert {name: p.shape for name, p in engine.model.named_parameters()} == {n: p.shape for n, p in names.items()}
+    with torch.no_grad():  # parameters that RL writes are what the fused product reads
+        engine.model.transformer.h[0].attn.c_q.weight.zero_()
+    attn = engine.model.transformer.h[0].attn
+    assert not attn.qkv[: attn.c_q.out_features].any() and attn.qkv.any()
 
 
 def test_a_recording_that_fails_is_said_once_and_decoding_goes_on(engine, capsys):

@@ -18,7 +18,7 @@ ROOMS = {
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "download", "precision"],
     "dataloader": ["common", "dataset"], "kernels": [], "gpt": ["common", "precision", "adamw", "muon", "kernels"],
     "sampling": ["common"], "graphs": [], "engine": ["common", "execution", "graphs", "precision", "sampling"],
-    "serving": ["engine"], "protocol": [],
+    "serving": ["common", "engine"], "protocol": [],
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "precision", "gpt", "tokenizer"],
     "training": ["common", "precision", "dataloader"],
@@ -26,7 +26,7 @@ ROOMS = {
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 470, "nanochat/engine.py": 430, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 330,
+    "nanochat/gpt.py": 470, "nanochat/engine.py": 455, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 330,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 320, "nanochat/common.py": 345,
     "nanochat/configurator.py": 145, "nanochat/precision.py": 145, "nanochat/core_eval.py": 330,
@@ -36,7 +36,7 @@ BUDGETS = {
     "scripts/tok_train.py": 110, "scripts/tok_eval.py": 220, "scripts/base_train.py": 300, "scripts/base_loss.py": 90,
     "scripts/base_eval.py": 145, "scripts/mid_train.py": 260, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
     "scripts/export_hf.py": 220,
-    "scripts/chat_eval.py": 150, "scripts/chat_cli.py": 175, "scripts/chat_web.py": 330,
+    "scripts/chat_eval.py": 155, "scripts/chat_cli.py": 175, "scripts/chat_web.py": 330,
     "tasks/common.py": 215, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1290, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
