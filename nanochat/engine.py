@@ -70,7 +70,7 @@ class KVCache:
                 cache[torch.arange(B, device=new.device)[:, None], :, positions] = new.transpose(1, 2).to(cache.dtype)
         if layer == self.k.size(0) - 1:
             self.lengths[:B] = [length + T for length in lengths]
-        plain = even and (T == 1 or lengths[0] == 0)
+        plain = even and (lengths[0] == 0 or (T == 1 and not k.is_cuda))  # on a GPU, a single token has its own kernel
         return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end], None if plain else positions
 
     @torch.inference_mode()  # as the forward pass, in which the cache may have grown: its tensors allow no other mode

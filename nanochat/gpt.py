@@ -8,12 +8,14 @@ biases, RMSNorm without parameters (one more after the embedding), untied output
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.adamw import DistAdamW
 from nanochat.common import HAS_TRITON, IGNORE
@@ -27,6 +29,9 @@ except ImportError:
 
 LOGIT_CAP = 15.0
 ROPE_BASE = 10000.0
+# Not cuDNN's, the fastest where training is compiled for one shape: it takes up to a second for each new one
+# (github.com/pytorch/pytorch/pull/155958), and prompts come in all lengths
+EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_BLOCK = 2**20  # logits a CPU works on at once: 4 MB of float32, twice
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
@@ -118,7 +123,10 @@ def attention(q, k, v, last=None):
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    eager = q.is_cuda and not torch.compiler.is_compiling()
+    with sdpa_kernel(EAGER_BACKENDS) if eager else contextlib.nullcontext():
+        gqa = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
 
 class Linear(nn.Linear):
