@@ -29,6 +29,7 @@ depths: str = "4"                   # sizes to train, separated by commas
 vocab: str = "32768,4096"           # vocabularies to train with
 seq: int = 512                      # context while training
 rows: int = 8                       # rows per step
+micro_rows: int = -1                # rows at once; -1 = all of a step's
 decode_depth: int = 12              # size to decode with
 decode_batches: str = "1,8,64"      # rows decoded at once
 decode_tokens: int = 24             # steps timed
@@ -81,7 +82,7 @@ def bench_train(device):
             inputs, targets = shift(torch.randint(0, V, (rows, seq + 1)).numpy())
 
             def step(model=model, optimizers=optimizers, inputs=inputs, targets=targets):
-                accumulate_gradients(model, inputs, targets, targets.size, rows)
+                accumulate_gradients(model, inputs, targets, targets.size, micro_rows if micro_rows > 0 else rows)
                 optimizer_step(model, optimizers)
             step()
             first_s = time.perf_counter() - start
