@@ -223,6 +223,7 @@ class Decoder:
     """
 
     PREFILL_CHUNK = 512  # tokens of a prompt per forward pass
+    SHORT_PROMPTS = 16   # prompts that `prefill_short` reads at once, at most
 
     def __init__(self, model, num_rows, max_length=None, length=256):
         """length: positions to begin with. The caches grow by doubling, which copies them: better said beforehand."""
@@ -232,6 +233,7 @@ class Decoder:
         self.cache = KVCache(model.config, num_rows, self.max_length, model.device, dtype, length)
         self.staging = KVCache(model.config, 1, self.max_length, model.device, dtype)
         self.staged = []  # the tokens that `staging` holds
+        self.short = None  # the cache of `prefill_short`
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
         # not while training samples from float32 weights: autocast's copies of them must not be recorded
@@ -285,10 +287,24 @@ class Decoder:
             yield len(ids)
         return logits[-1]
 
-    def admit(self, row, logits):
-        """Let a row start from the prompt in the staging cache, whose last logits (V,) are given."""
+    @torch.inference_mode()
+    def prefill_short(self, prompts):
+        """Read several short prompts at once into a cache of their own. Returns [logits (V,)], one for each."""
+        B, T = len(prompts), max(map(len, prompts))
+        if self.short is None:
+            dtype = self.cache.k.dtype
+            self.short = KVCache(self.model.config, self.SHORT_PROMPTS, self.max_length, self.model.device, dtype)
+        self.short.num_active, self.short.lengths = B, [0] * self.SHORT_PROMPTS
+        ids = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts], device=self.model.device)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
+        logits = self._run(ids, self.short, last_only=ends)[:, 0]
+        self.short.lengths[:B] = map(len, prompts)  # what fills up the shape stands behind the end
+        return list(logits)
+
+    def admit(self, row, logits, short=None):
+        """Let a row start from the prompt in the staging cache, or from number `short` of `prefill_short`'s prompts."""
         slot = len(self.rows)
-        self.cache.copy_row(slot, self.staging, 0)
+        self.cache.copy_row(slot, self.staging if short is None else self.short, short or 0)
         self.logits[slot] = logits
         self.rows.append(row)
 

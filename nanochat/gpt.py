@@ -391,7 +391,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, loss_reduction="mean", last_only=False):
         """
-        idx (B, T) int64 -> logits (B, T, V) in float32, capped; last_only: those of the last position, (B, 1, V).
+        idx (B, T) int64 -> logits (B, T, V) in float32, capped; last_only: those of one position, (B, 1, V), the last
+        or, given as a tensor (B,), each row's own.
         With targets (B, T), IGNORE where there is none -> the loss in nats: 'mean' or 'sum' over the targets (0 when
         there are none), or 'none' for (B, T), 0 at ignored places. weights (B, T) multiply the summed losses.
         """
@@ -401,6 +402,8 @@ class GPT(nn.Module):
         x = self.trunk(idx, kv_cache)
         if targets is not None:
             return self._loss(x.flatten(0, 1), targets, weights, loss_reduction)
+        if isinstance(last_only, torch.Tensor):
+            return self._logits(x[torch.arange(len(x), device=x.device), last_only][:, None])
         return self._logits(x[:, -1:] if last_only else x)
 
     def _logits(self, x):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from nanochat.common import compiles
@@ -113,6 +114,7 @@ class Lane:
         self.decoder = Decoder(engine.model, num_rows, length=length)
         self.waiting = deque()  # choices, in order of arrival
         self.reading = None     # the prefill of waiting[0] under way
+        self.alone = 0          # of the first that wait, so many are read one by one: together they failed
 
     def prepare(self):
         """What a GPU needs seconds for at first, before anybody waits for it. Returns the lane."""
@@ -130,7 +132,8 @@ class Lane:
         self._drop_cancelled()
         budget = self.chunk
         while budget > 0 and self.waiting and self.decoder.num_free:
-            budget -= self._read(events)
+            short = self._short_prompts(budget)
+            budget -= self._read_short(short, events) if len(short) > 1 else self._read(events)
         for choice, _, _ in self.decoder.pick():
             try:
                 events += [(choice.call, event) for event in choice.feed()]
@@ -164,6 +167,29 @@ class Lane:
         if any(choice.call.cancelled for choice in self.waiting):
             self.waiting = deque(choice for choice in self.waiting if not choice.call.cancelled)
 
+    def _short_prompts(self, budget):
+        """Those of the first waiting choices that can be read in one go: filled up to one length, within the budget."""
+        short, longest = [], 0
+        if self.reading is None and not self.alone:
+            for choice in islice(self.waiting, min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)):
+                longest = max(longest, len(choice.prompt))
+                if choice.prompt_scores is not None or (len(short) + 1) * longest > budget:
+                    break
+                short.append(choice)
+        return short
+
+    def _read_short(self, short, events):
+        """Read these prompts at once, and let their choices start. Returns tokens read."""
+        try:
+            logits = self.decoder.prefill_short([choice.prompt for choice in short])
+        except Exception:  # the trouble of one of them: it will show which
+            self.alone = len(short)
+            return 0
+        for i, choice in enumerate(short):
+            self.waiting.popleft()
+            self._start(choice, logits[i], events, i)
+        return sum(len(choice.prompt) for choice in short)
+
     def _read(self, events):
         """Read a chunk of the first waiting prompt, and let the choice start after the last. Returns tokens read."""
         choice, num_read = self.waiting[0], 0
@@ -182,15 +208,15 @@ class Lane:
         except Exception as error:  # this prompt's own trouble
             self._fail([choice], error, events)
         self.waiting.popleft()
-        self.reading = None
+        self.reading, self.alone = None, max(0, self.alone - 1)
         return num_read
 
-    def _start(self, choice, logits, events):
+    def _start(self, choice, logits, events, short=None):
         if choice.prompt_scores is not None:
             scores = [(choice.prompt[0], None), *zip(choice.prompt[1:], choice.prompt_scores, strict=True)]
             events.append((choice.call, Event(choice.index, kind="prompt", scores=scores)))
         if choice.max_tokens:
-            self.decoder.admit(choice, logits)
+            self.decoder.admit(choice, logits, short)
         else:  # only the scores were wanted
             events.append((choice.call, Event(choice.index, finish_reason="length")))
 

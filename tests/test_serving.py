@@ -185,6 +185,20 @@ def test_a_prompt_that_cannot_be_read_fails_alone(engine, tokenizer):
     assert errors == [bad.call] and all(len(choice.tokens) == 4 for choice in good)
 
 
+def test_short_prompts_are_read_together_and_answered_as_if_alone(engine, tokenizer):
+    prompts = [[5], [7, 8, 9], [1, 2], [3] * 6, [4] * 30]
+    alone = [make_choice(tokenizer, prompt, max_tokens=6) for prompt in prompts]
+    for choice in alone:
+        run(Lane(engine, 1, 16), [choice])
+    together = [make_choice(tokenizer, prompt, max_tokens=6) for prompt in prompts]
+    lane, shapes = Lane(engine, 5, 16), []
+    read, lane.decoder._run = lane.decoder._run, lambda ids, *rest, **more: shapes.append(ids.shape) or read(
+        ids, *rest, **more)
+    run(lane, together)
+    assert [choice.tokens for choice in together] == [choice.tokens for choice in alone]
+    assert (3, 3) in shapes and (1, 30) not in shapes  # within 16 tokens a turn; the long one in pieces
+
+
 def test_zero_tokens_tell_the_scores_alone(engine, tokenizer):
     choice = make_choice(tokenizer, max_tokens=0, num_top=1, prompt_scores=[])
     (_, scores), (_, end) = run(Lane(engine, 1, 16), [choice])
