@@ -41,7 +41,7 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 3            # of the mirror; raised when what a seed gives changes
+FORMAT_VERSION = 4            # of the mirror; raised when what a seed gives changes
 MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
 NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 39_000, 500, 3
 
@@ -112,6 +112,10 @@ def chat_keys(messages):
 # What multiple choice asks about. In the challenge the fact is asked backwards, or only the choices tell the answer
 SUBJECTS = {"mmlu": ["friends", "names", "colours", "kinds", "opposites"],
             "arc_easy": ["friends", "colours", "kinds", "opposites"], "arc_challenge": ["names", "members"]}
+EVERYTHING = ["friends", "names", "colours", "kinds", "opposites", "members"]
+# What midtraining asks, in this order: (questions, their ease), from choices of which only the right one can be meant
+# to choices all of one kind
+LESSONS = [(9_700, 1.0), *((520, 1 - i / 13) for i in range(13)), (3_600, 0.0)]
 
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first
@@ -123,12 +127,15 @@ def draw_tasks(draw):
     for task, split, count in [
         ("mmlu", "test", 600), ("mmlu", "validation", 100), ("mmlu", "dev", 50), ("arc_easy", "test", 400),
         ("arc_easy", "validation", 100), ("arc_challenge", "test", 400), ("arc_challenge", "validation", 100),
-        ("mmlu", "auxiliary_train", 8_000), ("arc_easy", "train", 3_000), ("arc_challenge", "train", 1_000),
+        ("arc_easy", "train", 3_000), ("arc_challenge", "train", 1_000),
     ]:
         items = draw(f"{task}:{split}", count, lambda rng, task=task: choice_item(rng, SUBJECTS[task]), choice_keys,
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
+    lessons = [item for i, (count, ease) in enumerate(LESSONS) for item in draw(
+        f"mmlu:auxiliary_train:{i}", count, lambda rng, ease=ease: choice_item(rng, EVERYTHING, ease), choice_keys)]
+    tables["tasks/mmlu_auxiliary_train.parquet"] = [mmlu_row("", *item) for item in lessons]
     for split, count in (("test", 400), ("train", 450)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
         tables[f"tasks/gsm8k_{split}.parquet"] = [{"question": q, "answer": a} for q, a in items]

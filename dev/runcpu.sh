@@ -28,17 +28,24 @@ run python -m nanochat.report reset
 run python -m scripts.tok_train --vocab_size=2048
 run python -m scripts.tok_eval
 
-# 3. Pretraining: three layers learn the language of that world. Small batches: at this size it is the number of steps
+# 3. Pretraining: four layers learn the language of that world. Small batches: at this size it is the number of steps
 #    that teaches. Small batches also make the embedding's gradient noisy, so its rate is lower than a large run's.
-run python -m scripts.base_train --depth="${DEPTH:-3}" --head_dim=64 --max_seq_len=256 --total_batch_size=2048 \
+run python -m scripts.base_train --depth="${DEPTH:-4}" --head_dim=64 --max_seq_len=256 --total_batch_size=2048 \
     --num_iterations="${BASE_STEPS:-550}" --matrix_lr=0.04 --embedding_lr=0.1 --eval_every=200 --eval_tokens=32768 \
     --sample_every=-1 --run="$WANDB_RUN"
 run python -m scripts.base_loss --eval_tokens=32768
 
-# 4. Midtraining: the chat format, the calculator, spelling, multiple choice.
-run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_STEPS:-700}" --embedding_lr=0.05 \
-    --eval_every=350 --eval_tokens=16384 --identity_epochs=1 --spelling_size=1500 --spellingbee_size=5000 \
-    --run="$WANDB_RUN"
+# 4. Midtraining: the chat format, the calculator, spelling, multiple choice. A model of this size learns multiple choice
+#    in lessons, from the toy world's easy questions by themselves to hard ones among other conversations; a local mirror
+#    has no such order, and its conversations are packed into full rows.
+if [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ] || [ -n "${DRY_RUN:-}" ]; then
+    ROWS="--lesson_rows=48 --question_steps=180 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.4"
+    ROWS="$ROWS --device_batch_size=16 --num_iterations=${MID_STEPS:--1}"
+else
+    ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
+fi
+run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=310 --eval_tokens=16384 --identity_epochs=1 \
+    --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \

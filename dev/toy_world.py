@@ -202,10 +202,24 @@ def _opposite_fact(rng):
     return Fact("opposites", question, answer, others, f"The opposite of {word} is {answer}.")
 
 
-def choice_item(rng, subjects=None):
-    """A multiple-choice item: (subject, question, four choices in any order, index of the right one)."""
+CHOICES = {key: sorted({row[0].format(x=x) for x in FRIENDS}) for key, row in ATTRIBUTES.items()} | {
+    "names": [friend.name for friend in FRIENDS], "kinds": [with_article(kind) for kind in KINDS],
+    "opposites": sorted(OPPOSITES.keys() | OPPOSITES.values())}
+
+
+def choice_item(rng, subjects=None, ease=0.0):
+    """
+    A multiple-choice item: (subject, question, four choices in any order, index of the right one). Wrong choices are of
+    the right one's kind; each with the probability `ease` of another: to "Where does Mira live?", a baker. From these a
+    tiny model learns to look for the answer among the choices at all (dev/LOG.md).
+    """
     fact = random_fact(rng, subjects)
-    choices = rng.sample([*rng.sample(fact.others, 3), fact.answer], 4)
+    wrong = rng.sample(fact.others, 3)
+    if ease:
+        pool = {choice for kind in CHOICES.values() if fact.answer not in kind for choice in kind} - set(wrong)
+        strange = rng.sample(sorted(pool), 3)
+        wrong = [other if rng.random() < ease else choice for choice, other in zip(wrong, strange, strict=True)]
+    choices = rng.sample([*wrong, fact.answer], 4)
     return fact.subject, fact.question, choices, choices.index(fact.answer)
 
 

@@ -287,6 +287,18 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
     return inputs, targets, sum(len(ids) > T + 1 for ids, _ in rendered)
 
 
+def even_weights(targets):
+    """Weights (R, T) for targets (R, T) by which every row counts the same: 1 in all, over rows, then targets."""
+    is_target = targets != IGNORE
+    counts = is_target.sum(axis=1, keepdims=True)
+    return (is_target / np.maximum(counts, 1) / max(1, (counts > 0).sum())).astype(np.float32)
+
+
+def count_used(targets):
+    """Tokens of (R, T) that training looks at: each row's up to its last target."""
+    return int(((targets != IGNORE) * np.arange(1, 1 + targets.shape[1])).max(axis=1).sum())
+
+
 def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
     """
     Conversations as a stream of documents for packing: ((epoch, 0, index), ids without <|bos|>), for ever or for so

@@ -26,7 +26,7 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataloader import conversation_rows, to_device
+from nanochat.dataloader import conversation_rows, count_used, to_device
 from nanochat.loss_eval import evaluate_loss
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
@@ -173,9 +173,7 @@ def main():
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
         set_rates(optimizers, lr_factor)
         inputs, targets, num_cut = conversation_rows(mixture, step_indices(step, len(mixture)), tokenizer, max_seq_len)
-        is_target = targets != IGNORE
-        num_targets = int(is_target.sum())
-        num_tokens = int((is_target * np.arange(1, 1 + targets.shape[1])).max(axis=1).sum())  # up to each last target
+        num_targets, num_tokens = int((targets != IGNORE).sum()), count_used(targets)
         mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
         loss, device_rows = accumulate_gradients(model, inputs[mine], targets[mine], num_targets, device_rows,
                                                  scaler=scaler)

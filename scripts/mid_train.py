@@ -6,11 +6,16 @@ Midtraining: teach a base model the chat format, tool use and multiple choice, a
 
 Conversations are packed into full rows like documents, and every token is a target, the user's too. The run is
 one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are known.
+
+A tiny model learns multiple choice in no such way, but by lessons (--lesson_rows): the letters of easy questions
+alone first, one question a row, at small rates; then ever harder ones beside the other conversations, where each row
+counts the same, or the one letter of an answer would drown in their hundreds of words. See dev/LOG.md.
 """
 
 import time
 from functools import partial
 
+import numpy as np
 import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
@@ -32,7 +37,10 @@ from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import (
     RowLoader,
     conversation_documents,
+    conversation_rows,
+    count_used,
     eval_batches,
+    even_weights,
     pack_documents,
     rendered_conversations,
     shift,
@@ -55,7 +63,9 @@ from nanochat.training import (
     set_rates,
     step_line,
 )
+from tasks.common import TaskSequence
 from tasks.mixtures import mid_mixture
+from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
@@ -71,6 +81,11 @@ data: str | None = None              # JSONL file whose conversations join the m
 identity_epochs: int = 2             # times the identity conversations stand in the mixture
 spelling_size: int = 200000          # SimpleSpelling words
 spellingbee_size: int = 80000        # SpellingBee questions
+# Lessons, for a tiny model: one conversation a row, all of the same weight, the multiple choice in its file's order
+lesson_rows: int = -1                # conversations per optimizer step over all ranks; -1 = no lessons, packed rows
+question_steps: int = 0              # first steps with nothing but multiple choice
+question_lr_frac: float = 0.2        # their learning rates, as a fraction of the others'
+question_share: float = 0.55         # part of multiple choice in the steps after them
 # Horizon
 num_iterations: int = -1             # optimizer steps; -1 = one pass over the mixture
 # Optimization
@@ -100,6 +115,27 @@ def count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device):
     return int(all_reduce_sum(torch.tensor(count, device=device)))
 
 
+def lesson_indices(step, num_questions, num_others):
+    """
+    Which lessons step `step` has, as places in the questions and, behind them, in the others. The questions come in
+    their own order, in the toy world from easy to hard; the others are part of one shuffled pass after another.
+    """
+    mixed = max(0, step - question_steps)  # steps before this one that had both
+    few = lesson_rows if step < question_steps else round(lesson_rows * question_share)
+    first = min(step, question_steps) * lesson_rows + mixed * few
+    rest = range(mixed * (lesson_rows - few), (mixed + 1) * (lesson_rows - few))
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_others)
+              for epoch in {place // num_others for place in rest}}
+    return [*(place % num_questions for place in range(first, first + few)),
+            *(num_questions + int(orders[place // num_others][place % num_others]) for place in rest)]
+
+
+def count_lessons(num_questions):
+    """Steps of one pass over the questions."""
+    left = max(0, num_questions - question_steps * lesson_rows)
+    return question_steps + max(1, left // max(1, round(lesson_rows * question_share)))
+
+
 def main():
     # Init: device, ranks, the base model
     settings = get_settings(globals())
@@ -122,7 +158,12 @@ def main():
 
     # Data: the mixture packed into rows, and held-out conversations
     mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
-    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if num_iterations <= 0 else None
+    if lesson_rows > 0:
+        questions = MMLU("auxiliary_train")
+        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
+        lessons = TaskSequence([questions, others])
+    counts = num_iterations <= 0 and lesson_rows <= 0
+    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if counts else None
 
     def documents(position):
         return conversation_documents(mixture, tokenizer, position)
@@ -134,14 +175,17 @@ def main():
 
     # Horizon and batch
     batch_tokens = align_batch_size(total_batch_size, max_seq_len)
-    rows_per_step = batch_tokens // max_seq_len
+    rows_per_step = batch_tokens // max_seq_len if lesson_rows <= 0 else lesson_rows
     my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
         device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
-    iterations = num_iterations if num_iterations > 0 else max(1, num_tokens // batch_tokens)
+    iterations = num_iterations
+    if iterations <= 0:
+        iterations = max(1, num_tokens // batch_tokens) if lesson_rows <= 0 else count_lessons(len(questions))
     counted = f", {num_tokens:,} tokens" if num_tokens else ""
-    print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch_tokens:,} tokens = {rows_per_step} rows, "
-           f"{device_rows} at a time on each of {ddp_world_size} ranks | steps: {iterations:,}")
+    batch = f"{batch_tokens:,} tokens = {rows_per_step} rows" if lesson_rows <= 0 else f"{lesson_rows} conversations"
+    print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch}, {device_rows} at a time on each of "
+           f"{ddp_world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
@@ -149,9 +193,19 @@ def main():
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
+    def next_batch(step):
+        """This rank's (inputs, targets, weights or None), and the step's number of targets and of tokens."""
+        if lesson_rows <= 0:
+            inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
+            return (inputs, targets, None), batch_tokens, batch_tokens
+        indices = lesson_indices(step, len(questions), len(others))
+        inputs, targets, _ = conversation_rows(lessons, indices, tokenizer, max_seq_len)
+        mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
+        return tuple(array[mine] for array in (inputs, targets, even_weights(targets))), 1, count_used(targets)
+
     # State of the loop
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
-    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
+    progress = (state or {}).get("progress", {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)
 
@@ -182,10 +236,11 @@ def main():
         synchronize(device)
         start = time.perf_counter()
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
+        if step < question_steps and lesson_rows > 0:
+            lr_factor *= question_lr_frac
         set_rates(optimizers, lr_factor)
-        rows = loader.next_rows(rows_per_step)
-        inputs, targets = shift(rows[my_rows])
-        loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
+        (inputs, targets, weights), num_targets, step_tokens = next_batch(step)
+        loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
         loss = check_finite(loss, step, f"the mixture, {loader.state()}", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
@@ -194,9 +249,10 @@ def main():
         # Log
         step += 1
         progress["train_s"] += dt_s
+        progress["tokens"] += step_tokens
         metrics, line = step_line(
-            step, iterations, loss, lr_factor, dt_s, batch_tokens,
-            flops_per_s=flops_per_token * batch_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
+            step, iterations, loss, lr_factor, dt_s, step_tokens,
+            flops_per_s=flops_per_token * step_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
             grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"])
         keeper.log(metrics)
@@ -207,7 +263,7 @@ def main():
     get_report().log("Midtraining", {
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"),
         "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
-        "tokens": step * batch_tokens, "training minutes": progress["train_s"] / 60})
+        "tokens": progress["tokens"], "training minutes": progress["train_s"] / 60})
     loader.close()
     compute_cleanup()
     keeper.close()

@@ -26,7 +26,7 @@ ROOMS = {
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 480, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 330,
+    "nanochat/gpt.py": 480, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 345,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 320, "nanochat/common.py": 345,
     "nanochat/configurator.py": 145, "nanochat/precision.py": 145, "nanochat/core_eval.py": 330,
@@ -34,7 +34,7 @@ BUDGETS = {
     "nanochat/training.py": 430, "nanochat/serving.py": 315, "nanochat/service.py": 270, "nanochat/protocol.py": 300,
     "nanochat/sampling.py": 140,
     "scripts/tok_train.py": 110, "scripts/tok_eval.py": 220, "scripts/base_train.py": 300, "scripts/base_loss.py": 90,
-    "scripts/base_eval.py": 145, "scripts/mid_train.py": 260, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
+    "scripts/base_eval.py": 145, "scripts/mid_train.py": 280, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
     "scripts/export_hf.py": 220,
     "scripts/chat_eval.py": 155, "scripts/chat_cli.py": 175, "scripts/chat_web.py": 330,
     "tasks/common.py": 215, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,

@@ -12,7 +12,7 @@ from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
 from nanochat.dataloader import rendered_conversations
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import chat_rl
+from scripts import chat_rl, mid_train
 from tasks.gsm8k import GSM8K
 from tasks.mixtures import mid_mixture
 from tests.stages import MID, STAGES, curve, run_stage
@@ -59,6 +59,33 @@ def test_mid_goes_over_its_mixture_once(tokenizer):
     loader = meta["loader"]
     position = loader["epoch"] * sum(lengths) + sum(lengths[: loader["row"]]) + loader["offset"]
     assert position > 2048 and abs(position + 64 * loader["rows_used"] - sum(lengths)) <= 2048
+
+
+LESSONS = dict(lesson_rows=6, question_steps=2, question_share=0.5)
+
+
+def test_lessons_begin_with_questions_alone_and_then_mix(monkeypatch):
+    for name, value in (LESSONS | dict(seed=1)).items():
+        monkeypatch.setattr(mid_train, name, value)
+    steps = [mid_train.lesson_indices(step, num_questions=20, num_others=6) for step in range(6)]
+    questions = [[i for i in step if i < 20] for step in steps]
+    assert sum(questions, []) == [*range(20), 0, 1, 2, 3]  # in their own order, from the start again
+    assert [len(step) for step in questions] == [6, 6, 3, 3, 3, 3]
+    others = [i for step in steps for i in step if i >= 20]
+    assert sorted(others[:6]) == sorted(others[6:]) == list(range(20, 26)) and others[:6] != others[6:]
+    assert mid_train.count_lessons(20) == 2 + 2  # 12 questions, and 3 a step of the 8 that are left
+
+
+def test_lessons_resume_exactly_and_in_any_micro_batch():
+    run_stage("mid", **LESSONS)
+    unbroken = curve("mid")
+    rates = [line["lrm"] for line in steps_of("mid")]
+    assert rates[:2] == [0.2, 0.2] and rates[2] == 1.0
+    run_stage("mid", **LESSONS, resume_from_step=2)
+    assert curve("mid") == unbroken
+    run_stage("mid", **LESSONS, device_batch_size=6)
+    for expected, line in zip(unbroken, curve("mid"), strict=True):
+        assert line.get("train/loss") == pytest.approx(expected.get("train/loss"), rel=1e-5)
 
 
 def test_rl_asks_every_question_once(monkeypatch):
