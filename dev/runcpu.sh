@@ -48,13 +48,14 @@ run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=310 --eva
     --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
-run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
+run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-75}" \
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
     --spelling_size=300 --spellingbee_size=2500 --run="$WANDB_RUN"
 
-# 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is.
-run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-40}" --examples_per_step=8 --num_samples=8 \
-    --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.15 --embedding_lr=0.02 \
+# 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon's
+#    steps are as long when they follow noise.
+run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-60}" --examples_per_step=8 --num_samples=8 \
+    --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.05 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 
 # 7. Evaluation of every stage on held-out questions, and the report card.
