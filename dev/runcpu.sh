@@ -39,7 +39,7 @@ run python -m scripts.base_loss --eval_tokens=32768
 #    in lessons, from the toy world's easy questions by themselves to hard ones among other conversations; a local mirror
 #    has no such order, and its conversations are packed into full rows.
 if [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ] || [ -n "${DRY_RUN:-}" ]; then
-    ROWS="--lesson_rows=48 --question_steps=180 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.4"
+    ROWS="--lesson_rows=48 --question_steps=160 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.4"
     ROWS="$ROWS --device_batch_size=16 --num_iterations=${MID_STEPS:--1}"
 else
     ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
@@ -54,7 +54,7 @@ run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --nu
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon's
 #    steps are as long when they follow noise.
-run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-60}" --examples_per_step=8 --num_samples=8 \
+run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-50}" --examples_per_step=8 --num_samples=8 \
     --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.05 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 

@@ -121,4 +121,3 @@ class CudaRecorder:
                 output = function()
         self.last = graph
         return graph.replay, output
-

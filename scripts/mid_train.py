@@ -21,6 +21,7 @@ import torch
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
 from nanochat.common import (
     Ema,
+    UserError,
     all_reduce_sum,
     compiles,
     compute_cleanup,
@@ -139,6 +140,8 @@ def count_lessons(num_questions):
 def main():
     # Init: device, ranks, the base model
     settings = get_settings(globals())
+    if not 0 <= question_share <= 1:
+        raise UserError(f"--question_share={question_share}: need 0 to 1", "--question_share=0.55")
     check_positive(settings, "total_batch_size")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
@@ -152,7 +155,7 @@ def main():
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     token_bytes = get_token_bytes(device, tokenizer)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
-    if compiles(device, compile):
+    if compiles(device, compile) and lesson_rows <= 0:  # lessons come in too many lengths
         model.compile()
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
@@ -205,7 +208,7 @@ def main():
 
     # State of the loop
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
-    progress = (state or {}).get("progress", {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None})
+    progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None} | (state or {}).get("progress", {})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)
 
@@ -241,7 +244,8 @@ def main():
         set_rates(optimizers, lr_factor)
         (inputs, targets, weights), num_targets, step_tokens = next_batch(step)
         loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
-        loss = check_finite(loss, step, f"the mixture, {loader.state()}", manager)
+        place = f"the mixture, {loader.state()}" if lesson_rows <= 0 else f"the lessons of step {step}"
+        loss = check_finite(loss, step, place, manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start
