@@ -35,7 +35,8 @@ def steps_of(stage):
 def test_a_stage_in_16_bits_trains_as_in_32(stage, precision, monkeypatch):
     expected = steps_of(stage)  # the first two steps of four have the learning rates of two steps
     monkeypatch.setenv("NANOCHAT_PRECISION", precision)
-    run_stage(stage, num_iterations=2, eval_every=-1)
+    more = {"num_samples": 8} if stage == "rl" else {}  # few may have one reward by chance, and no gradient
+    run_stage(stage, num_iterations=2, eval_every=-1, **more)
     first, second = steps_of(stage)
     assert all(math.isfinite(value) for line in (first, second) for value in line.values())
     _, meta = CheckpointManager(get_checkpoint_dir(stage, "d1")).load_meta()
