@@ -48,7 +48,7 @@ run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=310 --eva
     --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
-run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-75}" \
+run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
     --spelling_size=300 --spellingbee_size=2500 --run="$WANDB_RUN"
 
