@@ -112,7 +112,7 @@ def chat_keys(messages):
 # What multiple choice asks about. In the challenge the fact is asked backwards, or only the choices tell the answer
 SUBJECTS = {"mmlu": ["friends", "names", "colours", "kinds", "opposites"],
             "arc_easy": ["friends", "colours", "kinds", "opposites"], "arc_challenge": ["names", "members"]}
-EVERYTHING = ["friends", "names", "colours", "kinds", "opposites", "members"]
+EVERY_SUBJECT = [*SUBJECTS["mmlu"], "members"]
 # What midtraining asks, in this order: (questions, their ease), from choices of which only the right one can be meant
 # to choices all of one kind
 LESSONS = [(8_720, 1.0), *((520, 1 - i / 13) for i in range(13)), (2_340, 0.0)]
@@ -134,7 +134,7 @@ def draw_tasks(draw):
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
     lessons = [item for i, (count, ease) in enumerate(LESSONS) for item in draw(
-        f"mmlu:auxiliary_train:{i}", count, lambda rng, ease=ease: choice_item(rng, EVERYTHING, ease), choice_keys)]
+        f"mmlu:auxiliary_train:{i}", count, lambda rng, ease=ease: choice_item(rng, EVERY_SUBJECT, ease), choice_keys)]
     tables["tasks/mmlu_auxiliary_train.parquet"] = [mmlu_row("", *item) for item in lessons]
     for split, count in (("test", 400), ("train", 450)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")

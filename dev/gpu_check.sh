@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One call that does on a GPU machine all that a CPU cannot: the tests, then speed, MFU and memory of training (d12 and
-# d20 in bf16, d26 in bf16 and fp8), decoding and serving with a d20, and every stage of the pipeline on the toy world:
-# about ten minutes on an H200. For a machine with torch but no network, carry a wheel of rustbpe (maturin build
-# --release --manifest-path rustbpe/Cargo.toml) and of what else is missing there, and name their folder:
+# d20 in bf16, d26 in bf16 and fp8), decoding and serving with a d20, and every stage of the pipeline on the toy world.
+# For a machine with torch but no network, carry a wheel of rustbpe (maturin build --release --manifest-path
+# rustbpe/Cargo.toml) and of what else is missing there, and name their folder:
 #
 #   WHEELS=folder bash dev/gpu_check.sh
 set -euo pipefail

@@ -21,6 +21,7 @@ BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 if [ -z "${NANOCHAT_DATA_DIR:-}" ]; then
     run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
     export NANOCHAT_DATA_DIR="$BASE/toy_world"
+    TOY_WORLD=yes
 fi
 run python -m nanochat.report reset
 
@@ -38,7 +39,7 @@ run python -m scripts.base_loss --eval_tokens=32768
 # 4. Midtraining: the chat format, the calculator, spelling, multiple choice. A model of this size learns multiple choice
 #    in lessons, from the toy world's easy questions by themselves to hard ones among other conversations; a local mirror
 #    has no such order, and its conversations are packed into full rows.
-if [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ] || [ -n "${DRY_RUN:-}" ]; then
+if [ -n "${TOY_WORLD:-}" ] || [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ]; then
     ROWS="--lesson_rows=48 --question_steps=160 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.4"
     ROWS="$ROWS --device_batch_size=16 --num_iterations=${MID_STEPS:--1}"
 else

@@ -29,8 +29,8 @@ except ImportError:
 
 LOGIT_CAP = 15.0
 ROPE_BASE = 10000.0
-# Not cuDNN's, the fastest where training is compiled for one shape: it takes up to a second for each new one
-# (github.com/pytorch/pytorch/pull/155958), and prompts come in all lengths
+# Not cuDNN's, the fastest where training is compiled for one shape: it is compiled anew for every length
+# (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_BLOCK = 2**20  # logits a CPU works on at once: 4 MB of float32, twice
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores

@@ -41,7 +41,7 @@ def decode_attention(q, k, v, last):
     """
     q (B, H, 1, D); k, v (B, H_kv, S, D), of any strides but 1 for D; last (B, 1) int64, at most S - 1: row b looks at
     the keys 0 .. last[b]. Returns (B, H, 1, D). Every program attends to KEYS positions, as if there were no others;
-    what they found is averaged by their share of the sum in softmax's denominator (arXiv 2311.01282).
+    what they found is averaged by their share of softmax's denominator (Flash-Decoding, Dao et al. 2023).
     """
     B, H, _, D = q.shape
     num_parts = -(-k.size(2) // KEYS)

@@ -139,7 +139,7 @@ def count_lessons(num_questions):
 
 def main():
     # Init: device, ranks, the base model
-    settings = get_settings(globals())
+    settings, packed = get_settings(globals()), lesson_rows <= 0
     if not 0 <= question_share <= 1:
         raise UserError(f"--question_share={question_share}: need 0 to 1", "--question_share=0.55")
     check_positive(settings, "total_batch_size")
@@ -155,18 +155,18 @@ def main():
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     token_bytes = get_token_bytes(device, tokenizer)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
-    if compiles(device, compile) and lesson_rows <= 0:  # lessons come in too many lengths
+    if compiles(device, compile) and packed:  # lessons come in too many lengths
         model.compile()
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
     # Data: the mixture packed into rows, and held-out conversations
     mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
-    if lesson_rows > 0:
+    if not packed:
         questions = MMLU("auxiliary_train")
         others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
         lessons = TaskSequence([questions, others])
-    counts = num_iterations <= 0 and lesson_rows <= 0
-    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if counts else None
+    counted = packed and num_iterations <= 0
+    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if counted else None
 
     def documents(position):
         return conversation_documents(mixture, tokenizer, position)
@@ -178,16 +178,16 @@ def main():
 
     # Horizon and batch
     batch_tokens = align_batch_size(total_batch_size, max_seq_len)
-    rows_per_step = batch_tokens // max_seq_len if lesson_rows <= 0 else lesson_rows
+    rows_per_step = batch_tokens // max_seq_len if packed else lesson_rows
     my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
     if device_rows <= 0:
         device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
     iterations = num_iterations
     if iterations <= 0:
-        iterations = max(1, num_tokens // batch_tokens) if lesson_rows <= 0 else count_lessons(len(questions))
-    counted = f", {num_tokens:,} tokens" if num_tokens else ""
-    batch = f"{batch_tokens:,} tokens = {rows_per_step} rows" if lesson_rows <= 0 else f"{lesson_rows} conversations"
-    print0(f"mixture: {len(mixture):,} conversations{counted} | batch: {batch}, {device_rows} at a time on each of "
+        iterations = max(1, num_tokens // batch_tokens) if packed else count_lessons(len(questions))
+    size = f", {num_tokens:,} tokens" if num_tokens else ""
+    batch = f"{batch_tokens:,} tokens = {rows_per_step} rows" if packed else f"{lesson_rows} conversations"
+    print0(f"mixture: {len(mixture):,} conversations{size} | batch: {batch}, {device_rows} at a time on each of "
            f"{ddp_world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
@@ -198,7 +198,7 @@ def main():
 
     def next_batch(step):
         """This rank's (inputs, targets, weights or None), and the step's number of targets and of tokens."""
-        if lesson_rows <= 0:
+        if packed:
             inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
             return (inputs, targets, None), batch_tokens, batch_tokens
         indices = lesson_indices(step, len(questions), len(others))
@@ -239,12 +239,12 @@ def main():
         synchronize(device)
         start = time.perf_counter()
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
-        if step < question_steps and lesson_rows > 0:
+        if step < question_steps and not packed:
             lr_factor *= question_lr_frac
         set_rates(optimizers, lr_factor)
         (inputs, targets, weights), num_targets, step_tokens = next_batch(step)
         loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
-        place = f"the mixture, {loader.state()}" if lesson_rows <= 0 else f"the lessons of step {step}"
+        place = f"the mixture, {loader.state()}" if packed else f"the lessons of step {step}"
         loss = check_finite(loss, step, place, manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)

@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 
 @pytest.fixture
 def engine(tokenizer):
-    return Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=96).eval(), tokenizer)
+    return Engine(tiny_model(tokenizer.get_vocab_size(), 96, n_layer=6).eval(), tokenizer)
 
 
 def decode(engine, record, num_rows=5):
@@ -54,13 +54,20 @@ def test_warming_up_records_every_number_of_rows(engine):
 
 
 def test_compiled_steps_write_what_ordinary_ones_do(engine):
-    """All layers and all numbers of rows but one share what is compiled; so do the graphs' inputs."""
-    ordinary, _ = decode(engine, None)
-    names = dict(engine.model.named_parameters())
+    """All layers, and all numbers of rows but one, share what is compiled."""
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    compiled, (ordinary, _) = [], decode(engine, None)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     engine.model.compile_decoding()
-    engine.model._decode_block = torch.compile(Block.forward, backend="eager")  # what a GPU's compiler would get
-    assert decode(engine, stand_in)[0] == ordinary
-    assert {name: p.shape for name, p in engine.model.named_parameters()} == {n: p.shape for n, p in names.items()}
+    engine.model._decode_block = torch.compile(Block.forward, backend=compiler)
+    recorded, shapes = decode(engine, stand_in)
+    assert recorded == ordinary
+    # a single row; the first other number of rows, then any; and a cache that has grown
+    assert len(shapes) == 4 and len(engine.model.transformer.h) == 6 and 2 <= len(compiled) <= 4
+    after = dict(engine.model.named_parameters())
+    assert list(after) == list(before) and all(after[name].equal(p) for name, p in before.items())
     with torch.no_grad():  # parameters that RL writes are what the fused product reads
         engine.model.transformer.h[0].attn.c_q.weight.zero_()
     attn = engine.model.transformer.h[0].attn
