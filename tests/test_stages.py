@@ -77,6 +77,16 @@ def test_lessons_begin_with_questions_alone_and_then_mix(monkeypatch):
     assert mid_train.count_lessons(20) == 2 + 2  # 12 questions, and 3 a step of the 8 that are left
 
 
+def test_every_row_of_a_lesson_counts_the_same(monkeypatch):
+    def accumulate(model, inputs, targets, num_targets, rows, weights, scaler):
+        seen.append((weights * (targets != -1)).sum(axis=1) / num_targets)
+        return real(model, inputs, targets, num_targets, rows, weights, scaler)
+    seen, real = [], mid_train.accumulate_gradients
+    monkeypatch.setattr(mid_train, "accumulate_gradients", accumulate)
+    run_stage("mid", **LESSONS, eval_every=-1)
+    assert len(seen) == 4 and all(shares == pytest.approx([1 / 6] * 6) for shares in seen)
+
+
 def test_lessons_resume_exactly_and_in_any_micro_batch():
     run_stage("mid", **LESSONS)
     unbroken = curve("mid")
