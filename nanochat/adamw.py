@@ -70,7 +70,7 @@ class DistAdamW(torch.optim.Optimizer):
         padding = -flat.numel() % ranks
         grad = reduce_scatter_sum(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
         shard = self._my_shard(p)
-        self.grad_sq = self.grad_sq + grad.square().sum()
+        self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
         chunk = CHUNK if p.device.type == "cpu" else max(1, shard.numel())
         pieces = zip(*(t.split(chunk) for t in (shard, grad, state["exp_avg"], state["exp_avg_sq"])), strict=True)
         for piece in pieces:

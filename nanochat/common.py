@@ -197,17 +197,19 @@ def get_peak_flops(device, dtype):
         for key, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{key}\b", name) and "Laptop" not in name:  # those have fewer units of the same name
                 return flops, "data sheet"
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    out = torch.empty_like(a)
-    best_s, end = float("inf"), time.perf_counter() + 0.5
+    best_flops, size, end = 0.0, 1024, time.perf_counter() + 0.5
+    a, out = torch.ones(2, size, size, device=device, dtype=dtype)
     while time.perf_counter() < end:  # the best of half a second: the first ones warm up, others share the machine
         synchronize(device)
         start = time.perf_counter()
         torch.mm(a, a, out=out)
         synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start)
-    return 2 * size**3 / best_s, "measured"
+        seconds = time.perf_counter() - start
+        best_flops = max(best_flops, 2 * size**3 / seconds)
+        if seconds < 0.02 and size < 8192:  # too small to keep the device busy
+            size *= 2
+            a, out = torch.ones(2, size, size, device=device, dtype=dtype)
+    return best_flops, "measured"
 
 
 # -----------------------------------------------------------------------------

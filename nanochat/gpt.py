@@ -20,7 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanochat.adamw import DistAdamW
 from nanochat.common import HAS_TRITON, IGNORE
 from nanochat.muon import DistMuon
-from nanochat.precision import active_dtype, float8_linear, get_precision_dtype, int8_linear, int8_pack
+from nanochat.precision import (
+    active_dtype,
+    float8_linear,
+    get_precision,
+    get_precision_dtype,
+    int8_pack,
+    pack,
+    packed_linear,
+    packs,
+)
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -131,13 +140,13 @@ def attention(q, k, v, last=None):
 
 class Linear(nn.Linear):
     """
-    A linear layer without bias. `fp8` multiplies in 8 bits where training asks for it and the shapes allow; with
-    `int8`, the packed weight, inference does.
+    A linear layer without bias. `fp8` multiplies in 8 bits where training asks for it and the shapes allow; inference
+    takes `packed`, where there is one, in the place of the weight.
     """
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
-        self.fp8, self.int8 = False, None
+        self.fp8, self.packed = False, None
 
     def reset_parameters(self):
         """Nothing: GPT.init_weights sets every parameter, and torch's own start on a meta device takes seconds."""
@@ -145,8 +154,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.fp8 and self.training and x[..., 0].numel() % 16 == 0:
             return float8_linear(x, self.weight)
-        if self.int8 is not None:
-            return int8_linear(x, self.int8)
+        if self.packed is not None:
+            return packed_linear(x, self.packed)
         return F.linear(x, self.weight)
 
 
@@ -163,7 +172,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.qkv = None  # the three weights in one, see fuse
+        self.qkv = None  # for inference, the three weights in one: see fuse and GPT.pack
 
     @torch.no_grad()
     def fuse(self):
@@ -175,14 +184,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cos, sin, store=None):
         B, T, C = x.shape
-        if self.qkv is None:
-            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
-        else:
-            sizes = [linear.out_features for linear in (self.c_q, self.c_k, self.c_v)]
-            q, k, v = F.linear(x, self.qkv).split(sizes, dim=-1)
-        # (B, T, heads * D) -> (B, heads, T, D)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        if self.qkv is None:  # (B, T, heads * D) -> (B, heads, T, D)
+            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (self.c_q(x), self.c_k(x), self.c_v(x)))
+            q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        else:  # q and k as one, too: so few numbers take no time, starting to work on them does
+            kv_heads = self.c_k.out_features // self.head_dim
+            qkv = packed_linear(x, self.qkv).view(B, T, -1, self.head_dim).transpose(1, 2)
+            qk, v = norm(apply_rotary(qkv[:, :-kv_heads], cos, sin)), qkv[:, -kv_heads:]
+            q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
         last = None
         if store is not None:
             k, v, last = store(k, v)  # (B, H_kv, S, D): everything so far
@@ -237,8 +246,9 @@ def _chunk_loss_and_grad(logits, targets, weights):
 def _chunk_loss_and_grad_eager(logits, targets, weights):
     """
     The same for a device without a compiler: the gradient takes the place of the logits, and the float32 work is done
-    in blocks of rows that stay in the processor's cache. With r = (1 - tanh(x / 15)) / 2, one sigmoid, the capped logit
-    is 15 - 30 r and the cap's derivative 4 r (1 - r); the constant 15 drops out of the loss.
+    in blocks of rows that stay in the processor's cache, in as few passes as there are functions for. With
+    r = (1 - tanh(x / 15)) / 2, one sigmoid, the capped logit is 15 - 30 r and the cap's derivative 4 r (1 - r); the
+    constant 15 drops out of the loss.
     """
     rows = max(1, EAGER_BLOCK // logits.size(1))
     r_block, p_block = torch.empty(2, rows, logits.size(1), device=logits.device)
@@ -250,8 +260,7 @@ def _chunk_loss_and_grad_eager(logits, targets, weights):
         Z = p.sum(dim=-1, keepdim=True)
         losses.append((Z.log() + 2 * LOGIT_CAP * r.gather(1, index)) * w)
         p.mul_(4 * w / Z).scatter_add_(1, index, -4 * w)
-        r.addcmul_(r, r, value=-1)  # r (1 - r)
-        x.copy_(p.mul_(r))
+        x.copy_(torch.ops.aten.sigmoid_backward.grad_input(p, r, grad_input=p))  # p r (1 - r)
     return torch.cat(losses).squeeze(1), logits
 
 
@@ -350,7 +359,21 @@ class GPT(nn.Module):
         """Store the parameters in the compute dtype, for inference: decoding then never casts. Returns the model."""
         self.to(get_precision_dtype(self.device.type))
         self.set_rotary(self.cos.size(2))  # which stays in float32
+        self.pack()
         return self
+
+    def pack(self):
+        """
+        On a CPU in bfloat16, give the products weights in the order that suits them: copies, which cost as much memory
+        again and have to be made anew when a parameter has changed. Elsewhere, and in int8, nothing.
+        """
+        if packs(self.device.type, self.lm_head.weight.dtype) and get_precision(self.device.type) != "int8":
+            for block in self.transformer.h:
+                attn = block.attn
+                attn.qkv = pack(torch.cat([linear.weight for linear in (attn.c_q, attn.c_k, attn.c_v)]))
+                for linear in (attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                    linear.packed = pack(linear.weight)
+            self.lm_head.packed = pack(self.lm_head.weight)
 
     def compile(self):
         """
@@ -416,6 +439,7 @@ class GPT(nn.Module):
     def _loss(self, x, targets, weights, reduction):
         rows, shape, targets = self.chunk_rows(), targets.shape, targets.flatten()
         if reduction == "none":
+            rows = max(64, rows // 4)  # several float32 tensors of this size at once
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
             losses = [F.cross_entropy(self._logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
             return torch.cat(losses).view(shape)
@@ -427,8 +451,8 @@ class GPT(nn.Module):
         return total if reduction == "sum" else total / counted.sum().clamp(min=1)
 
     def chunk_rows(self):
-        """Rows of logits made at once: about 64 MB of float32 on a CPU, 2 GB on a GPU."""
-        budget = 2**31 if self.device.type == "cuda" else 2**26
+        """Rows of logits made at once: about 256 MB of float32 (half in 16 bits) on a CPU, 2 GB on a GPU."""
+        budget = 2**31 if self.device.type == "cuda" else 2**28
         return max(64, budget // (4 * self.config.padded_vocab_size))
 
     # -- facts
@@ -475,5 +499,5 @@ class GPT(nn.Module):
         """Multiply all linear layers in 8 bits from now on, for inference on a CPU. Returns the model."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.int8 = int8_pack(module.weight)
+                module.packed = int8_pack(module.weight)
         return self

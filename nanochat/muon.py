@@ -117,7 +117,7 @@ class DistMuon(torch.optim.Optimizer):
             start, stop = self._my_part(group)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             grads = reduce_scatter_sum(self._stack(grads, 0, (stop - start) * world_size()))
-            self.grad_sq = self.grad_sq + grads.square().sum()
+            self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grads).square()
             mine = self._stack(params, start, stop)
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             if mine.is_cuda:  # tensors, not floats: values that change every step must not recompile the update

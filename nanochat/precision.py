@@ -121,9 +121,35 @@ def float8_linear(x, weight):
 
 
 # -----------------------------------------------------------------------------
-# 8-bit products in inference on a CPU: weights once with a scale per row, activations at each call with one for all.
-# A quarter of the bytes of float32: at batch 1, where reading the weights is all that takes time, that is the speed.
-# The one scale is shared by all rows of a batch: here, and only here, neighbours can change what a row says
+# Weights packed for inference on a CPU: in the order that its matrix unit reads, or in 8 bits
+
+
+def packs(device_type, dtype):
+    """Whether `pack` works here. Its two functions are those that torch.compile's frozen graphs call (oneDNN)."""
+    return (device_type == "cpu" and dtype == torch.bfloat16 and _has_native_bf16("cpu")
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def pack(weight, rows=64):
+    """
+    A bfloat16 weight (M, K) reordered once instead of in every product, best for `rows` rows of x: what takes half of
+    the time when few rows meet a large weight.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+
+def packed_linear(x, packed):
+    """F.linear(x (..., K), weight (M, K)) for a weight out of `pack`, out of `int8_pack`, or as it is."""
+    if not isinstance(packed, torch.Tensor):
+        return int8_linear(x, packed)
+    if packed.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return torch.nn.functional.linear(x, packed)
+
+
+# 8-bit products: weights once with a scale per row, activations at each call with one for all. A quarter of the bytes
+# of float32: at batch 1, where reading the weights is what takes time, that is the speed. The one scale is shared by
+# all rows of a batch: here, and only here, neighbours can change what a row says
 
 
 def int8_pack(weight):

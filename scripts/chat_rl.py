@@ -116,6 +116,7 @@ def sync_rollout_model(rollout_model, model):
     """Give it the parameters that the last step left."""
     if rollout_model is not model:
         torch._foreach_copy_(list(rollout_model.parameters()), list(model.parameters()))
+        rollout_model.pack()
 
 
 def roll_out(engine, task, step):

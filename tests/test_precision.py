@@ -1,12 +1,15 @@
-"""The choice of number format, the autocast context, and the 8-bit product."""
+"""The choice of number format, the autocast context, and the products of packed and of 8-bit weights."""
+
+import copy
 
 import pytest
 import torch
 
-from nanochat import precision
+from nanochat import gpt, precision
 from nanochat.engine import Decoder, Row, _exhaust
 from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype
 from nanochat.sampling import Sampling
+from scripts import chat_rl
 from tests.tiny import tiny_model
 
 
@@ -90,6 +93,37 @@ def test_a_model_in_int8_says_about_the_same(monkeypatch):
     idx = torch.randint(0, 100, (2, 16))
     exact, rough = model(idx).softmax(-1), model.use_int8()(idx).softmax(-1)
     assert 0 < (rough - exact).abs().max() < 0.02
+
+
+def packed_model(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
+    if not precision.packs("cpu", torch.bfloat16):
+        pytest.skip("this CPU does not multiply bfloat16 natively")
+    return tiny_model().eval().requires_grad_(False).to_compute_dtype()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (8, 1), (70, 3)])
+def test_a_packed_model_says_what_an_unpacked_one_does(monkeypatch, shape):
+    model = packed_model(monkeypatch)
+    assert all(block.attn.qkv.is_mkldnn and block.mlp.c_fc.packed.is_mkldnn for block in model.transformer.h)
+    idx = torch.randint(0, 100, shape)
+    packed = model(idx)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "packs", lambda *_: False)
+        plain = tiny_model().eval().requires_grad_(False).to_compute_dtype()
+    assert plain.lm_head.packed is None and plain.transformer.h[0].attn.qkv is None
+    torch.testing.assert_close(packed, plain(idx), atol=0.05, rtol=0)  # logits up to 2.4
+    torch.testing.assert_close(packed.mean(), plain(idx).mean(), atol=0.002, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["c_q", "c_k", "c_v", "c_proj"])
+def test_packed_weights_follow_the_parameters_that_rl_writes(monkeypatch, name):
+    model = packed_model(monkeypatch)
+    trained = tiny_model().eval().requires_grad_(False)
+    getattr(trained.transformer.h[0].attn, name).weight.data.mul_(-3)
+    chat_rl.sync_rollout_model(model, trained)
+    idx = torch.randint(0, 100, (2, 16))
+    torch.testing.assert_close(model(idx), copy.deepcopy(trained).to_compute_dtype()(idx), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name, tolerance", [("bfloat16", 0.1), ("float16", 0.015)])  # of logits up to 2.4
