@@ -434,7 +434,8 @@ class GPT(nn.Module):
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         if logits.requires_grad:
             return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
-        return logits.mul_(2 / LOGIT_CAP).sigmoid_().mul_(2 * LOGIT_CAP).sub_(LOGIT_CAP)  # the same, faster on a CPU
+        sigmoid = logits.mul_(2 / LOGIT_CAP).sigmoid_()  # the same, faster on a CPU
+        return torch.add(sigmoid.new_tensor(-LOGIT_CAP), sigmoid, alpha=2 * LOGIT_CAP, out=sigmoid)
 
     def _loss(self, x, targets, weights, reduction):
         rows, shape, targets = self.chunk_rows(), targets.shape, targets.flatten()

@@ -67,7 +67,7 @@ def _draw_filtered(logits, samplings, u, limit=1024):
     V, temperature = logits.size(1), _column([s.temperature for s in samplings], logits)
     top_k = _column([min(s.top_k or V, V) for s in samplings], logits)
     K = min(V, max(s.top_k or limit for s in samplings))
-    values, order = logits.topk(K)  # (B, K), descending
+    values, order = _largest(logits, K)  # (B, K), descending
     values = (values / temperature).masked_fill(torch.arange(K, device=logits.device) >= top_k, -torch.inf)
     # probabilities among the top_k, or among all
     total = values.logsumexp(1, keepdim=True)
@@ -82,6 +82,23 @@ def _draw_filtered(logits, samplings, u, limit=1024):
         return _draw_filtered(logits, samplings, u, V)
     p = p * keep
     return order.gather(1, _quantile(p, u, p.count_nonzero(1) - 1)[:, None])[:, 0]
+
+
+def _largest(logits, K, block=32):
+    """
+    logits.topk(K), twice as fast on a CPU where K is small: the K largest are in the K blocks with the largest maxima.
+    Of equal ones at the end it may take others.
+    """
+    B, V = logits.shape
+    whole = V // block * block
+    if 4 * K * block > V:
+        return logits.topk(K)
+    blocks = logits[:, :whole].reshape(B, -1, block)
+    best = blocks.amax(dim=2).topk(K, sorted=False).indices  # (B, K)
+    ids = (best[:, :, None] * block + torch.arange(block, device=logits.device)).flatten(1)
+    ids = torch.cat((ids, torch.arange(whole, V, device=logits.device).expand(B, -1)), dim=1)
+    values, places = logits.gather(1, ids).topk(K)
+    return values, ids.gather(1, places)
 
 
 def _column(values, like):

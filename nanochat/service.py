@@ -21,7 +21,7 @@ from nanochat.protocol import ChatReply, TextReply, error_body
 from nanochat.sampling import Sampling
 from nanochat.serving import Call, Choice, DecodeThread, Event, QueueFull
 
-PING_S = 15   # a comment on idle streams, so that no proxy takes them for dead
+PING_S = 15   # a comment on streams every so often, so that no proxy takes them for dead
 GRACE_S = 20  # open streams may finish for so long when the server is told to stop
 
 # -----------------------------------------------------------------------------
@@ -119,6 +119,7 @@ class Service:
         the queue took them. Closing the generator frees their rows. An empty list later on is a sign of life.
         """
         last, num_tokens, num_open, call.queue = time.monotonic(), {}, len(choices), asyncio.Queue()
+        beat = asyncio.create_task(_beat(call.queue))
         try:
             min(self.threads, key=lambda t: t.num_running + t.num_waiting).submit(name, choices)
         except QueueFull:
@@ -127,13 +128,10 @@ class Service:
         try:
             yield []
             while num_open:
-                events = []
-                try:
-                    events.append(await asyncio.wait_for(call.queue.get(), PING_S))
-                except asyncio.TimeoutError:
-                    pass
+                events = [await call.queue.get()]
                 while not call.queue.empty():
                     events.append(call.queue.get_nowait())
+                events = [event for event in events if event is not None]
                 if any(event.text for event in events):
                     now = time.monotonic()
                     (self.gap_s if num_tokens else self.first_token_s).observe(now - last)
@@ -143,8 +141,16 @@ class Service:
                     num_open -= bool(event.finish_reason or event.error)
                 yield events
         finally:
+            beat.cancel()
             call.cancelled = True
             self.generated_tokens.inc(sum(num_tokens.values()))
+
+
+async def _beat(queue):
+    """Wake up whoever reads from the queue now and then: cheaper than a time limit on each wait."""
+    while True:
+        await asyncio.sleep(PING_S)
+        queue.put_nowait(None)
 
 
 def _put_all(events):
