@@ -115,7 +115,7 @@ SUBJECTS = {"mmlu": ["friends", "names", "colours", "kinds", "opposites"],
 EVERY_SUBJECT = [*SUBJECTS["mmlu"], "members"]
 # What midtraining asks, in this order: (questions, their ease), from choices of which only the right one can be meant
 # to choices all of one kind
-LESSONS = [(8_720, 1.0), *((520, 1 - i / 13) for i in range(13)), (2_340, 0.0)]
+LESSONS = [(8_720, 1.0), *((676, 1 - i / 13) for i in range(13)), (3_640, 0.0)]
 
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first

@@ -45,7 +45,7 @@ if [ -n "${TOY_WORLD:-}" ] || [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ]; then
 else
     ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
 fi
-run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=310 --eval_tokens=16384 --identity_epochs=1 \
+run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=340 --eval_tokens=16384 --identity_epochs=1 \
     --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
@@ -55,15 +55,15 @@ run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --nu
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon's
 #    steps are as long when they follow noise.
-run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-50}" --examples_per_step=8 --num_samples=8 \
-    --max_new_tokens=80 --eval_every=-1 --eval_examples=100 --init_lr_frac=0.05 --embedding_lr=0.02 \
+run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-150}" --examples_per_step=8 --num_samples=8 \
+    --max_new_tokens=80 --eval_every=-1 --eval_examples=200 --init_lr_frac=0.05 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 
 # 7. Evaluation of every stage on held-out questions, and the report card.
 TASKS="MMLU|ARC-Easy|GSM8K|SpellingBee"
 if [ -f "$NANOCHAT_DATA_DIR/tasks/identity_test.jsonl" ] || [ -n "${DRY_RUN:-}" ]; then TASKS="Identity|$TASKS"; fi
 for stage in base mid sft rl; do
-    run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 100 -m 112
+    run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 200 -m 112
 done
 run python -m nanochat.report generate
 

@@ -6,6 +6,7 @@ takes time happens in a decode thread (generation) or in a worker thread (tokeni
 """
 
 import asyncio
+import gc
 import json
 import secrets
 import time
@@ -67,6 +68,8 @@ class Service:
     async def _watch_loading(self):
         for thread in self.threads:
             await asyncio.to_thread(thread.loaded.wait)
+        gc.collect()
+        gc.freeze()  # what is left stays: to look through it for garbage, again and again, stops everybody for 0.1 s
         if self.error is not None:
             self.on_failure()
         elif not self.stopping:
