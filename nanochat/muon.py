@@ -50,15 +50,19 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, bet
     # Nesterov: look ahead along the averaged gradient
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
-    # NorMuon: divide each neuron by its running scale, then give the matrix its old norm back
-    norm = update.norm(dim=(-2, -1), keepdim=True)
-    second_moment.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta2)
-    update.mul_(second_moment.clamp(min=1e-10).rsqrt())
-    update.mul_(norm / update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    # NorMuon: divide each neuron by its running scale, and give the matrix its old norm back. All that takes is the
+    # neurons' mean squares, so the matrix itself is read and written once
+    squares = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.size(-1)  # (K, M, 1)
+    second_moment.lerp_(squares, 1 - beta2)
+    factor = second_moment.clamp(min=1e-10).rsqrt()
+    factor *= (squares.sum(dim=-2, keepdim=True) / (squares * factor.square()).sum(dim=-2, keepdim=True)
+               .clamp(min=1e-20)).sqrt()
     # a tall matrix (more outputs than inputs) needs a larger step for the same change of its outputs
-    scale = max(1.0, params.size(-2) / params.size(-1)) ** 0.5
-    agrees = (update * params) > 0
-    params.sub_(params * agrees * (lr * weight_decay)).sub_(update * (lr * scale))
+    update.mul_(factor * (lr * max(1.0, params.size(-2) / params.size(-1)) ** 0.5))
+    if torch.is_tensor(weight_decay) or weight_decay:
+        agrees = (update * params) > 0
+        update.addcmul_(params, agrees * (lr * weight_decay))
+    params.sub_(update)
 
 
 class DistMuon(torch.optim.Optimizer):
