@@ -1,6 +1,7 @@
 """The web server in process: what its endpoints answer."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_a_stream_says_what_the_whole_response_says(client):
     assert stream[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert stream[0]["nanochat"] == whole["nanochat"] == {"seed": 3, "max_context": 128, "dropped_messages": 0}
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in stream}) == 1
+
+
+def test_a_stream_with_nothing_to_say_shows_that_it_lives(client, monkeypatch):
+    def forward(lane):
+        time.sleep(0.1)
+        real(lane)
+    real = Lane.forward
+    monkeypatch.setattr(Lane, "forward", forward)
+    monkeypatch.setattr("nanochat.service.PING_S", 0.02)
+    response = chat(client, stream=True, max_tokens=3)
+    assert response.text.count(": ping\n\n") >= 3 and chunks(response)[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_greedy_chat_equals_the_engine(client, service, tokenizer):
