@@ -50,8 +50,8 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, bet
     # Nesterov: look ahead along the averaged gradient
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
-    # NorMuon: divide each neuron by its running scale, and give the matrix its old norm back. All that takes is the
-    # neurons' mean squares, so the matrix itself is read and written once
+    # NorMuon: divide each neuron by its running scale, and give the matrix its old norm back. Both follow
+    # from the neurons' mean squares, so the matrix is scaled once and no other of its size is made
     squares = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.size(-1)  # (K, M, 1)
     second_moment.lerp_(squares, 1 - beta2)
     factor = second_moment.clamp(min=1e-10).rsqrt()
