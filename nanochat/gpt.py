@@ -30,6 +30,7 @@ from nanochat.precision import (
     packed_linear,
     packs,
 )
+from rustbpe import capped_cross_entropy
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -41,7 +42,6 @@ ROPE_BASE = 10000.0
 # Not cuDNN's, the fastest where training is compiled for one shape: it is compiled anew for every length
 # (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-EAGER_BLOCK = 2**20  # logits a CPU works on at once: 4 MB of float32, twice
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 
@@ -243,25 +243,15 @@ def _chunk_loss_and_grad(logits, targets, weights):
     return loss, (p * (1 - t * t)).to(logits.dtype)
 
 
-def _chunk_loss_and_grad_eager(logits, targets, weights):
-    """
-    The same for a device without a compiler: the gradient takes the place of the logits, and the float32 work is done
-    in blocks of rows that stay in the processor's cache, in as few passes as there are functions for. With
-    r = (1 - tanh(x / 15)) / 2, one sigmoid, the capped logit is 15 - 30 r and the cap's derivative 4 r (1 - r); the
-    constant 15 drops out of the loss.
-    """
-    rows = max(1, EAGER_BLOCK // logits.size(1))
-    r_block, p_block = torch.empty(2, rows, logits.size(1), device=logits.device)
-    losses = []
-    for x, y, w in zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True):
-        r, p, index, w = r_block[: len(x)], p_block[: len(x)], y[:, None], w[:, None]
-        r.copy_(x).mul_(-2 / LOGIT_CAP).sigmoid_()
-        torch.mul(r, -2 * LOGIT_CAP, out=p).exp_()
-        Z = p.sum(dim=-1, keepdim=True)
-        losses.append((Z.log() + 2 * LOGIT_CAP * r.gather(1, index)) * w)
-        p.mul_(4 * w / Z).scatter_add_(1, index, -4 * w)
-        x.copy_(torch.ops.aten.sigmoid_backward.grad_input(p, r, grad_input=p))  # p r (1 - r)
-    return torch.cat(losses).squeeze(1), logits
+def _chunk_loss_and_grad_cpu(logits, targets, weights):
+    """The same by the native extension, in one pass over each row; the gradient takes the place of the logits."""
+    if logits.device.type != "cpu" or logits.dtype == torch.float16:
+        return _chunk_loss_and_grad(logits, targets, weights)
+    losses = torch.empty(len(logits))
+    logits, targets, weights = logits.contiguous(), targets.contiguous(), weights.contiguous()
+    addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
+    capped_cross_entropy(*addresses, logits.dtype == torch.bfloat16, *logits.shape, LOGIT_CAP, torch.get_num_threads())
+    return losses, logits
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -318,7 +308,7 @@ class GPT(nn.Module):
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
-        self._chunk_fn = _chunk_loss_and_grad_eager
+        self._chunk_fn = _chunk_loss_and_grad_cpu
         self._decode_block = Block.forward
 
     # -- initialisation
@@ -382,7 +372,8 @@ class GPT(nn.Module):
         """
         for block in self.transformer.h:  # static shapes: one or two batch sizes occur, kernels for any are slower
             block.compile(dynamic=False)
-        self._chunk_fn = torch.compile(_chunk_loss_and_grad, dynamic=False)
+        if self.device.type != "cpu":
+            self._chunk_fn = torch.compile(_chunk_loss_and_grad, dynamic=False)
 
     def compile_decoding(self):
         """Compile the step of one token per row, as graphs.py records it, of a model in the compute dtype on a GPU."""

@@ -17,6 +17,7 @@ and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 import time
 from functools import partial
 
+from nanochat.bigrams import SHORT_RUN, start_from_pairs
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
     Ema,
@@ -67,6 +68,7 @@ crop: bool = False                       # drop the tail of a document cut at a 
 depth: int = 20                          # layers; width = 64 * depth and everything else follows
 max_seq_len: int = 2048                  # context length T in tokens
 head_dim: int = 128                      # size of an attention head; a tiny model wants more and smaller ones
+head_start: bool | None = None           # count pairs of tokens first (nanochat/bigrams.py); None = in a short run
 # Horizon: the first that is > 0 decides
 num_iterations: int = -1                 # optimizer steps
 target_flops: float = -1.0               # total training FLOPs
@@ -74,8 +76,8 @@ target_param_data_ratio: float = 20.0    # training tokens per parameter (Chinch
 # Optimization
 device_batch_size: int = -1              # rows per micro-batch; -1 = what the device's memory holds
 total_batch_size: int = -1               # tokens per optimizer step over all ranks; -1 = derived from the horizon
-embedding_lr: float = 0.3                # Adam, token embedding; scaled by 1 / sqrt(width / 768)
-unembedding_lr: float = 0.004            # Adam, output head; scaled likewise
+embedding_lr: float = -1.0               # Adam, token embedding, x 1 / sqrt(width / 768); -1 = 0.3, or 0.01 if counted
+unembedding_lr: float = -1.0             # Adam, output head, scaled likewise; -1 = 0.004, or 0.0003 if counted
 matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
 weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
 warmup_iters: int = 10                   # steps of linear learning rate warmup
@@ -91,6 +93,7 @@ resume_from_step: int = -1               # step to go on from; -2 = the latest c
 model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
 compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
 
+LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
 FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim")  # settings that a resumed run cannot change
 
 # -----------------------------------------------------------------------------
@@ -118,10 +121,6 @@ def main():
     else:
         tokenizer, model = manager.load_tokenizer(step), manager.load_model(device, step)
     token_bytes = get_token_bytes(device, tokenizer)
-    if get_precision(device.type) == "fp8":
-        model.use_fp8()
-    if compiles(device, compile):
-        model.compile()
     num_params, flops_per_token = model.num_params(), model.estimate_flops()
     print0(f"model: {model.config} | parameters: {num_params:,} | FLOPs per token: {flops_per_token:.3e}")
 
@@ -136,15 +135,29 @@ def main():
            f"of {ddp_world_size} ranks | steps: {iterations:,} (from {rule}) | tokens: {iterations * batch_tokens:,} "
            f"({iterations * batch_tokens / num_params:.1f} per parameter)")
 
-    # Optimizers
+    # Head start: the next token given one, from counts
+    spans = get_spans(data, "train")
+    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
+    if state is None:
+        progress["head_start"] = iterations * batch_tokens in SHORT_RUN if head_start is None else head_start
+        if progress["head_start"]:
+            progress["train_s"] += start_from_pairs(model, tokenizer, spans, seed)
+    if get_precision(device.type) == "fp8":
+        model.use_fp8()
+    if compiles(device, compile):
+        model.compile()
+
+    # Optimizers: a table that was counted is spoiled at the rates of one that has to be learned
     decay = weight_decay * (12 / depth) ** 2
-    optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
+    rates = COUNTED_LRS if progress.get("head_start") else LEARNED_LRS
+    rates = [rate if lr < 0 else lr for lr, rate in zip((embedding_lr, unembedding_lr), rates, strict=True)]
+    print0(f"learning rates: embedding {rates[0]}, head {rates[1]}, matrices {matrix_lr} | weight decay: {decay:.3g}")
+    optimizers = model.setup_optimizers(*rates, matrix_lr, compile=compile)
     scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
-    spans = get_spans(data, "train")
     loader = training_rows(tokenizer, spans, max_seq_len, seed, state and state["loader"], crop)
     val_rows = eval_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
@@ -152,7 +165,6 @@ def main():
     # State of the loop
     peak_flops, peak_source = get_peak_flops(device, get_precision_dtype(device.type))
     print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
-    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, describe_spans(spans), device)
     samples, timed_from = [], None

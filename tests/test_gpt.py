@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, IGNORE, GPTConfig, _ShortAttention
+from nanochat.gpt import (
+    GPT,
+    IGNORE,
+    GPTConfig,
+    _chunk_loss_and_grad,
+    _chunk_loss_and_grad_cpu,
+    _ShortAttention,
+)
 from nanochat.precision import get_autocast_ctx
 from scripts.export_hf import hf_weights
 from tests.tiny import tiny_model
@@ -67,6 +74,33 @@ def test_logits_equal_transformers(n_kv_head):
 def plain_loss(model, x, y, reduction):
     """Cross-entropy of the full logits, by torch alone."""
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])  # 2^-8 of a gradient of 1
+@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (3, 33, 2), (5, 1000, 8), (64, 4099, 3)])
+def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, vocab, threads, dtype, atol):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    logits = (torch.randn(rows, vocab) * 20).to(dtype)  # far into the cap, too
+    logits[0, 0], logits[-1, -1] = 1e30, -1e30
+    targets, weights = torch.randint(vocab, (rows,)), torch.rand(rows)
+    weights[rows // 2] = 0.0
+    losses, gradient = _chunk_loss_and_grad(logits.float(), targets, weights)
+    cpu_losses, cpu_gradient = _chunk_loss_and_grad_cpu(logits.clone(), targets, weights)
+    assert torch.allclose(cpu_losses, losses, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpus_loss_hides_no_nan(dtype):
+    logits = torch.zeros(3, 50, dtype=dtype)
+    logits[1, 7] = torch.nan
+    losses, gradient = _chunk_loss_and_grad_cpu(logits, torch.tensor([1, 2, 3]), torch.ones(3))
+    assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()
+
+
+def test_the_cpus_loss_refuses_a_target_outside_the_vocabulary():
+    with pytest.raises(ValueError, match="vocabulary of 50"):
+        _chunk_loss_and_grad_cpu(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
 
 
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(monkeypatch):

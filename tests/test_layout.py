@@ -21,7 +21,7 @@ ROOMS = {
     "serving": ["common", "engine"], "protocol": [],
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "precision", "gpt", "tokenizer"],
-    "training": ["common", "precision", "dataloader"],
+    "training": ["common", "precision", "dataloader"], "bigrams": ["common", "precision", "dataloader", "training"],
 }
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
@@ -96,7 +96,7 @@ def test_other_files_stay_within_their_budget(name):
 
 def test_the_rust_crate_stays_under_its_budget():
     sources = [p for p in (ROOT / "rustbpe" / "src").glob("*.rs")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1250
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1450
 
 
 def test_importing_everything_does_nothing(tmp_path):

@@ -86,6 +86,17 @@ def test_optional_evaluations_off_still_save_and_resume():
     run_stage("base", eval_every=-1, sample_every=-1, save_every=-1, model_tag="plain", resume_from_step=-2)
 
 
+def test_a_run_with_a_head_start_resumes_without_another(capsys):
+    run_stage("base", model_tag="counted", head_start=True)
+    assert "head start: 160/160" in capsys.readouterr().out
+    unbroken, plain = curve("base", "counted"), curve("base")
+    assert unbroken[0]["val/bpb"] < plain[0]["val/bpb"] - 0.5
+    run_stage("base", model_tag="counted", resume_from_step=2)  # and with the same rates, although nothing is said
+    out = capsys.readouterr().out
+    assert curve("base", "counted") == unbroken
+    assert "head start:" not in out and "learning rates: embedding 0.01, head 0.0003" in out
+
+
 def test_an_evaluation_that_fails_does_not_cost_the_run(monkeypatch, capsys):
     def fail(*args):
         raise torch.OutOfMemoryError("pretended")

@@ -4,6 +4,7 @@
 //! applies them. None of these knows Python; `py` is the extension module.
 
 mod encode;
+mod loss;
 mod py;
 mod split;
 mod train;

@@ -2,6 +2,7 @@
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
 use crate::encode::Encoder;
+use crate::loss::{loss_and_gradient, Bf16, Rows};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::learn_tokens;
 use crate::words::{count_words, Batch};
@@ -207,8 +208,47 @@ fn fill(py: Python<'_>, stream: &mut Option<Py<PyIterator>>, batch: &mut Batch, 
     Ok(!batch.ends.is_empty())
 }
 
+/// Softmax cross-entropy of logits capped by cap * tanh(x / cap), times a weight a row, on `num_threads` threads.
+/// Takes the addresses of contiguous tensors that no one else uses meanwhile: logits (rows, width) in bfloat16 or
+/// float32, which become their gradient, targets (rows,) int64, weights (rows,) and losses (rows,) float32, the result.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn capped_cross_entropy(
+    py: Python<'_>,
+    logits: usize,
+    targets: usize,
+    weights: usize,
+    losses: usize,
+    is_bfloat16: bool,
+    rows: usize,
+    width: usize,
+    cap: f32,
+    num_threads: usize,
+) -> Result<()> {
+    if rows == 0 {
+        return Ok(());
+    }
+    // sound if the caller keeps to the contract above: tensors are aligned, initialised, and do not overlap
+    let targets = unsafe { std::slice::from_raw_parts(targets as *const i64, rows) };
+    let weights = unsafe { std::slice::from_raw_parts(weights as *const f32, rows) };
+    let losses = unsafe { std::slice::from_raw_parts_mut(losses as *mut f32, rows) };
+    if targets.iter().any(|&target| target as usize >= width) {
+        return Err(format!("a target is outside the vocabulary of {width} tokens").into());
+    }
+    py.detach(|| {
+        if is_bfloat16 {
+            let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut Bf16, rows * width) };
+            loss_and_gradient(Rows { logits, targets, weights, losses }, cap, num_threads);
+        } else {
+            let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut f32, rows * width) };
+            loss_and_gradient(Rows { logits, targets, weights, losses }, cap, num_threads);
+        }
+    });
+    Ok(())
+}
+
 #[pymodule(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::Tokenizer;
+    use super::{capped_cross_entropy, Tokenizer};
 }

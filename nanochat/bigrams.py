@@ -1,0 +1,113 @@
+"""
+A head start for pretraining: which token follows which.
+
+The blocks of a new model add nothing yet, so it is an embedding, two norms and a head: a table, of rank C, of the next
+token given one. What this table should say can be counted over tens of millions of tokens in seconds. Training would
+learn it from a few examples at a time, at rates that the noise of rare tokens sets, and that takes most of a short run.
+So embedding and head are fitted to the counts first. Each step draws contexts at random and shows for each of them
+*all* that followed it anywhere, as one soft target: no noise but the draw, and no blocks to run through.
+
+What it brings, and where: dev/LOG.md.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanochat.common import Ema, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
+from nanochat.dataloader import to_device, token_documents
+from nanochat.precision import get_autocast_ctx
+from nanochat.training import set_rates
+
+SHORT_RUN = range(2**20, 2**26)  # tokens of the runs that start this way if nothing else is said: about those measured
+MAX_TOKENS = 2**25  # counted: 256 MB of pairs while they are sorted
+CONTEXTS = 1024     # a step
+STEPS = 160
+REPORTS = 4         # lines of progress
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """
+    How often which token follows which. The followers of token a and their counts are next_ids[s] and counts[s] with
+    s = slice(starts[a], starts[a + 1]); totals[a] is the sum of these counts.
+    """
+    starts: np.ndarray    # (V + 1,) int64
+    next_ids: np.ndarray  # (pairs,) int64
+    counts: np.ndarray    # (pairs,) int64
+    totals: np.ndarray    # (V,) int64
+
+    def soft_targets(self, contexts):
+        """For contexts (R,): (row, next token, its share of the row's followers) of every pair, (N,) each."""
+        lengths = self.starts[contexts + 1] - self.starts[contexts]
+        rows = np.repeat(np.arange(len(contexts)), lengths)
+        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # where a row's pairs are, less where they go
+        pairs = np.arange(len(rows)) + firsts[rows]
+        return rows, self.next_ids[pairs], (self.counts[pairs] / self.totals[contexts][rows]).astype(np.float32)
+
+
+def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
+    """Pairs of neighbouring tokens in documents, (position, ids) each, which <|bos|> parts, up to max_tokens tokens."""
+    pieces, total = [], 0
+    for _, ids in documents:
+        pieces += [[bos], ids]
+        total += 1 + len(ids)
+        if total >= max_tokens:
+            break
+    tokens = np.concatenate(pieces)[:max_tokens].astype(np.int64)
+    keys = tokens[:-1] * vocab_size + tokens[1:]
+    keys.sort()
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    contexts, next_ids = np.divmod(keys[firsts], vocab_size)
+    starts = np.searchsorted(contexts, np.arange(vocab_size + 1))
+    return Pairs(starts, next_ids, np.diff(firsts, append=len(keys)), np.bincount(tokens[:-1], minlength=vocab_size))
+
+
+def fit_pairs(model, pairs, seed, steps=STEPS):
+    """
+    Fit the embedding and the head of a new model to the counts. Contexts are drawn by the square root of their
+    frequency, so that rare ones are seen, and weighted by it, so that each counts as often as it occurs. Ranks share a
+    step's contexts.
+    """
+    optimizer = model.setup_optimizers()[0]
+    roots = np.sqrt(pairs.totals)
+    num_contexts = min(CONTEXTS, np.count_nonzero(roots))
+    rng, smooth_loss = np.random.default_rng(seed), Ema()
+    for step in range(steps):
+        contexts = rng.choice(len(roots), num_contexts, replace=False, p=roots / roots.sum())
+        weights = roots[contexts] / roots[contexts].sum()
+        mine = rank_slice(num_contexts, rank(), world_size())
+        loss = _add_gradients(model, pairs, contexts[mine], weights[mine])
+        set_rates([optimizer], lr_multiplier(step, steps, warmup_iters=0, warmdown_ratio=0.5))
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        smooth_loss.update(all_reduce_sum(loss).item())
+        if (step + 1) % (steps // min(steps, REPORTS)) == 0:
+            print0(f"head start: {step + 1:03d}/{steps} | loss: {smooth_loss.value:.5f} nats per pair")
+
+
+def _add_gradients(model, pairs, contexts, weights):
+    """Add the gradient of the weighted losses of contexts (R,); returns their sum as a tensor."""
+    rows, next_ids, shares = pairs.soft_targets(contexts)
+    inputs, rows, next_ids, shares, weights = (
+        to_device(array, model.device) for array in (contexts[:, None], rows, next_ids, shares, np.float32(weights)))
+    with get_autocast_ctx(model.device):
+        logits = model(inputs).squeeze(1)  # (R, V), float32
+    expected = torch.zeros_like(weights).index_add_(0, rows, shares * logits[rows, next_ids])
+    loss = (weights * (logits.logsumexp(dim=1) - expected)).sum()
+    (loss * CONTEXTS).backward()  # Adam looks at no scale, and 16 bits want one near 1
+    return loss.detach()
+
+
+def start_from_pairs(model, tokenizer, spans, seed):
+    """Count the pairs of tokens in the first documents of `spans` and fit a new model to them; returns the seconds."""
+    start = time.perf_counter()
+    documents = token_documents(tokenizer, spans, seed, epochs=1)
+    pairs = count_pairs(documents, tokenizer.get_bos_token_id(), tokenizer.get_vocab_size())
+    print0(f"head start: {pairs.totals.sum():,} pairs of tokens, {len(pairs.counts):,} different ones")
+    fit_pairs(model, pairs, seed)
+    seconds = time.perf_counter() - start
+    print0(f"head start: {seconds:.1f}s")
+    return seconds

@@ -1,0 +1,89 @@
+"""The head start: pairs are counted right, the fit comes close to what the counts allow, on any number of ranks."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.bigrams import count_pairs, fit_pairs
+from nanochat.common import compute_cleanup, compute_init
+from nanochat.gpt import GPT, GPTConfig
+from tests.ranks import on_ranks
+
+BOS, VOCAB = 31, 32
+
+
+def documents(count=40, length=50, seed=0):
+    """Random walks in which each token has three followers of unlike frequency, as a stream of (position, ids)."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        ids = [int(rng.integers(BOS))]
+        for _ in range(length - 1):
+            ids.append((3 * ids[-1] + int(rng.choice(3, p=[0.6, 0.3, 0.1]))) % BOS)
+        yield (0, 0, i), np.array(ids, dtype=np.int32)
+
+
+def counted(pairs):
+    return {(a, int(b)): int(n) for a in range(VOCAB) for s in [slice(pairs.starts[a], pairs.starts[a + 1])]
+            for b, n in zip(pairs.next_ids[s], pairs.counts[s], strict=True)}
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 777])
+def test_pairs_are_counted_as_a_loop_would(max_tokens):
+    stream = [int(token) for _, ids in documents() for token in (BOS, *ids)][:max_tokens]
+    expected = Counter(zip(stream[:-1], stream[1:], strict=True))
+    pairs = count_pairs(documents(), BOS, VOCAB, max_tokens)
+    assert counted(pairs) == expected
+    assert pairs.totals.tolist() == [sum(n for (a, _), n in expected.items() if a == token) for token in range(VOCAB)]
+
+
+def test_soft_targets_are_shares_of_each_contexts_followers():
+    pairs = count_pairs(documents(), BOS, VOCAB)
+    contexts = np.array([7, BOS, 3])
+    rows, next_ids, shares = pairs.soft_targets(contexts)
+    assert np.allclose(np.bincount(rows, shares), 1)
+    for row, token, share in zip(rows, next_ids, shares, strict=True):
+        a = int(contexts[row])
+        assert share == pytest.approx(counted(pairs)[a, int(token)] / pairs.totals[a])
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    return GPT.create(GPTConfig(8, VOCAB, n_layer=2, n_head=1, n_kv_head=1, n_embd=64), "cpu")
+
+
+def nats_per_pair(model, pairs):
+    with torch.no_grad():
+        log_p = model(torch.arange(VOCAB)[:, None]).squeeze(1).log_softmax(dim=1)
+    return -sum(n * log_p[a, b].item() for (a, b), n in counted(pairs).items()) / pairs.totals.sum()
+
+
+def test_the_fit_comes_close_to_what_the_counts_allow():
+    pairs = count_pairs(documents(), BOS, VOCAB)
+    entropy = -sum(n * np.log(n / pairs.totals[a]) for (a, _), n in counted(pairs).items()) / pairs.totals.sum()
+    model = fresh_model()
+    blocks = [p.clone() for p in model.transformer.h.parameters()]
+    assert nats_per_pair(model, pairs) == pytest.approx(np.log(VOCAB), abs=1e-4)
+    fit_pairs(model, pairs, seed=0)
+    assert entropy < nats_per_pair(model, pairs) < entropy + 0.02
+    assert all(torch.equal(p, before) for p, before in zip(model.transformer.h.parameters(), blocks, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def fit_and_save(out):
+    rank, _, _, _ = compute_init("cpu")
+    model = fresh_model()
+    fit_pairs(model, count_pairs(documents(), BOS, VOCAB), seed=0, steps=10)
+    if rank == 0:
+        torch.save(model.state_dict(), out)
+    compute_cleanup()
+
+
+def test_any_number_of_ranks_fits_the_same(tmp_path):
+    for ranks in (1, 2, 3):
+        on_ranks(ranks, fit_and_save, tmp_path / f"{ranks}.pt")
+    one = torch.load(tmp_path / "1.pt")
+    for ranks in (2, 3):
+        other = torch.load(tmp_path / f"{ranks}.pt")
+        assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
