@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanochat.common import Ema, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
+from nanochat.common import Ema, UserError, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
 from nanochat.dataloader import to_device, token_documents
 from nanochat.precision import get_autocast_ctx
 from nanochat.training import set_rates
 
-SHORT_RUN = range(2**20, 2**26)  # tokens of the runs that start this way if nothing else is said: about those measured
-MAX_TOKENS = 2**25  # counted: 256 MB of pairs while they are sorted
+SHORT_RUN = range(2**20, 2**24)  # tokens of the runs that start this way if nothing else is said: those measured, about
+MAX_TOKENS = 2**25  # counted: 400 MB while they are sorted
 CONTEXTS = 1024     # a step
 STEPS = 160
 REPORTS = 4         # lines of progress
@@ -52,14 +52,16 @@ def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
     """Pairs of neighbouring tokens in documents, (position, ids) each, which <|bos|> parts, up to max_tokens tokens."""
     pieces, total = [], 0
     for _, ids in documents:
-        pieces += [[bos], ids]
+        pieces += [np.array([bos], dtype=ids.dtype), ids]
         total += 1 + len(ids)
         if total >= max_tokens:
             break
-    tokens = np.concatenate(pieces)[:max_tokens].astype(np.int64)
-    keys = tokens[:-1] * vocab_size + tokens[1:]
+    tokens = np.concatenate(pieces)[:max_tokens]
+    if len(tokens) < 2:
+        raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
+    keys = tokens[:-1] * np.int64(vocab_size) + tokens[1:]
     keys.sort()
-    firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+    firsts = np.concatenate(([0], 1 + np.flatnonzero(keys[1:] != keys[:-1])))
     contexts, next_ids = np.divmod(keys[firsts], vocab_size)
     starts = np.searchsorted(contexts, np.arange(vocab_size + 1))
     return Pairs(starts, next_ids, np.diff(firsts, append=len(keys)), np.bincount(tokens[:-1], minlength=vocab_size))
