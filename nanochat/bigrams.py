@@ -59,7 +59,9 @@ def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
     tokens = np.concatenate(pieces)[:max_tokens]
     if len(tokens) < 2:
         raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
-    keys = tokens[:-1] * np.int64(vocab_size) + tokens[1:]
+    keys = tokens[:-1].astype(np.int64)  # a pair as one number
+    keys *= vocab_size
+    keys += tokens[1:]
     keys.sort()
     firsts = np.concatenate(([0], 1 + np.flatnonzero(keys[1:] != keys[:-1])))
     contexts, next_ids = np.divmod(keys[firsts], vocab_size)

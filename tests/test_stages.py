@@ -158,6 +158,15 @@ def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
     assert sizes[1] == sizes[0] + 3
 
 
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_word_problems_can_be_kept_for_rl(stage, capsys):
+    sizes = []
+    for gsm8k_size in (-1, 2, 0):
+        run_stage(stage, gsm8k_size=gsm8k_size, num_iterations=1, eval_every=-1)
+        sizes.append(int(re.search(r"mixture: (\d+) conversations", capsys.readouterr().out)[1]))
+    assert sizes[0] - sizes[1] == len(GSM8K(split="train")) - 2 > 0 and sizes[1] - sizes[2] == 2
+
+
 def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypatch):
     def roll_out(engine, task, step):
         rows.extend(real(engine, task, step)[0])
