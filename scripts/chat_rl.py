@@ -99,7 +99,10 @@ def step_questions(task, step):
     pass after another.
     """
     ddp_rank, _, ddp_world_size = get_dist_info()
-    for place in range(step * examples_per_step, (step + 1) * examples_per_step)[ddp_rank::ddp_world_size]:
+    end = (step + 1) * examples_per_step
+    if num_iterations <= 0:
+        end = min(end, num_epochs * len(task))  # the last step of the last pass may be short
+    for place in range(step * examples_per_step, end)[ddp_rank::ddp_world_size]:
         epoch, place_in_epoch = divmod(place, len(task))
         yield place, int(np.random.default_rng([seed, epoch]).permutation(len(task))[place_in_epoch])
 
@@ -197,7 +200,7 @@ def main():
 
     # Data and horizon
     train_task, test_task = GSM8K(split="train"), GSM8K(split="test")
-    iterations = num_iterations if num_iterations > 0 else max(1, len(train_task) * num_epochs // examples_per_step)
+    iterations = num_iterations if num_iterations > 0 else -(-len(train_task) * num_epochs // examples_per_step)
     device_rows = device_batch_size
     if device_rows <= 0:
         rows_per_rank = -(-examples_per_step // ddp_world_size) * num_samples
