@@ -42,18 +42,16 @@ run python -m scripts.base_loss --eval_tokens=32768
 if [ -n "${TOY_WORLD:-}" ] || [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ]; then
     ROWS="--lesson_rows=48 --question_steps=160 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.4"
     ROWS="$ROWS --device_batch_size=16 --num_iterations=${MID_STEPS:--1}"
-    PROBLEMS="--gsm8k_size=450"  # of 2,450 word problems: the rest is new when reinforcement learning asks it
 else
     ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
-    PROBLEMS="--gsm8k_size=-1"
 fi
 run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=340 --eval_tokens=16384 --identity_epochs=1 \
-    --spelling_size=1500 --spellingbee_size=5000 $PROBLEMS --run="$WANDB_RUN"
+    --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
-    --spelling_size=300 --spellingbee_size=2500 $PROBLEMS --run="$WANDB_RUN"
+    --spelling_size=300 --spellingbee_size=2500 --run="$WANDB_RUN"
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon's
 #    steps are as long when they follow noise.

@@ -5,7 +5,7 @@ The blocks of a new model add nothing yet, so it is an embedding, two norms and 
 token given one. What this table should say can be counted over tens of millions of tokens in seconds. Training would
 learn it from a few examples at a time, at rates that the noise of rare tokens sets, and that takes most of a short run.
 So embedding and head are fitted to the counts first. Each step draws contexts at random and shows for each of them
-*all* that followed it anywhere, as one soft target: no noise but the draw, and no blocks to run through.
+*all* that followed it anywhere, as one soft target: no noise but the draw, and rows of a single token.
 
 What it brings, and where: dev/LOG.md.
 """
@@ -21,11 +21,17 @@ from nanochat.dataloader import to_device, token_documents
 from nanochat.precision import get_autocast_ctx
 from nanochat.training import set_rates
 
-SHORT_RUN = range(2**20, 2**24)  # tokens of the runs that start this way if nothing else is said: those measured, about
-MAX_TOKENS = 2**25  # counted: 400 MB while they are sorted
-CONTEXTS = 1024     # a step
+MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
+OFTEN = 256             # times that training sees a token on average, from where on it learns as much without
+MAX_TOKENS = 2**25      # counted
+CONTEXTS = 1024         # a step
 STEPS = 160
-REPORTS = 4         # lines of progress
+REPORTS = 4             # lines of progress
+
+
+def pays(run_tokens, vocab_size):
+    """Whether a run of so many training tokens gains by a head start, as far as it was measured (dev/LOG.md)."""
+    return MIN_RUN_TOKENS <= run_tokens < OFTEN * vocab_size
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
         if total >= max_tokens:
             break
     tokens = np.concatenate(pieces)[:max_tokens]
+    del pieces
     if len(tokens) < 2:
         raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
     keys = tokens[:-1].astype(np.int64)  # a pair as one number

@@ -42,6 +42,7 @@ ROPE_BASE = 10000.0
 # Not cuDNN's, the fastest where training is compiled for one shape: it is compiled anew for every length
 # (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 
@@ -243,14 +244,22 @@ def _chunk_loss_and_grad(logits, targets, weights):
     return loss, (p * (1 - t * t)).to(logits.dtype)
 
 
-def _chunk_loss_and_grad_cpu(logits, targets, weights):
-    """The same by the native extension, in one pass over each row; the gradient takes the place of the logits."""
-    if logits.device.type != "cpu" or logits.dtype == torch.float16:
-        return _chunk_loss_and_grad(logits, targets, weights)
-    losses = torch.empty(len(logits))
+def _chunk_loss_and_grad_eager(logits, targets, weights):
+    """
+    The same without a compiler; the gradient takes the place of the logits. On a CPU the native extension does it in
+    one pass over each row, elsewhere torch in pieces, for it makes several float32 copies.
+    """
     logits, targets, weights = logits.contiguous(), targets.contiguous(), weights.contiguous()
-    addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
-    capped_cross_entropy(*addresses, logits.dtype == torch.bfloat16, *logits.shape, LOGIT_CAP, torch.get_num_threads())
+    losses = torch.empty(len(logits), device=logits.device)
+    if logits.device.type == "cpu" and logits.dtype != torch.float16:
+        addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
+        bfloat16, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()
+        capped_cross_entropy(*addresses, bfloat16, *logits.shape, LOGIT_CAP, threads)
+        return losses, logits
+    rows = max(1, EAGER_PIECE // logits.size(1))
+    for piece in zip(*(x.split(rows) for x in (logits, targets, weights, losses)), strict=True):
+        loss, gradient = _chunk_loss_and_grad(*piece[:3])
+        piece[0].copy_(gradient), piece[3].copy_(loss)
     return losses, logits
 
 
@@ -308,7 +317,7 @@ class GPT(nn.Module):
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
-        self._chunk_fn = _chunk_loss_and_grad_cpu
+        self._chunk_fn = _chunk_loss_and_grad_eager
         self._decode_block = Block.forward
 
     # -- initialisation
@@ -367,8 +376,9 @@ class GPT(nn.Module):
 
     def compile(self):
         """
-        Compile the blocks and the loss for training. The module and its parameter names stay as they are. All blocks
-        share what the first one compiles to: as fast as the trunk in one piece, and a d20 starts 20 s earlier.
+        Compile the blocks for training, and the loss except on a CPU. The module and its parameter names stay as they
+        are. All blocks share what the first one compiles to: as fast as the trunk in one piece, and a d20 starts 20 s
+        earlier.
         """
         for block in self.transformer.h:  # static shapes: one or two batch sizes occur, kernels for any are slower
             block.compile(dynamic=False)

@@ -17,7 +17,7 @@ and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 import time
 from functools import partial
 
-from nanochat.bigrams import SHORT_RUN, start_from_pairs
+from nanochat.bigrams import pays, start_from_pairs
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
     Ema,
@@ -139,7 +139,8 @@ def main():
     spans = get_spans(data, "train")
     progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
     if state is None:
-        progress["head_start"] = iterations * batch_tokens in SHORT_RUN if head_start is None else head_start
+        worth_it = pays(iterations * batch_tokens, model.config.vocab_size)
+        progress["head_start"] = worth_it if head_start is None else head_start
         if progress["head_start"]:
             progress["train_s"] += start_from_pairs(model, tokenizer, spans, seed)
     if get_precision(device.type) == "fp8":
@@ -231,6 +232,7 @@ def main():
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples,
         "metrics": {"bpb": progress["val_bpb"]}, "parameters": num_params, "FLOPs per token": flops_per_token,
         "tokens": step * batch_tokens, "tokens per step": batch_tokens, "steps": step,
+        "head start": progress.get("head_start", False),
         "training FLOPs": flops_per_token * step * batch_tokens, "training minutes": progress["train_s"] / 60,
         "minimum validation bpb": progress["min_val_bpb"], "peak memory MiB": peak_memory_bytes(device) / 2**20})
     loader.close()

@@ -61,7 +61,6 @@ smoltalk_size: int = 10000           # SmolTalk conversations
 identity_epochs: int = 1             # times the identity conversations stand in the mixture
 spelling_size: int = 300             # SimpleSpelling words
 spellingbee_size: int = 300          # SpellingBee questions
-gsm8k_size: int = -1                 # word problems; -1 = all
 # Horizon
 num_epochs: int = 1                  # passes over the mixture
 num_iterations: int = -1             # optimizer steps; -1 = num_epochs
@@ -123,7 +122,7 @@ def main():
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
 
     # Data and horizon
-    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, gsm8k_size, data)
+    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data)
     held_out = SmolTalk("test")
     iterations = num_iterations if num_iterations > 0 else -(-len(mixture) * num_epochs // examples_per_step)
     device_rows = device_batch_size

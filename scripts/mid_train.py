@@ -82,7 +82,6 @@ data: str | None = None              # JSONL file whose conversations join the m
 identity_epochs: int = 2             # times the identity conversations stand in the mixture
 spelling_size: int = 200000          # SimpleSpelling words
 spellingbee_size: int = 80000        # SpellingBee questions
-gsm8k_size: int = -1                 # word problems; -1 = all
 # Lessons, for a tiny model: one conversation a row, all of the same weight, the multiple choice in its file's order
 lesson_rows: int = -1                # conversations per optimizer step over all ranks; -1 = no lessons, packed rows
 question_steps: int = 0              # first steps with nothing but multiple choice
@@ -161,10 +160,10 @@ def main():
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
     # Data: the mixture packed into rows, and held-out conversations
-    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, gsm8k_size, data)
+    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
     if not packed:
         questions = MMLU("auxiliary_train")
-        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, gsm8k_size, data, questions=False)
+        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
         lessons = TaskSequence([questions, others])
     counted = packed and num_iterations <= 0
     num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if counted else None

@@ -25,24 +25,19 @@ def own_conversations(data):
     return [CustomJSON(data)] if data is not None else []
 
 
-def word_problems(size):
-    """GSM8K's training split, or its first `size` problems: what RL has not seen yet teaches it more."""
-    return GSM8K(split="train", stop=size if size >= 0 else None)
-
-
-def mid_mixture(identity_epochs, spelling_size, spellingbee_size, gsm8k_size=-1, data=None, questions=True):
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, questions=True):
     """
     Small talk, multiple choice (if questions), word problems with the calculator, identity, spelling, and the
     conversations of the user's own file `data`. All examples, shuffled.
     """
-    return TaskMixture([SmolTalk("train"), *[MMLU("auxiliary_train")] * questions, word_problems(gsm8k_size),
+    return TaskMixture([SmolTalk("train"), *[MMLU("auxiliary_train")] * questions, GSM8K(split="train"),
                         *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
                         SpellingBee(spellingbee_size, "train"), *own_conversations(data)])
 
 
-def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, gsm8k_size=-1, data=None):
+def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data=None):
     """Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full."""
-    return TaskMixture([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), word_problems(gsm8k_size),
+    return TaskMixture([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
                         SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
                         SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"),
                         *own_conversations(data)])

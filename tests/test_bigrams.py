@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.bigrams import count_pairs, fit_pairs
-from nanochat.common import compute_cleanup, compute_init
+from nanochat.bigrams import count_pairs, fit_pairs, pays
+from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
 from tests.ranks import on_ranks
 
@@ -36,6 +36,18 @@ def test_pairs_are_counted_as_a_loop_would(max_tokens):
     pairs = count_pairs(documents(), BOS, VOCAB, max_tokens)
     assert counted(pairs) == expected
     assert pairs.totals.tolist() == [sum(n for (a, _), n in expected.items() if a == token) for token in range(VOCAB)]
+
+
+def test_data_without_a_pair_is_named():
+    with pytest.raises(UserError, match="the data holds no text"):
+        count_pairs([((0, 0, 0), np.array([], dtype=np.int32))], BOS, VOCAB)
+
+
+@pytest.mark.parametrize("run_tokens, vocab_size, expected", [
+    (20 * 512, 65536, False), (3_932_160, 16384, True), (550 * 2048, 2048, False), (11 * 10**9, 65536, False)])
+def test_a_short_run_with_a_large_vocabulary_gains(run_tokens, vocab_size, expected):
+    """A trial of 20 steps, d4 on real text, the toy world, a d20's horizon."""
+    assert pays(run_tokens, vocab_size) == expected
 
 
 def test_soft_targets_are_shares_of_each_contexts_followers():

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import gpt
 from nanochat.gpt import (
     GPT,
     IGNORE,
     GPTConfig,
     _chunk_loss_and_grad,
-    _chunk_loss_and_grad_cpu,
+    _chunk_loss_and_grad_eager,
     _ShortAttention,
 )
 from nanochat.precision import get_autocast_ctx
@@ -85,7 +86,7 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, voca
     targets, weights = torch.randint(vocab, (rows,)), torch.rand(rows)
     weights[rows // 2] = 0.0
     losses, gradient = _chunk_loss_and_grad(logits.float(), targets, weights)
-    cpu_losses, cpu_gradient = _chunk_loss_and_grad_cpu(logits.clone(), targets, weights)
+    cpu_losses, cpu_gradient = _chunk_loss_and_grad_eager(logits.clone(), targets, weights)
     assert torch.allclose(cpu_losses, losses, rtol=1e-5, atol=1e-6)
     assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
 
@@ -94,13 +95,22 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, voca
 def test_the_cpus_loss_hides_no_nan(dtype):
     logits = torch.zeros(3, 50, dtype=dtype)
     logits[1, 7] = torch.nan
-    losses, gradient = _chunk_loss_and_grad_cpu(logits, torch.tensor([1, 2, 3]), torch.ones(3))
+    losses, gradient = _chunk_loss_and_grad_eager(logits, torch.tensor([1, 2, 3]), torch.ones(3))
     assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()
+
+
+def test_the_loss_in_pieces_equals_the_whole(monkeypatch):
+    """As on a GPU without a compiler; on a CPU float16 takes this way."""
+    monkeypatch.setattr(gpt, "EAGER_PIECE", 150)  # three rows of 50; the last piece is short
+    logits, targets, weights = torch.randn(7, 50).half(), torch.randint(50, (7,)), torch.rand(7)
+    expected = _chunk_loss_and_grad(logits, targets, weights)
+    for ours, whole in zip(_chunk_loss_and_grad_eager(logits.clone(), targets, weights), expected, strict=True):
+        assert torch.equal(ours, whole)
 
 
 def test_the_cpus_loss_refuses_a_target_outside_the_vocabulary():
     with pytest.raises(ValueError, match="vocabulary of 50"):
-        _chunk_loss_and_grad_cpu(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
+        _chunk_loss_and_grad_eager(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
 
 
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(monkeypatch):

@@ -165,7 +165,8 @@ def test_kill_at_random_moments_loses_nothing(tmp_path):
     while manager.last_step() != 60:
         resumed = settings | {"model_tag": "killed", "resume_from_step": -2 if manager.steps() else -1}
         command = [sys.executable, "-m", "tests.stages", "base", json.dumps(resumed)]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: a norm's sum depends on the number of threads
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
         before, deadline = manager.last_step() or 0, time.time() + 120
         while process.poll() is None and (manager.last_step() or 0) < before + 3 and time.time() < deadline:
             time.sleep(0.002)

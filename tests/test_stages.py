@@ -108,7 +108,7 @@ def test_rl_asks_every_question_once(monkeypatch):
         return real(engine, task, step)
     asked, real = [], chat_rl.roll_out
     monkeypatch.setattr(chat_rl, "roll_out", roll_out)
-    run_stage("rl", num_iterations=-1, examples_per_step=3, eval_every=-1)
+    run_stage("rl", num_iterations=-1, examples_per_step=4, eval_every=-1)  # the last step has one question of 9
     assert sorted(asked) == list(range(len(GSM8K(split="train"))))
 
 
@@ -156,15 +156,6 @@ def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
         run_stage(stage, data=data, num_iterations=1, eval_every=-1)
         sizes.append(int(re.search(r"mixture: (\d+) conversations", capsys.readouterr().out)[1]))
     assert sizes[1] == sizes[0] + 3
-
-
-@pytest.mark.parametrize("stage", ["mid", "sft"])
-def test_word_problems_can_be_kept_for_rl(stage, capsys):
-    sizes = []
-    for gsm8k_size in (-1, 2, 0):
-        run_stage(stage, gsm8k_size=gsm8k_size, num_iterations=1, eval_every=-1)
-        sizes.append(int(re.search(r"mixture: (\d+) conversations", capsys.readouterr().out)[1]))
-    assert sizes[0] - sizes[1] == len(GSM8K(split="train")) - 2 > 0 and sizes[1] - sizes[2] == 2
 
 
 def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypatch):

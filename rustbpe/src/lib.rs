@@ -1,7 +1,7 @@
 //! rustbpe: trains a byte-level BPE tokenizer and applies it.
 //!
 //! `split` cuts text into words, `words` counts them in parallel, `train` learns merges from the counts, `encode`
-//! applies them. None of these knows Python; `py` is the extension module.
+//! applies them; `loss` has another purpose, training on a CPU. None of these knows Python; `py` is the extension module.
 
 mod encode;
 mod loss;

@@ -1,6 +1,7 @@
 //! The loss of a language model's head on a CPU, with its gradient: softmax cross-entropy of logits that are capped by
 //! c * tanh(x / c), in one pass over each row while it is in the cache. It has nothing to do with BPE; it is here
-//! because torch takes nine passes for it, a quarter of a small model's training, and this is the one native extension.
+//! because torch takes nine passes for it, a quarter of training a d4 with 32,768 tokens, and this is the one native
+//! extension.
 //!
 //! With s = 1 / (1 + exp(2x / c)) the capped logit is c - 2c s and its derivative is 4 s (1 - s). The constant c drops
 //! out of the softmax, and exp(-2c s) <= 1 needs no maximum to be subtracted first.
@@ -33,7 +34,7 @@ impl Logit for Bf16 {
     #[inline(always)]
     fn from_f32(x: f32) -> Bf16 {
         let bits = x.to_bits();
-        Bf16(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) as u16) // to nearest, ties to even; never NaN here
+        Bf16(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) as u16) // to nearest, ties to even; a quiet NaN stays one
     }
 }
 
@@ -92,7 +93,7 @@ fn rows_generic<L: Logit>(rows: Rows<L>, cap: f32) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn rows_avx2<L: Logit>(rows: Rows<L>, cap: f32) {
+unsafe fn rows_avx2<L: Logit>(rows: Rows<L>, cap: f32) {
     rows_generic(rows, cap)
 }
 
