@@ -270,8 +270,9 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, row_weights, chunk_rows, chunk_fn):  # (N, C), (V, C), (N,), (N,)
-        dtype = x.dtype
+    def forward(ctx, all_x, weight, targets, row_weights, chunk_rows, chunk_fn, used):
+        """all_x (N, C), weight (V, C), targets and row_weights (N,); used: indices of rows with a target or a slice."""
+        x, targets, row_weights, dtype = all_x[used], targets[used], row_weights[used], all_x.dtype
         w = weight.to(dtype)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
@@ -284,13 +285,15 @@ class _HeadLoss(torch.autograd.Function):
                 dw.addmm_(dlogits.T, x[s])
             else:
                 dw += dlogits.T @ x[s]
+        if len(x) < len(all_x):
+            dx = torch.zeros_like(all_x).index_copy_(0, used, dx)
         ctx.save_for_backward(dx, dw)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -445,11 +448,13 @@ class GPT(nn.Module):
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
             losses = [F.cross_entropy(self._logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
             return torch.cat(losses).view(shape)
-        counted = (targets != IGNORE).float()
-        row_weights = counted if weights is None else counted * weights.flatten()
+        counted = targets != IGNORE
+        row_weights = counted.float() if weights is None else counted * weights.flatten()
+        eager = self._chunk_fn is _chunk_loss_and_grad_eager  # compiled code wants the same shape every time
+        used = counted.nonzero()[:, 0] if eager else slice(None)
         with torch.autocast(x.device.type, enabled=False):
             weight = self.lm_head.weight[: self.config.vocab_size]
-            total = _HeadLoss.apply(x, weight, targets.clamp(min=0), row_weights, rows, self._chunk_fn)
+            total = _HeadLoss.apply(x, weight, targets.clamp(min=0), row_weights, rows, self._chunk_fn, used)
         return total if reduction == "sum" else total / counted.sum().clamp(min=1)
 
     def chunk_rows(self):
