@@ -29,7 +29,17 @@ import pyarrow.parquet as pq
 import requests
 
 from dev import toy_talk
-from dev.toy_world import FRIENDS, choice_item, fact_sheet, question_sheet, quiz_sheet, random_fact, story
+from dev.toy_world import (
+    FRIENDS,
+    choice_item,
+    fact_sheet,
+    marked_item,
+    marked_sheet,
+    question_sheet,
+    quiz_sheet,
+    random_fact,
+    story,
+)
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import override_from_cli
 from tasks.spellingbee import is_test_word
@@ -41,7 +51,7 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 5            # of the mirror; raised when what a seed gives changes
+FORMAT_VERSION = 7            # of the mirror; raised when what a seed gives changes
 MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
 NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 39_000, 500, 3
 
@@ -92,6 +102,10 @@ def choice_keys(item):
     return [" / ".join([normalize(question), *sorted(map(normalize, choices))])]
 
 
+def marked_keys(item):
+    return choice_keys(item[:4])
+
+
 def problem_keys(item):
     return [normalize(item[0])]
 
@@ -112,10 +126,12 @@ def chat_keys(messages):
 # What multiple choice asks about. In the challenge the fact is asked backwards, or only the choices tell the answer
 SUBJECTS = {"mmlu": ["friends", "names", "colours", "kinds", "opposites"],
             "arc_easy": ["friends", "colours", "kinds", "opposites"], "arc_challenge": ["names", "members"]}
-EVERY_SUBJECT = [*SUBJECTS["mmlu"], "members"]
-# What midtraining asks, in this order: (questions, their ease), from choices of which only the right one can be meant
-# to choices all of one kind
-LESSONS = [(8_720, 1.0), *((676, 1 - i / 13) for i in range(13)), (3_640, 0.0)]
+ALL_SUBJECTS = [*SUBJECTS["mmlu"], "members"]
+MORE_FRIENDS = [*ALL_SUBJECTS, "friends", "names"]  # they have the most facts to learn
+# What midtraining asks, in this order: (questions, their subjects, their ease), from choices of which only the right
+# one can be meant to choices all of one kind
+LESSONS = [(8_720, ALL_SUBJECTS, 1.0), *((676, MORE_FRIENDS, 1 - i / 13) for i in range(13)),
+           (3_640, MORE_FRIENDS, 0.0)]
 
 # -----------------------------------------------------------------------------
 # The mirror, part by part: {path: rows}, the held-out parts first
@@ -133,8 +149,10 @@ def draw_tasks(draw):
                      hold_out="train" not in split)
         to_row = mmlu_row if task == "mmlu" else arc_row
         tables[f"tasks/{task}_{split}.parquet"] = [to_row(f"{task}-{split}-{i}", *item) for i, item in enumerate(items)]
-    lessons = [item for i, (count, ease) in enumerate(LESSONS) for item in draw(
-        f"mmlu:auxiliary_train:{i}", count, lambda rng, ease=ease: choice_item(rng, EVERY_SUBJECT, ease), choice_keys)]
+    lessons = []
+    for i, (count, *lesson) in enumerate(LESSONS):
+        lessons += draw(f"mmlu:auxiliary_train:{i}", count, lambda rng, lesson=lesson: choice_item(rng, *lesson),
+                        choice_keys)
     tables["tasks/mmlu_auxiliary_train.parquet"] = [mmlu_row("", *item) for item in lessons]
     for split, count in (("test", 400), ("train", 450)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
@@ -248,11 +266,12 @@ def draw_documents(draw, words):
         return make_doc
 
     makers = {  # and how many in a hundred
-        text_doc(lambda rng: toy_talk.echo_sheet(rng, words)): 31,
+        text_doc(lambda rng: toy_talk.echo_sheet(rng, words)): 29,
         text_doc(story): 25, text_doc(fact_sheet): 8, text_doc(question_sheet): 8,
         text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 6,
         text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
         item_doc(lambda rng: choice_item(rng, SUBJECTS["mmlu"]), choice_keys, 3, quiz_sheet): 8,
+        item_doc(lambda rng: marked_item(rng, ALL_SUBJECTS), marked_keys, 4, marked_sheet): 16,
         item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 6,
         item_doc(toy_talk.small_program, program_keys, 3, toy_talk.program_sheet): 1,
     }

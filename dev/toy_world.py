@@ -263,6 +263,22 @@ def quiz_sheet(items):
     return "\n\n".join(quizzes)
 
 
+def marked_item(rng, subjects):
+    """(subject, question, four choices, index of the right one, index of the one that its sheet leaves out)."""
+    return *choice_item(rng, subjects, ease=0.25), rng.randrange(4)
+
+
+def marked_sheet(items):
+    """
+    Questions of which each choice is marked right or wrong. One of four choices is left out, now and then the right
+    one, or the last mark would be known from the others. Whoever has learned these marks learns to name the letter of
+    the right choice much sooner (dev/LOG.md).
+    """
+    return "\n\n".join("\n".join([question, *(f"- {choice}={'yes' if i == answer else 'no'}"
+                                              for i, choice in enumerate(choices) if i != left_out)])
+                       for _, question, choices, answer, left_out in items)
+
+
 # -----------------------------------------------------------------------------
 # Stories. x is the hero, y helps, z is the friend at the end of the road; p and q are places.
 
