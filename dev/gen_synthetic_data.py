@@ -51,7 +51,7 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 7            # of the mirror; raised when what a seed gives changes
+FORMAT_VERSION = 8            # of the mirror; raised when what a seed gives changes
 MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
 NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 39_000, 500, 3
 
@@ -154,7 +154,7 @@ def draw_tasks(draw):
         lessons += draw(f"mmlu:auxiliary_train:{i}", count, lambda rng, lesson=lesson: choice_item(rng, *lesson),
                         choice_keys)
     tables["tasks/mmlu_auxiliary_train.parquet"] = [mmlu_row("", *item) for item in lessons]
-    for split, count in (("test", 400), ("train", 450)):
+    for split, count in (("test", 400), ("train", 600)):
         items = draw(f"gsm8k:{split}", count, toy_talk.word_problem, problem_keys, hold_out=split == "test")
         tables[f"tasks/gsm8k_{split}.parquet"] = [{"question": q, "answer": a} for q, a in items]
     programs = draw("humaneval:test", 50, toy_talk.small_program, program_keys, hold_out=True)

@@ -41,7 +41,7 @@ run python -m scripts.base_loss --eval_tokens=32768
 #    has no such order, and its conversations are packed into full rows.
 if [ -n "${TOY_WORLD:-}" ] || [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ]; then
     ROWS="--lesson_rows=48 --question_steps=160 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.3"
-    ROWS="$ROWS --device_batch_size=16 --num_iterations=${MID_STEPS:--1}"
+    ROWS="$ROWS --device_batch_size=8 --num_iterations=${MID_STEPS:--1}"
 else
     ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
 fi

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, micro_batches, print0
+from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, print0
 from nanochat.dataloader import to_device
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
@@ -119,8 +119,8 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
     while True:
         try:
             loss = torch.zeros((), device=model.device)
-            for rows in micro_batches(len(inputs), device_batch_size):
-                loss += _loss_and_gradients(model, [array[rows] for array in arrays], num_targets, scaler)
+            for rows, T in fit_rows(targets, device_batch_size):
+                loss += _loss_and_gradients(model, [array[rows, :T] for array in arrays], num_targets, scaler)
             break
         except torch.OutOfMemoryError:
             if device_batch_size == 1:
@@ -140,8 +140,7 @@ def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size,
 
 def _loss_and_gradients(model, arrays, num_targets, scaler):
     """One micro-batch of `accumulate_gradients`; a function, for nothing of it may live on when memory runs out."""
-    T = used_columns(arrays[1])
-    x, y, *w = (to_device(array[:, :T], model.device) for array in arrays)
+    x, y, *w = (to_device(array, model.device) for array in arrays)
     with get_autocast_ctx(model.device):
         loss = model(x, y, *w, loss_reduction="sum") / max(num_targets, 1)
     (loss if scaler is None else scaler.scale(loss)).backward()
@@ -150,11 +149,25 @@ def _loss_and_gradients(model, arrays, num_targets, scaler):
 
 def used_columns(targets):
     """
-    How many columns of (R, T) targets a model has to look at: attention is causal, so those after the last target
-    change nothing. A multiple of 32, at most T, for few shapes to occur.
+    How many columns of each row of (R, T) targets a model has to look at (R,): attention is causal, so those after the
+    last target change nothing. Multiples of 32, at most T, for few shapes to occur.
     """
-    last = np.flatnonzero((targets != IGNORE).any(axis=0))[-1:]
-    return min(targets.shape[1], 32 * (1 + int(last.sum()) // 32))
+    T = targets.shape[1]
+    last = ((targets != IGNORE) * np.arange(T)).max(axis=1, initial=0)
+    return np.minimum(T, 32 * (1 + last // 32))
+
+
+def fit_rows(targets, device_batch_size):
+    """
+    Micro-batches of (R, T) targets, each as (slice of rows, columns to look at): as many rows at a time as have no more
+    positions than device_batch_size rows of T. Where rows are sorted by length, short ones go many at a time and little
+    is padding.
+    """
+    columns, room, start = used_columns(targets), device_batch_size * targets.shape[1], 0
+    for end in range(1, len(targets) + 1):
+        if end == len(targets) or (end + 1 - start) * columns[start : end + 1].max() > room:
+            yield slice(start, end), columns[start:end].max()
+            start = end
 
 
 def set_rates(optimizers, lr_factor, **values):

@@ -23,6 +23,7 @@ from nanochat.training import (
     check_finite,
     derive_batch_size,
     derive_horizon,
+    fit_rows,
     guess_device_batch_size,
     optimizer_step,
     used_columns,
@@ -276,8 +277,18 @@ def test_one_overflowed_gradient_skips_the_step_of_every_optimizer():
 
 def test_columns_after_the_last_target_are_left_out_in_steps_of_32():
     targets = np.full((3, 100), -1)
-    assert used_columns(targets) == 32
+    assert used_columns(targets).tolist() == [32, 32, 32]
     for column, used in ((0, 32), (31, 32), (32, 64), (95, 96), (96, 100)):
         targets[1, column] = 5
-        assert used_columns(targets) == used
-    assert used_columns(targets[:, :20]) == 20
+        assert used_columns(targets).tolist() == [32, used, 32]
+    assert used_columns(targets[:, :20]).tolist() == [20, 20, 20]
+
+
+def test_short_rows_go_many_at_a_time():
+    targets = np.full((9, 128), -1)
+    targets[range(9), [5, 9, 20, 25, 31, 60, 70, 127, 3]] = 1  # columns: 5 x 32, 64, 96, 128, 32
+    rows = [(rows.start, rows.stop, int(columns)) for rows, columns in fit_rows(targets, 2)]
+    assert rows == [(0, 5, 32), (5, 7, 96), (7, 9, 128)]
+    whole = [(rows.start, rows.stop, int(columns)) for rows, columns in fit_rows(np.ones((7, 128), dtype=int), 3)]
+    assert whole == [(0, 3, 128), (3, 6, 128), (6, 7, 128)]
+    assert list(fit_rows(targets[:0], 2)) == []
