@@ -74,7 +74,7 @@ temperature: float = 1.0             # of the samples; 1 = what the loss assumes
 top_k: int = 0                       # of the samples; 0 = off, what the loss assumes
 rollout_rows: int = 64               # answers generated at a time on each rank
 # Optimization
-device_batch_size: int = -1          # rows per micro-batch; -1 = what the device's memory holds
+device_batch_size: int = -1          # rows per micro-batch, more if they are short; -1 = what the memory holds
 embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
 matrix_lr: float = 0.02              # Muon, all matrices of the blocks

@@ -66,7 +66,7 @@ num_epochs: int = 1                  # passes over the mixture
 num_iterations: int = -1             # optimizer steps; -1 = num_epochs
 examples_per_step: int = 32          # conversations per optimizer step over all ranks
 # Optimization
-device_batch_size: int = -1          # rows per micro-batch; -1 = what the device's memory holds
+device_batch_size: int = -1          # rows per micro-batch, more if they are short; -1 = what the memory holds
 embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
 matrix_lr: float = 0.02              # Muon, all matrices of the blocks

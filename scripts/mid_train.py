@@ -90,7 +90,7 @@ question_share: float = 0.55         # part of multiple choice in the steps afte
 # Horizon
 num_iterations: int = -1             # optimizer steps; -1 = one pass over the mixture
 # Optimization
-device_batch_size: int = -1          # rows per micro-batch; -1 = what the device's memory holds
+device_batch_size: int = -1          # rows per micro-batch, more if they are short; -1 = what the memory holds
 total_batch_size: int = 524288       # tokens per optimizer step over all ranks
 embedding_lr: float = 0.2            # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: float = 0.004        # Adam, output head; scaled likewise
