@@ -97,13 +97,9 @@ def normalize(text):
 
 
 def choice_keys(item):
-    """A multiple-choice item is its question with its choices in any order."""
-    _, question, choices, _ = item
+    """A multiple-choice item, marked or not, is its question with its choices in any order."""
+    _, question, choices, *_ = item
     return [" / ".join([normalize(question), *sorted(map(normalize, choices))])]
-
-
-def marked_keys(item):
-    return choice_keys(item[:4])
 
 
 def problem_keys(item):
@@ -265,13 +261,13 @@ def draw_documents(draw, words):
             return render(items), [key for item in items for key in keys(item)]
         return make_doc
 
-    makers = {  # and how many in a hundred
+    makers = {  # and their shares
         text_doc(lambda rng: toy_talk.echo_sheet(rng, words)): 29,
         text_doc(story): 25, text_doc(fact_sheet): 8, text_doc(question_sheet): 8,
         text_doc(lambda rng: toy_talk.list_sheet(rng, words)): 6,
         text_doc(lambda rng: toy_talk.spelling_sheet(rng, spellable)): 7,
         item_doc(lambda rng: choice_item(rng, SUBJECTS["mmlu"]), choice_keys, 3, quiz_sheet): 8,
-        item_doc(lambda rng: marked_item(rng, ALL_SUBJECTS), marked_keys, 4, marked_sheet): 16,
+        item_doc(lambda rng: marked_item(rng, ALL_SUBJECTS), choice_keys, 4, marked_sheet): 16,
         item_doc(toy_talk.word_problem, problem_keys, 4, toy_talk.worked_sheet): 6,
         item_doc(toy_talk.small_program, program_keys, 3, toy_talk.program_sheet): 1,
     }

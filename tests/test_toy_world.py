@@ -269,7 +269,7 @@ def test_a_story_asked_for_has_that_hero_and_no_one_twice():
         assert names[0] == friend.name and len(set(names)) <= 3
 
 
-def test_every_fact_is_stated_often_in_pretraining(mirror):
+def test_every_fact_is_stated_in_pretraining(mirror):
     """At a thirtieth of the size each of the 96 facts about friends stands there as a sentence."""
     text = "\n".join(row["text"] for shard in range(3) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
     for friend in FRIENDS:
