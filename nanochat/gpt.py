@@ -371,9 +371,9 @@ class GPT(nn.Module):
         """
         if packs(self.device.type, self.lm_head.weight.dtype) and get_precision(self.device.type) != "int8":
             for block in self.transformer.h:
-                attn = block.attn
-                attn.qkv = pack(torch.cat([linear.weight for linear in (attn.c_q, attn.c_k, attn.c_v)]))
-                for linear in (attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                block.attn.fuse()
+                block.attn.qkv = pack(block.attn.qkv)
+                for linear in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
                     linear.packed = pack(linear.weight)
             self.lm_head.packed = pack(self.lm_head.weight)
 

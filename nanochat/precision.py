@@ -11,6 +11,7 @@ leave the rest as it would be: fp8 in pretraining (`float8_linear`, Hopper and n
 import contextlib
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -130,20 +131,27 @@ def packs(device_type, dtype):
             and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
+class Packed(NamedTuple):
+    plain: torch.Tensor      # the weight as it is, for a single row: to read it in order is all that takes time
+    reordered: torch.Tensor  # for several rows
+
+
 def pack(weight):
     """
     A bfloat16 weight (M, K) reordered once instead of in every product: what takes up to half of the time when few rows
     meet a large weight (dev/LOG.md). 64 rows of x are what the order is chosen for.
     """
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+    return Packed(weight.detach(), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64))
 
 
 def packed_linear(x, packed):
     """F.linear(x (..., K), weight (M, K)) for a weight out of `pack`, out of `int8_pack`, or as it is."""
-    if not isinstance(packed, torch.Tensor):
+    if isinstance(packed, Packed):
+        if x.numel() > x.size(-1):
+            return torch.ops.mkldnn._linear_pointwise(x, packed.reordered, None, "none", [], "")
+        packed = packed.plain
+    elif not isinstance(packed, torch.Tensor):
         return int8_linear(x, packed)
-    if packed.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return torch.nn.functional.linear(x, packed)
 
 
