@@ -78,7 +78,7 @@ def plain_loss(model, x, y, reduction):
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])  # 2^-8 of a gradient of 1
-@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (3, 33, 2), (5, 1000, 8), (64, 4099, 3)])
+@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (3, 33, 2), (5, 1000, 8), (64, 4099, 3), (40, 30_001, 2)])
 def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, vocab, threads, dtype, atol):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     logits = (torch.randn(rows, vocab) * 20).to(dtype)  # far into the cap, too
@@ -91,9 +91,9 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, voca
     assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cpus_loss_hides_no_nan(dtype):
-    logits = torch.zeros(3, 50, dtype=dtype)
+@pytest.mark.parametrize("dtype, vocab", [(torch.float32, 50), (torch.bfloat16, 50), (torch.bfloat16, 400_001)])
+def test_the_cpus_loss_hides_no_nan(dtype, vocab):
+    logits = torch.zeros(3, vocab, dtype=dtype)
     logits[1, 7] = torch.nan
     losses, gradient = _chunk_loss_and_grad_eager(logits, torch.tensor([1, 2, 3]), torch.ones(3))
     assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()

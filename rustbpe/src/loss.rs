@@ -4,7 +4,8 @@
 //! extension.
 //!
 //! With s = 1 / (1 + exp(2x / c)) the capped logit is c - 2c s and its derivative is 4 s (1 - s). The constant c drops
-//! out of the softmax, and exp(-2c s) <= 1 needs no maximum to be subtracted first.
+//! out of the softmax, and exp(-2c s) <= 1 needs no maximum to be subtracted first. Of logits in bfloat16, which has
+//! 65,536 numbers, both are looked up.
 
 /// Numbers as the matrix product leaves them: float32, or bfloat16, the upper half of one.
 pub trait Logit: Copy + Send {
@@ -60,10 +61,11 @@ pub struct Rows<'a, L> {
     pub losses: &'a mut [f32],
 }
 
+const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
+
 /// losses[i] = weights[i] * cross-entropy(row i, targets[i]), and each row of logits becomes its gradient.
 #[inline(always)]
 fn rows_generic<L: Logit>(rows: Rows<L>, cap: f32) {
-    const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
     let width = rows.logits.len() / rows.losses.len();
     let (mut s, mut p) = (vec![0f32; width], vec![0f32; width]);
     for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
@@ -97,26 +99,117 @@ unsafe fn rows_avx2<L: Logit>(rows: Rows<L>, cap: f32) {
     rows_generic(rows, cap)
 }
 
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
+}
+
 fn rows_dispatched<L: Logit>(rows: Rows<L>, cap: f32) {
     #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+    if has_avx2() {
         return unsafe { rows_avx2(rows, cap) }; // safe: the processor has both
     }
     rows_generic(rows, cap)
 }
 
-/// The same for all rows, shared out to threads.
-pub fn loss_and_gradient<L: Logit>(rows: Rows<L>, cap: f32, num_threads: usize) {
+/// The same for all rows of logits in float32, shared out to threads.
+pub fn loss_of_f32(rows: Rows<f32>, cap: f32, num_threads: usize) {
+    share_out(rows, num_threads, |rows| rows_dispatched(rows, cap))
+}
+
+/// The same for logits in bfloat16. A table for all of them takes as long to make as 65,536 logits to compute.
+pub fn loss_of_bf16(rows: Rows<Bf16>, cap: f32, num_threads: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() && rows.logits.len() > 16 * table::SIZE {
+        let table = unsafe { table::Table::new(cap) }; // safe: the processor has both
+        return share_out(rows, num_threads, |rows| unsafe { table.rows(rows) });
+    }
+    share_out(rows, num_threads, |rows| rows_dispatched(rows, cap))
+}
+
+fn share_out<L: Logit>(rows: Rows<L>, num_threads: usize, work: impl Fn(Rows<L>) + Sync) {
     let count = rows.losses.len();
     if count == 0 {
         return;
     }
-    let (width, share) = (rows.logits.len() / count, count.div_ceil(num_threads));
+    let (width, share, work) = (rows.logits.len() / count, count.div_ceil(num_threads), &work);
     std::thread::scope(|scope| {
         let parts = rows.logits.chunks_mut(share * width).zip(rows.targets.chunks(share));
         let parts = parts.zip(rows.weights.chunks(share)).zip(rows.losses.chunks_mut(share));
         for (((logits, targets), weights), losses) in parts {
-            scope.spawn(move || rows_dispatched(Rows { logits, targets, weights, losses }, cap));
+            scope.spawn(move || work(Rows { logits, targets, weights, losses }));
         }
     });
+}
+
+/// Twice as fast as computing them: eight numbers come with one instruction, and those that occur fit in the cache.
+#[cfg(target_arch = "x86_64")]
+mod table {
+    use super::{exp, Bf16, Logit, Rows, LANES};
+    use std::arch::x86_64::{_mm256_cvtepu16_epi32, _mm256_i32gather_ps, _mm256_storeu_ps, _mm_loadu_si128};
+
+    pub const SIZE: usize = 1 << 16;
+
+    /// By the bits of a raw logit: p, its term in the softmax's sum, and p times the slope of the capped logit.
+    pub struct Table {
+        p: Vec<f32>,
+        slopes: Vec<f32>,
+    }
+
+    impl Table {
+        #[target_feature(enable = "avx2,fma")]
+        pub unsafe fn new(cap: f32) -> Self {
+            let (mut p, mut slopes) = (vec![0.0; SIZE], vec![0.0; SIZE]);
+            for (bits, (p, slope)) in p.iter_mut().zip(&mut slopes).enumerate() {
+                let s = 1.0 / (1.0 + exp((Bf16(bits as u16).to_f32() * (2.0 / cap)).clamp(-80.0, 80.0)));
+                *p = exp(-2.0 * cap * s);
+                *slope = *p * 4.0 * s * (1.0 - s);
+            }
+            Table { p, slopes }
+        }
+
+        /// As `rows_generic`. Needs AVX2.
+        #[target_feature(enable = "avx2,fma")]
+        pub unsafe fn rows(&self, rows: Rows<Bf16>) {
+            let width = rows.logits.len() / rows.losses.len();
+            for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
+                let (target, weight) = (rows.targets[i] as usize, rows.weights[i]);
+                let target_bits = row[target].0 as usize;
+                let mut sums = [0f32; LANES];
+                let (chunks, tail) = (row.chunks_exact(LANES), row.chunks_exact(LANES).remainder());
+                for chunk in chunks {
+                    for (sum, p) in sums.iter_mut().zip(look_up(&self.p, chunk)) {
+                        *sum += p;
+                    }
+                }
+                let total = sums.iter().sum::<f32>() + tail.iter().map(|x| self.p[x.0 as usize]).sum::<f32>();
+                rows.losses[i] = weight * (total.ln() - self.p[target_bits].ln());
+                let scale = weight / total;
+                let mut chunks = row.chunks_exact_mut(LANES);
+                for chunk in &mut chunks {
+                    let slopes = look_up(&self.slopes, chunk);
+                    for (x, slope) in chunk.iter_mut().zip(slopes) {
+                        *x = Bf16::from_f32(slope * scale);
+                    }
+                }
+                for x in chunks.into_remainder() {
+                    *x = Bf16::from_f32(self.slopes[x.0 as usize] * scale);
+                }
+                let (p, slope) = (self.p[target_bits], self.slopes[target_bits]);
+                row[target] = Bf16::from_f32(slope * scale - weight * (slope / p));
+            }
+        }
+    }
+
+    /// table[x] for LANES numbers x. Any 16 bits are an index into the SIZE values of `table`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn look_up(table: &[f32], chunk: &[Bf16]) -> [f32; LANES] {
+        let mut found = [0f32; LANES];
+        for (eight, x) in found.chunks_exact_mut(8).zip(chunk.chunks_exact(8)) {
+            let indices = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            _mm256_storeu_ps(eight.as_mut_ptr(), _mm256_i32gather_ps::<4>(table.as_ptr(), indices));
+        }
+        found
+    }
 }

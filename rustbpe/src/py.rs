@@ -2,7 +2,7 @@
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
 use crate::encode::Encoder;
-use crate::loss::{loss_and_gradient, Bf16, Rows};
+use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Rows};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::learn_tokens;
 use crate::words::{count_words, Batch};
@@ -238,10 +238,10 @@ fn capped_cross_entropy(
     py.detach(|| {
         if is_bfloat16 {
             let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut Bf16, rows * width) };
-            loss_and_gradient(Rows { logits, targets, weights, losses }, cap, num_threads);
+            loss_of_bf16(Rows { logits, targets, weights, losses }, cap, num_threads);
         } else {
             let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut f32, rows * width) };
-            loss_and_gradient(Rows { logits, targets, weights, losses }, cap, num_threads);
+            loss_of_f32(Rows { logits, targets, weights, losses }, cap, num_threads);
         }
     });
     Ok(())

@@ -1,5 +1,5 @@
 use crate::encode::Encoder;
-use crate::loss::{loss_and_gradient, Rows};
+use crate::loss::{loss_of_f32, Rows};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::learn_tokens;
 use crate::words::{count_words, hash, key_of, Batch, Interner};
@@ -146,7 +146,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
     for num_threads in [1, 2, 8] {
         let (mut gradient, mut losses) = (logits.clone(), [0.0; 3]);
         let batch = Rows { logits: &mut gradient, targets: &targets, weights: &weights, losses: &mut losses };
-        loss_and_gradient(batch, cap as f32, num_threads);
+        loss_of_f32(batch, cap as f32, num_threads);
         for row in 0..rows {
             assert!((losses[row] as f64 - loss(row, None)).abs() < 1e-5);
             for i in 0..width {
