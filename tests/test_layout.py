@@ -96,7 +96,7 @@ def test_other_files_stay_within_their_budget(name):
 
 def test_the_rust_crate_stays_under_its_budget():
     sources = [p for p in (ROOT / "rustbpe" / "src").glob("*.rs")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1540
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1600
 
 
 def test_importing_everything_does_nothing(tmp_path):

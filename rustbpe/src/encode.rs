@@ -31,6 +31,8 @@ struct Worker {
 pub struct Encoder {
     splitter: Splitter,
     pub tokens: Interner,        // the number of a token is its rank
+    byte_ids: [u32; 256],        // the number of each byte
+    pair_ranks: Vec<u32>,        // and of each two, by `place`; u32::MAX: no token
     max_token_len: u32,          // bytes
     workers: Mutex<Vec<Worker>>, // as many as ever encoded at the same time
 }
@@ -76,8 +78,16 @@ impl Encoder {
     }
 
     pub fn new(splitter: Splitter, tokens: Interner) -> Self {
+        let (mut byte_ids, mut pair_ranks) = ([0; 256], vec![u32::MAX; 1 << 16]);
+        for (token, id) in tokens.iter().zip(0..) {
+            match *token {
+                [byte] => byte_ids[byte as usize] = id,
+                [first, second] => pair_ranks[place(first, second)] = id,
+                _ => {}
+            }
+        }
         let max_token_len = tokens.iter().map(<[u8]>::len).max().unwrap_or(0) as u32;
-        Encoder { splitter, tokens, max_token_len, workers: Mutex::default() }
+        Encoder { splitter, tokens, byte_ids, pair_ranks, max_token_len, workers: Mutex::default() }
     }
 
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
@@ -114,8 +124,7 @@ impl Encoder {
 
     fn encode_words(&self, text: &[u8], words: &[(Key, usize, usize)], worker: &mut Worker, ids: &mut Vec<u32>) {
         for &(key, start, end) in words {
-            let row = (hash(key) >> (64 - CACHE_BITS)) as usize;
-            let [first, second] = &mut worker.cache[row];
+            let [first, second] = &mut worker.cache[row_of(key)];
             if first.key != key {
                 std::mem::swap(first, second);
             }
@@ -145,7 +154,7 @@ impl Encoder {
             None => self.merge_long(text, start, end, worker, ids),
         }
         let new = &ids[before..];
-        let cached = &mut worker.cache[(hash(key) >> (64 - CACHE_BITS)) as usize][0]; // seen longer ago, after the swap
+        let cached = &mut worker.cache[row_of(key)][0]; // seen longer ago, after the swap
         if is_short(key) && new.len() <= cached.ids.len() {
             (cached.key, cached.len) = (key, new.len() as u32);
             cached.ids[..new.len()].copy_from_slice(new);
@@ -163,21 +172,24 @@ impl Encoder {
     fn merge_short(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let rank = |from, to| self.rank(text, start, from, to).unwrap_or(u32::MAX);
         let Worker { next: cuts, prev: ranks, .. } = worker; // where the parts start and end; ranks of pairs of parts
+        let (bytes, before) = (&text[start..end], ids.len());
+        ids.extend(bytes.iter().map(|&byte| self.byte_ids[byte as usize])); // from `before` on: what the parts are
         cuts.clear();
         ranks.clear();
-        cuts.extend(0..=(end - start) as u32);
-        ranks.extend(cuts.windows(3).map(|cut| rank(cut[0], cut[2])));
+        cuts.extend(0..=bytes.len() as u32);
+        ranks.extend(bytes.windows(2).map(|pair| self.pair_ranks[place(pair[0], pair[1])]));
         while let Some((i, &lowest)) = ranks.iter().enumerate().min_by_key(|(_, &rank)| rank) {
             if lowest == u32::MAX {
                 break;
             }
+            ids[before + i] = lowest;
+            ids.remove(before + i + 1);
             cuts.remove(i + 1);
             ranks.remove(i);
             for pair in i.saturating_sub(1)..ranks.len().min(i + 1) {
                 ranks[pair] = rank(cuts[pair], cuts[pair + 2]);
             }
         }
-        ids.extend(cuts.windows(2).map(|cut| rank(cut[0], cut[1]))); // every part is a token
     }
 
     /// The same for a long word, with the pairs in a heap: n bytes take n log n steps, also when they are one letter a
@@ -240,6 +252,16 @@ impl Encoder {
         done.sort_by_key(|(index, _)| *index);
         done.into_iter().map(|(_, encoded)| encoded).collect()
     }
+}
+
+/// Of a word, in the cache.
+fn row_of(key: Key) -> usize {
+    (hash(key) >> (64 - CACHE_BITS)) as usize
+}
+
+/// Of a pair of bytes, in a table of all.
+fn place(first: u8, second: u8) -> usize {
+    (first as usize) << 8 | second as usize
 }
 
 /// Cuts a list of texts into runs of about CHUNK_BYTES.

@@ -101,6 +101,18 @@ fn code_points(pattern: &str) -> Vec<(char, char)> {
 // -----------------------------------------------------------------------------
 // The default pattern by hand
 
+/// How many of sixteen bytes, from the lowest on, are ASCII letters. A byte plus 0x80 - x has its top bit set if the byte
+/// is x or more; none carries into the next one.
+#[inline(always)]
+fn leading_ascii_letters(bytes: u128) -> usize {
+    const EACH: u128 = u128::MAX / 0xFF;
+    let lower = (bytes | (0x20 * EACH)) & (0x7F * EACH);
+    let from_a = lower + (0x80 - b'a') as u128 * EACH;
+    let beyond_z = lower + (0x80 - b'z' - 1) as u128 * EACH;
+    let others = !(from_a & !beyond_z & !bytes) & (0x80 * EACH);
+    others.trailing_zeros() as usize / 8
+}
+
 struct Scan<'a> {
     text: &'a str,
     bytes: &'a [u8],
@@ -119,6 +131,20 @@ impl Scan<'_> {
 
     fn wide_class(&self, i: usize) -> (u8, usize) {
         self.text[i..].chars().next().map_or((OTHER, 0), |c| (CLASSES[c as usize], c.len_utf8()))
+    }
+
+    /// Where the run of letters that starts at `i` ends. Sixteen bytes at a time: where words end can't be predicted, and
+    /// a loop over their bytes would guess wrong at nearly each of them.
+    #[inline(always)]
+    fn letters_end(&self, mut i: usize) -> usize {
+        while let Some(Ok(window)) = self.bytes.get(i..i + 16).map(TryInto::try_into) {
+            let len = leading_ascii_letters(u128::from_le_bytes(window));
+            i += len;
+            if len < 16 {
+                return if self.bytes[i] < 0x80 { i } else { self.run_end(i, LETTER) };
+            }
+        }
+        self.run_end(i, LETTER)
     }
 
     /// Where the run of characters of `class` that starts at `i` ends.
@@ -142,7 +168,7 @@ impl Scan<'_> {
         let (class, len) = self.class(start);
         let next = start + len;
         match class {
-            LETTER => return self.run_end(next, LETTER), // \p{L}+
+            LETTER => return self.letters_end(next), // \p{L}+
             NUMBER => {
                 let (class, len) = self.class(next);
                 return if class == NUMBER { next + len } else { next }; // \p{N}{1,2}
@@ -157,7 +183,7 @@ impl Scan<'_> {
         }
         let (next_class, next_len) = self.class(next);
         if next_class == LETTER {
-            self.run_end(next, LETTER) // [^\r\n\p{L}\p{N}]\p{L}+
+            self.letters_end(next) // [^\r\n\p{L}\p{N}]\p{L}+
         } else if class == OTHER || (self.bytes[start] == b' ' && next_class == OTHER && next_len > 0) {
             self.run_end(self.run_end(next, OTHER), NEWLINE) //  ?[^\s\p{L}\p{N}]++[\r\n]*
         } else {
