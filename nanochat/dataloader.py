@@ -10,10 +10,13 @@ A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts
 Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents of one epoch:
   - a document longer than a row is cut; what remains becomes a document of its own, with its own <|bos|>;
   - the others are packed best-fit: the longest that still fits, until none does, and the gap takes the head of a
-    document, whose tail goes back to the rest (or is dropped: `crop`);
+    document, whose tail goes back to the rest;
   - the last row of a block is filled from the document after it, and the next block starts in the middle of that one.
-So nothing is padded, and without `crop` nothing is lost: the position (epoch, file, row, token offset) where a block
-starts plus the number of rows taken from it is all the state there is.
+So nothing is padded or lost: the position (epoch, file, row, token offset) where a block starts plus the number of rows
+taken from it is all the state there is.
+
+With `crop`, a long document gives one row in each epoch, from a random place, and what fills a gap loses its tail. For
+a run that ends before it has seen all of the text, some of every document is better than all of some (dev/LOG.md).
 """
 
 import bisect
@@ -100,11 +103,10 @@ def pack_rows(pieces, bos, capacity, crop=False):
     """
     rows, pool = [], []
     for piece in pieces:
-        while len(piece) > capacity:  # a long document gives whole rows; with crop, only its first
+        while len(piece) > capacity:  # a long document gives whole rows
             rows.append(piece[:capacity])
-            piece = piece[:0] if crop else _behead(piece, capacity, bos)
-        if len(piece):
-            pool.append(piece)
+            piece = _behead(piece, capacity, bos)
+        pool.append(piece)
     pool.sort(key=len)
     lengths = [len(piece) for piece in pool]  # kept parallel to pool, ascending
 
@@ -151,6 +153,9 @@ def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_to
     while True:
         start, pieces, total = (position, offset), [], 0
         while total < block_tokens and position[0] == start[0][0]:  # else one pass would see some of the next
+            if crop and len(ids) >= capacity:  # a row of it, from another place in every epoch
+                at = np.random.default_rng([seed, *position]).integers(len(ids) - capacity + 2)
+                ids = ids[at: at + capacity - 1]
             pieces.append(np.concatenate(([bos], ids[offset:])).astype(np.int32))
             total += len(pieces[-1])
             (position, ids), offset = next(documents), 0

@@ -157,7 +157,7 @@ def packed_linear(x, packed):
 
 # 8-bit products: weights once with a scale per row, activations at each call with one for all. A quarter of the bytes
 # of float32: at batch 1, where reading the weights is what takes time, that is the speed. The one scale is shared by
-# all rows of a batch: here, and only here, neighbours can change what a row says
+# all rows of a batch, so that neighbours change what a row says by more than rounding
 
 
 def int8_pack(weight):

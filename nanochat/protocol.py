@@ -12,7 +12,7 @@ import time
 import uuid
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 MAX_CHARS = 400_000      # of a text in a request
 MAX_PROMPTS = 128        # in one request
@@ -45,11 +45,21 @@ class Message(BaseModel):
 
     def as_turn(self):
         """What the tokenizer renders; `developer` is OpenAI's newer name for `system`."""
-        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        if self.role == "assistant":
-            return {"role": "assistant", "content": content}
-        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        return {"role": "user" if self.role == "user" else "system", "content": text}
+        if self.role == "assistant" and not isinstance(self.content, str):
+            return {"role": "assistant", "content": [part.model_dump() for part in self.content]}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
+
+    def text(self):
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+def _end_with_a_question(messages):
+    if messages[-1].role == "assistant":  # it would be left out, and the turn before it answered once more
+        raise ValueError("the last one is the assistant's: there is nothing to answer")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=2000), AfterValidator(_end_with_a_question)]
 
 
 class StreamOptions(BaseModel):
@@ -86,7 +96,7 @@ class SamplingFields(BaseModel):
 
 
 class ChatRequest(SamplingFields):
-    messages: list[Message] = Field(min_length=1, max_length=2000)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)  # OpenAI's newer name for max_tokens
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -114,12 +124,14 @@ class CompletionRequest(SamplingFields):
 class TokenizeRequest(BaseModel):
     model: str | None = Field(None, max_length=200)
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=2000)
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def need_one(self):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if sum(len(message.text()) for message in self.messages or []) > MAX_CHARS:
+            raise ValueError(f"the messages together are longer than {MAX_CHARS} characters")
         return self
 
 

@@ -23,6 +23,7 @@ from nanochat.sampling import Sampling
 from nanochat.serving import Call, Choice, DecodeThread, Event, QueueFull
 
 PING_S = 15   # a comment on streams every so often, so that no proxy takes them for dead
+GONE = "The client has gone"
 GRACE_S = 20  # open streams may finish for so long when the server is told to stop
 
 # -----------------------------------------------------------------------------
@@ -250,7 +251,7 @@ async def whole_response(http_request, call, events, reply):
     async def watch():  # nothing else notices a client that goes away before its answer
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
-        call.queue.put_nowait(Event(0, error="the client has gone"))
+        call.queue.put_nowait(Event(0, error=GONE))
 
     watcher = asyncio.create_task(watch())
     try:
@@ -258,8 +259,8 @@ async def whole_response(http_request, call, events, reply):
             async for batch in events:
                 for event in batch:
                     reply.feed(event)
-                    if event.error:
-                        raise HTTPException(500, event.error)
+                    if event.error:  # 499 is what nginx made of it: nobody reads it, but it is counted
+                        raise HTTPException(499 if event.error == GONE else 500, event.error)
     finally:
         watcher.cancel()
     return reply.whole()

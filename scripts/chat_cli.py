@@ -19,6 +19,8 @@ from nanochat.serving import BLOCKS
 HELP = "commands: /clear forget the conversation, /system TEXT set the system message, /help, /quit (or Ctrl-D)\n" \
        'multi-line input: begin and end with """'
 DIM, PLAIN = "\033[2m", "\033[0m"
+CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}  # a terminal would obey them
+INTERRUPTED = 130  # exit status, as shells have it
 SHOWN = {"python_start": f"{DIM}[", "python_end": f"] {PLAIN}", "output_start": f"{DIM}= ", "output_end": f" {PLAIN}"}
 
 
@@ -39,36 +41,41 @@ def parse_args():
 
 
 def answer(engine, prompt, args, seed, show_tools=False):
-    """Stream the answer to stdout; returns its parts, so that the model later reads the turn that it wrote. Tool calls
-    are shown dimmed, or not at all. Ctrl-C ends the answer, not the program."""
+    """
+    Stream the answer to stdout. Returns its parts, so that the model later reads the turn that it wrote, and whether
+    Ctrl-C cut it short. Tool calls are shown dimmed, or not at all.
+    """
     tokenizer = engine.tokenizer
     stream, kind, pieces = TextStream(tokenizer), "text", []  # pieces: [(kind, text)]
     fences = {tokenizer.encode_special(f"<|{name}|>"): name for name in BLOCKS}
     settings = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    unsafe, stopped = CONTROL if sys.stdout.isatty() else {}, False
     try:
         for (token,), _ in engine.generate(prompt, seed=seed, **settings):
             fence = fences.get(token)
             pieces.append((kind, stream.flush() if fence else stream.feed(token)))
-            text = pieces[-1][1] if kind == "text" or show_tools else ""
+            text = pieces[-1][1].translate(unsafe) if kind == "text" or show_tools else ""
             print(text + (SHOWN.get(fence, "") if show_tools else ""), end="", flush=True)
             kind = BLOCKS.get(fence, kind)
     except KeyboardInterrupt:
+        stopped = True
         print("\n(stopped)", file=sys.stderr)
     pieces.append((kind, stream.flush()))
     print(pieces[-1][1] + (PLAIN if show_tools else ""), flush=True)
     groups = groupby(pieces, key=lambda piece: piece[0])
-    return [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in groups]
+    return [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in groups], stopped
 
 
 def read_message():
-    """One message from the terminal; several lines between triple quotes."""
+    """(text, may it be a command) from the terminal; several lines between triple quotes are text and nothing else."""
     line = input("\nUser: ").strip()
-    if not line.startswith('"""'):
-        return line
+    if not line.startswith('"""') or ('"""' in line[3:] and not line.endswith('"""')):
+        return line, True
     lines = [line[3:]]
-    while not lines[-1].endswith('"""'):
-        lines.append(input("... "))
-    return "\n".join(lines)[:-3].strip()
+    with suppress(EOFError):  # the end of the input closes the quotes, too
+        while not lines[-1].endswith('"""'):
+            lines.append(input("... ").rstrip())
+    return "\n".join(lines).removesuffix('"""').strip(), False
 
 
 def chat(engine, args):
@@ -81,17 +88,20 @@ def chat(engine, args):
     print(HELP)
     while True:
         try:
-            message = read_message()
-        except (EOFError, KeyboardInterrupt):
+            message, maybe_command = read_message()
+        except EOFError:
             print()
             return
-        command, _, rest = message.partition(" ")
-        if command in ("/quit", "/exit", "quit", "exit"):
+        except KeyboardInterrupt:  # what was typed is dropped, not what was said
+            print("\n(/quit or Ctrl-D ends)")
+            continue
+        if maybe_command and message in ("/quit", "/exit", "quit", "exit"):
             return
-        if command in ("/clear", "/system"):
+        command, _, rest = message.partition(" ")
+        if maybe_command and command in ("/clear", "/system"):
             messages, system = [], rest if command == "/system" else system
             print("(new conversation)")
-        elif command.startswith("/"):
+        elif maybe_command and command.startswith("/"):
             print(HELP)
         elif message:
             messages.append({"role": "user", "content": message})
@@ -107,23 +117,23 @@ def chat(engine, args):
                 messages = messages[dropped:]
             print("Assistant: ", end="", flush=True)
             turn += 1
-            parts = answer(engine, prompt, args, args.seed + turn, show_tools=sys.stdout.isatty())
+            parts, _ = answer(engine, prompt, args, args.seed + turn, show_tools=sys.stdout.isatty())
             messages.append({"role": "assistant", "content": parts})
 
 
 def complete(engine, args):
-    """Continue one text."""
+    """Continue one text. Returns whether Ctrl-C cut it short."""
     try:
         prompt = args.prompt if args.prompt is not None else input("Text to continue: ")
     except (EOFError, KeyboardInterrupt):
         print()
-        return
+        return False
     tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
     context = engine.model.config.sequence_len
     if len(tokens) >= context:
         raise UserError(f"the text has {len(tokens)} tokens, the model's context is {context}", "give a shorter text")
     print(prompt, end="", flush=True)
-    answer(engine, tokens, args, args.seed)
+    return answer(engine, tokens, args, args.seed)[1]
 
 
 def main():
@@ -134,11 +144,14 @@ def main():
         Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         raise UserError(str(error), "leave the flag out for its default") from error
+    if args.system and args.source == "base":
+        raise UserError("--system: a base model continues text and knows no turns", "ask another stage, with -i sft")
     _, _, _, device = compute_init(args.device_type)
     model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)
+    stopped = False
     if args.source == "base":  # a base model knows no turns: it continues text
-        complete(engine, args)
+        stopped = complete(engine, args)
     elif args.prompt is not None:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         messages.append({"role": "user", "content": args.prompt})
@@ -146,9 +159,11 @@ def main():
             prompt, _ = fit_conversation(tokenizer, messages, model.config.sequence_len - 8)
         except ValueError as error:
             raise UserError(f"-p does not fit the model's context: {error}", "ask something shorter") from error
-        answer(engine, prompt, args, args.seed)
+        _, stopped = answer(engine, prompt, args, args.seed)
     else:
         chat(engine, args)
+    if stopped:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

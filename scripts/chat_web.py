@@ -111,8 +111,10 @@ async def on_invalid_request(request, error):
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(400, f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+        return error_response(415, "The request has no header 'Content-Type: application/json'")
     where = ".".join(str(part) for part in first["loc"][1:])
-    return error_response(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+    return error_response(400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=where or None)
 
 
 async def on_failure(request, error):
@@ -169,8 +171,9 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
                 {"messages": [message.as_turn() for message in request.messages]})
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        return {"count": len(ids), "max_model_len": lane.decoder.max_length, "tokens": ids,
-                "token_strs": [token_text(tokenizer, token) for token in ids]}
+        return JSONResponse({  # made here, in a thread: of a long text it takes seconds, which no one else shall wait
+            "count": len(ids), "max_model_len": lane.decoder.max_length, "tokens": ids,
+            "token_strs": [token_text(tokenizer, token) for token in ids]})
 
     @app.get("/health")
     async def health():
@@ -277,7 +280,7 @@ def load_lanes(models, device_type, rows, i):
 
 
 class Server(uvicorn.Server):
-    """A signal first stops the service, so that /ready says so and open streams get their time; then the server."""
+    """A signal first stops the service, so that open streams get their time; then the server."""
 
     def handle_exit(self, sig, frame):
         self.config.app.state.service.stop()

@@ -61,6 +61,51 @@ def test_a_conversation_with_commands_multi_line_input_and_a_full_context(run, c
     assert "fit: shorten it" in out
 
 
+@pytest.mark.parametrize("typed, asked", [
+    (["quit smoking: how?", "exit strategy?", "/quit now"], ["quit smoking: how?", "exit strategy?"]),
+    (['"""/etc/hosts', 'is a file."""', '"""quit"""'], ["/etc/hosts\nis a file.", "quit"]),
+    (['"""', "  one", '""" ', '"""Hi""" he said', '"""open', "to the end"],
+     ["one", '"""Hi""" he said', "open\nto the end"]),
+    (["half a", KeyboardInterrupt, '"""half', KeyboardInterrupt, "whole", "quit", "never read"], ["half a", "whole"]),
+])
+def test_what_is_a_message_and_what_ends_the_program(tokenizer, monkeypatch, capsys, typed, asked):
+    lines, heard = iter(typed), []
+
+    def read(prompt):
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "argv", ["chat_cli"])
+    monkeypatch.setattr(chat_cli, "answer", lambda *_, **__: ("Yes.", False))
+    fit = chat_cli.fit_conversation
+    monkeypatch.setattr(chat_cli, "fit_conversation", lambda tokenizer, messages, most: (
+        heard.append(messages[-1]["content"]), fit(tokenizer, messages, most))[1])
+    chat_cli.chat(Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer),
+                  chat_cli.parse_args())
+    assert heard == asked
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_a_terminal_gets_no_control_characters_and_ctrl_c_is_an_exit_status(run, monkeypatch, capsys, tokenizer, show):
+    def generate(*_, **__):
+        for token in tokenizer.encode("a\x1b[2Jb\n"):
+            yield (token,), None
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: show)
+    with pytest.raises(SystemExit) as ended:
+        run("-p", "Hello")
+    assert ended.value.code == 130
+    assert capsys.readouterr().out == ("a\ufffd[2Jb\n\n" if show else "a\x1b[2Jb\n\n")
+
+
+def test_a_system_message_for_a_base_model_is_refused(run):
+    with pytest.raises(UserError, match="--system: a base model"):
+        run("-i", "base", "-p", "Hello", "--system", "Be kind.")
+
+
 def test_a_prompt_beyond_the_context_is_refused(run):
     with pytest.raises(UserError, match="-p does not fit"):
         run("-p", "word " * 200)

@@ -54,6 +54,16 @@ def test_crop_drops_tails_but_invents_nothing():
     assert 0 < 1 - len(kept) / len(all_tokens) < 0.4
 
 
+def test_crop_takes_another_row_of_a_long_document_in_every_epoch():
+    documents = (((epoch, 0, row), np.arange(200) + 1000 * row) for epoch in range(9) for row in (1, 2))
+    starts = set()
+    for _, rows in islice(packed_blocks(documents, BOS, 33, seed=0, crop=True), 8):
+        assert rows.shape == (2, 33) and (rows[:, 0] == BOS).all() and (np.diff(rows[:, 1:]) == 1).all()
+        assert sorted(rows[:, 1] // 1000) == [1, 2]
+        starts |= set(rows[:, 1])
+    assert len(starts) > 12
+
+
 def test_best_fit_of_a_hand_made_example():
     # capacity 6: the 4 goes first and leaves 2, which the 2 fills; then 3 and 3
     rows, rest = pack_rows(make_pieces([3, 2, 4, 3]), BOS, capacity=6)

@@ -197,19 +197,24 @@ def test_a_full_storage_is_told(browser, server):
 def test_damaged_conversations_are_skipped(chat):
     chat.say("Hi")
     broken = {"nanochat.chat.a": "{", "nanochat.chat.b": json.dumps({"turns": [{}]}), "nanochat.chat.c": "null"}
-    turns = [{"id": one, "parent": other, "role": "user", "parts": []} for one, other in ("xy", "yx")]
-    circle = {"id": "d", "title": "Circle", "leaf": "x", "updated": 0, "turns": turns}
+    ends = (("prompt", "send"), ("send", "prompt"))
+    turns = [{"id": one, "parent": other, "role": "user", "parts": []} for one, other in ends]
+    circle = {"id": "d", "title": "Circle", "leaf": "prompt", "updated": 0, "turns": turns}
     broken["nanochat.chat.d"] = json.dumps(circle)
     chat.page.evaluate("entries => Object.assign(localStorage, entries)", broken)
     chat.reload()
     assert chat.titles() == ["Hi", "Circle"]
     chat.button("Circle").click()
-    assert len(chat.turns()) == 2
+    chat.reload()  # the ids of its turns are those of the page's own elements
+    assert len(chat.turns()) == 2 and chat.page.input_value("#prompt") == ""
 
 
-@pytest.mark.parametrize("content", ["nonsense", '{"format": "nanochat.chats", "chats": [{"turns": [{"role": "x"}]}]}'])
+@pytest.mark.parametrize("content", [
+    "nonsense", {"role": "x"}, {"id": "a", "role": "user", "parts": [{"type": "weird", "text": "x"}]}])
 def test_a_bad_import_is_named_and_changes_nothing(chat, content, tmp_path):
     chat.say("Hi")
+    if isinstance(content, dict):
+        content = json.dumps({"format": "nanochat.chats", "chats": [{"turns": [content]}]})
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
     chat.page.set_input_files("#import", tmp_path / "bad.json")
     chat.see("Could not import bad.json")

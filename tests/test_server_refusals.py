@@ -1,15 +1,17 @@
 """What the web server refuses, with which status, and what it keeps to itself."""
 
+import json
 import logging
 import threading
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from nanochat.common import UserError
 from nanochat.service import Service
 from scripts.chat_web import create_app, find_models, is_loopback, main, parse_args
-from tests.servers import MODEL, URL, chat, tiny_service, wait_for
+from tests.servers import HELLO, MODEL, URL, chat, running_server, tiny_service, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def client(tokenizer):
     ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, "message 0"),
+    ({"messages": [HELLO["messages"][0], {"role": "assistant", "content": "x"}]}, "the last one is the assistant's"),
+    ({"messages": [{"role": "assistant", "content": "x"}, HELLO["messages"][0]]}, "message 0"),
     ({"messages": [{"role": "user", "content": "word " * 500}]}, "the newest message takes"),
     ({"presence_penalty": 0.5}, "presence_penalty"), ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported"), ({"seed": 2**70}, "seed"),
@@ -62,6 +65,11 @@ def test_refusals_have_openai_s_shape_and_the_right_status(client):
     assert client.get("/v1/chat/completions").status_code == 405
     bad_json = client.post("/v1/chat/completions", content=b"{bad", headers={"content-type": "application/json"})
     assert bad_json.status_code == 400 and "not JSON" in bad_json.json()["error"]["message"]
+    unmarked = client.post("/v1/chat/completions", content=json.dumps(HELLO).encode())
+    assert unmarked.status_code == 415 and "Content-Type: application/json" in unmarked.json()["error"]["message"]
+    long = [{"role": role, "content": "x" * 300_000} for role in ("user", "assistant", "user")]
+    tokens = client.post("/tokenize", json={"messages": long})
+    assert tokens.status_code == 400 and "400000 characters" in tokens.json()["error"]["message"]
 
 
 def test_a_body_that_is_too_large_is_a_413_with_a_length_or_without(client):
@@ -70,6 +78,16 @@ def test_a_body_that_is_too_large_is_a_413_with_a_length_or_without(client):
     for content in (body, iter([body[: 2**22], body[2**22:]])):  # the iterator is sent without a length
         response = client.post("/v1/chat/completions", content=content, headers=headers)
         assert response.status_code == 413 and response.json()["error"]["message"]
+
+
+def test_a_client_that_hangs_up_is_no_failure_of_the_server(tokenizer):
+    service = tiny_service(tokenizer, sequence_len=4096, endless=True)
+    with running_server(service) as (address, _):
+        assert wait_for(lambda: service.trouble is None)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 4000}, timeout=0.5)
+        assert wait_for(lambda: 'code="499",path="/v1/completions"' in httpx.get(f"{address}/metrics").text)
+        assert service.count("num_running") == 0 and 'code="5' not in httpx.get(f"{address}/metrics").text
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(tokenizer):
