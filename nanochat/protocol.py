@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 MAX_CHARS = 400_000      # of a text in a request
+MAX_COUNTED = 100_000    # characters to /tokenize, whose answer is many times as long
 MAX_PROMPTS = 128        # in one request
 MAX_CHOICES = 16         # `n`
 MAX_TOP_LOGPROBS = 20
@@ -123,15 +124,15 @@ class CompletionRequest(SamplingFields):
 
 class TokenizeRequest(BaseModel):
     model: str | None = Field(None, max_length=200)
-    prompt: Text | None = None
+    prompt: str | None = Field(None, max_length=MAX_COUNTED)
     messages: Messages | None = None
 
     @model_validator(mode="after")
     def need_one(self):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
-        if sum(len(message.text()) for message in self.messages or []) > MAX_CHARS:
-            raise ValueError(f"the messages together are longer than {MAX_CHARS} characters")
+        if sum(len(message.text()) for message in self.messages or []) > MAX_COUNTED:
+            raise ValueError(f"the messages together are longer than {MAX_COUNTED} characters")
         return self
 
 

@@ -81,7 +81,7 @@ unembedding_lr: float = -1.0             # Adam, output head, scaled likewise; -
 matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
 weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
 warmup_iters: int = 10                   # steps of linear learning rate warmup
-warmdown_ratio: float = -1.0             # last part of the run, in which the rates fall; -1 = 0.5, or 0.9 if counted
+warmdown_ratio: float = 0.5              # last part of the run in which the learning rate falls linearly
 final_lr_frac: float = 0.0               # learning rate at the end, as a fraction
 # Evaluation, samples, checkpoints
 eval_every: int = 250                    # steps between validation losses; -1 = at the end only
@@ -93,7 +93,7 @@ resume_from_step: int = -1               # step to go on from; -2 = the latest c
 model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
 compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
 
-LEARNED, COUNTED = (0.3, 0.004, 0.5), (0.01, 0.0003, 0.9)  # embedding, head, warmdown; without and after a head start
+LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
 FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim")  # settings that a resumed run cannot change
 
 # -----------------------------------------------------------------------------
@@ -150,10 +150,9 @@ def main():
 
     # Optimizers: a table that was counted is spoiled at the rates of one that has to be learned
     decay = weight_decay * (12 / depth) ** 2
-    given, usual = (embedding_lr, unembedding_lr, warmdown_ratio), COUNTED if progress.get("head_start") else LEARNED
-    *rates, warmdown = [default if value < 0 else value for value, default in zip(given, usual, strict=True)]
-    print0(f"learning rates: embedding {rates[0]}, head {rates[1]}, matrices {matrix_lr}, falling in the last "
-           f"{warmdown:.0%} | weight decay: {decay:.3g}")
+    rates = COUNTED_LRS if progress.get("head_start") else LEARNED_LRS
+    rates = [rate if lr < 0 else lr for lr, rate in zip((embedding_lr, unembedding_lr), rates, strict=True)]
+    print0(f"learning rates: embedding {rates[0]}, head {rates[1]}, matrices {matrix_lr} | weight decay: {decay:.3g}")
     optimizers = model.setup_optimizers(*rates, matrix_lr, compile=compile)
     scaler = make_scaler(device, state)
     if state is not None:
@@ -203,7 +202,7 @@ def main():
         # Train: one optimizer step on this step's rows
         synchronize(device)
         start = time.perf_counter()
-        lr_factor = lr_multiplier(step, iterations, warmup_iters, warmdown, final_lr_frac)
+        lr_factor = lr_multiplier(step, iterations, warmup_iters, warmdown_ratio, final_lr_frac)
         set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=decay * (1 - step / iterations))
         inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
         loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
