@@ -91,6 +91,14 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, voca
     assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
 
 
+def test_the_cpus_loss_of_many_logits_which_is_looked_up_has_the_bits_of_the_loss_of_few():
+    logits, targets, weights = torch.randn(40, 30_001).bfloat16() * 9, torch.randint(30_001, (40,)), torch.rand(40)
+    whole = _chunk_loss_and_grad_eager(logits.clone(), targets, weights)
+    eights = zip(*(x.split(8) for x in (logits.clone(), targets, weights)), strict=True)
+    parts = [_chunk_loss_and_grad_eager(*eight) for eight in eights]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("dtype, vocab", [(torch.float32, 50), (torch.bfloat16, 50), (torch.bfloat16, 400_001)])
 def test_the_cpus_loss_hides_no_nan(dtype, vocab):
     logits = torch.zeros(3, vocab, dtype=dtype)

@@ -53,6 +53,13 @@ fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
+/// Of a raw logit: s, and exp(-2c s), its term in the softmax's sum.
+#[inline(always)]
+fn terms(x: f32, cap: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp((x * (2.0 / cap)).clamp(-80.0, 80.0)));
+    (s, exp(-2.0 * cap * s))
+}
+
 /// Rows of one thread: their logits (overwritten by the gradient), targets, weights and losses.
 pub struct Rows<'a, L> {
     pub logits: &'a mut [L],
@@ -71,9 +78,7 @@ fn rows_generic<L: Logit>(rows: Rows<L>, cap: f32) {
     for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
         let (target, weight) = (rows.targets[i] as usize, rows.weights[i]);
         for ((x, s), p) in row.iter().zip(&mut s).zip(&mut p) {
-            let z = (x.to_f32() * (2.0 / cap)).clamp(-80.0, 80.0);
-            *s = 1.0 / (1.0 + exp(z));
-            *p = exp(-2.0 * cap * *s);
+            (*s, *p) = terms(x.to_f32(), cap);
         }
         let mut sums = [0f32; LANES];
         let (chunks, tail) = (p.chunks_exact(LANES), p.chunks_exact(LANES).remainder());
@@ -142,16 +147,18 @@ fn share_out<L: Logit>(rows: Rows<L>, num_threads: usize, work: impl Fn(Rows<L>)
     });
 }
 
-/// Twice as fast as computing them: eight numbers come with one instruction, and those that occur fit in the cache.
+/// Nearly twice as fast as computing them, with the same bits: eight numbers come with one instruction, and those that
+/// occur fit in the cache.
 #[cfg(target_arch = "x86_64")]
 mod table {
-    use super::{exp, Bf16, Logit, Rows, LANES};
+    use super::{terms, Bf16, Logit, Rows, LANES};
     use std::arch::x86_64::{_mm256_cvtepu16_epi32, _mm256_i32gather_ps, _mm256_storeu_ps, _mm_loadu_si128};
 
     pub const SIZE: usize = 1 << 16;
 
-    /// By the bits of a raw logit: p, its term in the softmax's sum, and p times the slope of the capped logit.
+    /// By the bits of a raw logit: its term in the softmax's sum, and s (1 - s), a quarter of the capped logit's slope.
     pub struct Table {
+        cap: f32,
         p: Vec<f32>,
         slopes: Vec<f32>,
     }
@@ -161,11 +168,11 @@ mod table {
         pub unsafe fn new(cap: f32) -> Self {
             let (mut p, mut slopes) = (vec![0.0; SIZE], vec![0.0; SIZE]);
             for (bits, (p, slope)) in p.iter_mut().zip(&mut slopes).enumerate() {
-                let s = 1.0 / (1.0 + exp((Bf16(bits as u16).to_f32() * (2.0 / cap)).clamp(-80.0, 80.0)));
-                *p = exp(-2.0 * cap * s);
-                *slope = *p * 4.0 * s * (1.0 - s);
+                let s;
+                (s, *p) = terms(Bf16(bits as u16).to_f32(), cap);
+                *slope = s * (1.0 - s);
             }
-            Table { p, slopes }
+            Table { cap, p, slopes }
         }
 
         /// As `rows_generic`. Needs AVX2.
@@ -174,7 +181,7 @@ mod table {
             let width = rows.logits.len() / rows.losses.len();
             for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
                 let (target, weight) = (rows.targets[i] as usize, rows.weights[i]);
-                let target_bits = row[target].0 as usize;
+                let (s, p) = terms(row[target].to_f32(), self.cap);
                 let mut sums = [0f32; LANES];
                 let (chunks, tail) = (row.chunks_exact(LANES), row.chunks_exact(LANES).remainder());
                 for chunk in chunks {
@@ -182,21 +189,21 @@ mod table {
                         *sum += p;
                     }
                 }
-                let total = sums.iter().sum::<f32>() + tail.iter().map(|x| self.p[x.0 as usize]).sum::<f32>();
-                rows.losses[i] = weight * (total.ln() - self.p[target_bits].ln());
-                let scale = weight / total;
+                let tail = tail.iter().map(|x| &self.p[x.0 as usize]);
+                let total = sums.iter().chain(tail).sum::<f32>();
+                rows.losses[i] = weight * (total.ln() + 2.0 * self.cap * s);
+                let scale = 4.0 * weight / total;
                 let mut chunks = row.chunks_exact_mut(LANES);
                 for chunk in &mut chunks {
-                    let slopes = look_up(&self.slopes, chunk);
-                    for (x, slope) in chunk.iter_mut().zip(slopes) {
-                        *x = Bf16::from_f32(slope * scale);
+                    let (p, slopes) = (look_up(&self.p, chunk), look_up(&self.slopes, chunk));
+                    for ((x, p), slope) in chunk.iter_mut().zip(p).zip(slopes) {
+                        *x = Bf16::from_f32(p * scale * slope);
                     }
                 }
                 for x in chunks.into_remainder() {
-                    *x = Bf16::from_f32(self.slopes[x.0 as usize] * scale);
+                    *x = Bf16::from_f32(self.p[x.0 as usize] * scale * self.slopes[x.0 as usize]);
                 }
-                let (p, slope) = (self.p[target_bits], self.slopes[target_bits]);
-                row[target] = Bf16::from_f32(slope * scale - weight * (slope / p));
+                row[target] = Bf16::from_f32((p * scale - 4.0 * weight) * (s * (1.0 - s)));
             }
         }
     }
