@@ -117,6 +117,7 @@ def test_edit_makes_a_version_that_leaves_the_old_one_whole(chat, server):
     assert chat.turns() == [["user", "ONE"], ["assistant", "C"]]
     chat.button("Previous version").click()
     assert chat.turns() == [["user", "one"], ["assistant", "A"], ["user", "two"], ["assistant", "B"]]
+    assert "undefined" not in chat.page.inner_text("#app")
 
 
 def test_a_reload_finds_the_conversation_again(chat, server):
