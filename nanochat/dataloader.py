@@ -97,6 +97,7 @@ def pack_rows(pieces, bos, capacity, crop=False):
     """
     Best-fit packing of pieces (int arrays that start with bos) into rows of `capacity` tokens.
     Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last row.
+    crop: what fills a gap loses its tail instead of giving it back.
 
     >>> pack_rows([np.array([0, 1, 2]), np.array([0, 3])], bos=0, capacity=4)[0]
     array([[0, 1, 2, 0]])

@@ -51,6 +51,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
 
     def text(self):
+        """The content as one str, calls of tools and their results included."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 

@@ -87,7 +87,8 @@ def test_a_client_that_hangs_up_is_no_failure_of_the_server(tokenizer):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 4000}, timeout=0.5)
         assert wait_for(lambda: 'code="499",path="/v1/completions"' in httpx.get(f"{address}/metrics").text)
-        assert service.count("num_running") == 0 and 'code="5' not in httpx.get(f"{address}/metrics").text
+        assert wait_for(lambda: service.count("num_running") == 0)
+        assert 'code="5' not in httpx.get(f"{address}/metrics").text
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(tokenizer):

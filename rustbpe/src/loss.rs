@@ -147,8 +147,8 @@ fn share_out<L: Logit>(rows: Rows<L>, num_threads: usize, work: impl Fn(Rows<L>)
     });
 }
 
-/// Nearly twice as fast as computing them, with the same bits: eight numbers come with one instruction, and those that
-/// occur fit in the cache.
+/// The same bits in two thirds to three quarters of the time that computing them takes (dev/LOG.md): eight numbers come
+/// with one instruction, and those that occur fit in the cache.
 #[cfg(target_arch = "x86_64")]
 mod table {
     use super::{terms, Bf16, Logit, Rows, LANES};
