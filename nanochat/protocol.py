@@ -148,6 +148,20 @@ def error_body(message, status, param=None, code=None):
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def explain(errors):
+    """
+    Where a request is wrong ('messages.0.role'), and how, from pydantic's errors: those of the first wrong field. Where
+    a field may be one of several kinds each kind complains; the complaint that goes deepest comes from the likely one.
+    """
+    def where(error):  # without pydantic's names for the kinds: 'list[constrained-str]'
+        return tuple(part for part in map(str, error["loc"][1:]) if not set("-[") & set(part))
+
+    field = [error for error in errors if where(error)[:1] == where(errors[0])[:1]]
+    place = max(map(where, field), key=len)
+    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in field if where(error) == place)
+    return ".".join(place), ", or: ".join(messages)
+
+
 def token_text(tokenizer, token):
     """A token as text; one that is no whole character as OpenAI writes it: 'bytes:\\xe2\\x82'."""
     raw = tokenizer.decode_bytes([token])

@@ -37,7 +37,15 @@ from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine
 from nanochat.precision import get_precision_dtype
-from nanochat.protocol import ChatRequest, CompletionRequest, TokenizeRequest, TokenReply, error_body, token_text
+from nanochat.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    TokenReply,
+    error_body,
+    explain,
+    token_text,
+)
 from nanochat.service import GRACE_S, Service, begin_chat, begin_completion, respond
 from nanochat.serving import Lane
 
@@ -113,8 +121,8 @@ async def on_invalid_request(request, error):
         return error_response(400, f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
     if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
         return error_response(415, "The request has no header 'Content-Type: application/json'")
-    where = ".".join(str(part) for part in first["loc"][1:])
-    return error_response(400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=where or None)
+    where, what = explain(error.errors())
+    return error_response(400, f"{where or 'body'}: {what}", param=where or None)
 
 
 async def on_failure(request, error):
@@ -130,7 +138,8 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
         await service.join()
 
     # no /docs: it would load scripts from elsewhere
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers={
+    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  responses={"4XX": {"description": "refused; the body is OpenAI's `error`"}}, exception_handlers={
         StarletteHTTPException: on_http_error, RequestValidationError: on_invalid_request, Exception: on_failure})
     app.add_middleware(Gate, service=service, api_key=api_key)
     if not api_key:  # open to this machine alone: a web page that gives itself our address by DNS is refused
@@ -138,7 +147,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
     if cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"], allow_headers=["*"])
 
-    app.get("/", response_class=HTMLResponse)(page)
+    app.head("/", include_in_schema=False)(app.get("/", response_class=HTMLResponse)(page))
 
     @app.get("/v1/models")
     def models():
@@ -175,10 +184,12 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
             "count": len(ids), "max_model_len": lane.decoder.max_length, "tokens": ids,
             "token_strs": [token_text(tokenizer, token) for token in ids]})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health():
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready():
         if service.trouble:

@@ -120,13 +120,14 @@ def test_edit_makes_a_version_that_leaves_the_old_one_whole(chat, server):
     assert "undefined" not in chat.page.inner_text("#app")
 
 
-def test_a_reload_finds_the_conversation_again(chat, server):
+def test_a_reload_finds_the_conversation_and_the_draft_again(chat, server):
     server.script = [demo_answer()]
     chat.say("How many r?")
     before = chat.turns()
+    chat.page.fill("#prompt", "And how many")
     chat.reload()
     assert chat.turns() == before
-    assert chat.titles() == ["How many r?"]
+    assert chat.titles() == ["How many r?"] and chat.page.input_value("#prompt") == "And how many"
 
 
 def test_conversations_are_listed_searched_renamed_and_deleted(chat, server):

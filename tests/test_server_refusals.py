@@ -27,7 +27,8 @@ def client(tokenizer):
 
 @pytest.mark.parametrize("fields, hint", [
     ({"temperature": -1}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"),
-    ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
+    ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a", ""]}, "stop.1: "),
+    ({"stop": ["a"] * 5}, "stop: Input should be a valid string, or: List should have at most 4 items"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [HELLO["messages"][0], {"role": "assistant", "content": "x"}]}, "the last one is the assistant's"),
@@ -35,13 +36,20 @@ def client(tokenizer):
     ({"messages": [{"role": "user", "content": "word " * 500}]}, "the newest message takes"),
     ({"presence_penalty": 0.5}, "presence_penalty"), ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported"), ({"seed": 2**70}, "seed"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+     "messages.0.content.0.type: Input should be 'text'"),
 ])
 def test_a_wrong_field_is_a_400_that_names_it(client, fields, hint):
     response = chat(client, **fields)
     error = response.json()["error"]
     assert response.status_code == 400 and hint in error["message"]
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_schema_and_probes_by_head_are_as_clients_expect(client):
+    responses = client.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses) == {"200", "4XX"}  # 422, FastAPI's own, is never sent
+    assert all(client.head(path).status_code == 200 for path in ("/", "/health", "/ready"))
 
 
 def test_what_other_clients_send_by_default_is_accepted(client):
