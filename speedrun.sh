@@ -19,7 +19,7 @@ NUM_SHARDS="${NUM_SHARDS:-240}"               # pretraining shards of about 100 
 WANDB_RUN="${WANDB_RUN:-dummy}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
+run() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else echo "+ $*"; "$@"; fi; }
 ranks() { run torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }
 
 # 0. Set-up: uv, torch, the rustbpe extension; a new report card. A few minutes.
@@ -27,10 +27,11 @@ if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh gpu $([ "$WANDB_RUN" = dummy 
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 run python -m nanochat.report reset
 
-# 1. Tokenizer. 2 billion characters are plenty for 65,536 tokens: 8 shards hold them. Under a minute of training.
-#    The rest of the text downloads behind it.
-if [ -z "${NANOCHAT_DATA_DIR:-}" ]; then run python -m nanochat.dataset -n 8; fi
+# 1. Tokenizer. 2 billion characters are plenty for 65,536 tokens: 12 shards hold them, also with long documents cut as
+#    tok_train cuts them. About a minute of training. The rest of the text downloads behind it.
+if [ -z "${NANOCHAT_DATA_DIR:-}" ]; then run python -m nanochat.dataset -n 12; fi
 DOWNLOAD_PID=""
+trap '[ -z "$DOWNLOAD_PID" ] || kill "$DOWNLOAD_PID" 2> /dev/null || true' EXIT  # when a stage fails, this ends too
 if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ -z "${DRY_RUN:-}" ]; then
     python -m nanochat.dataset -n "$NUM_SHARDS" & DOWNLOAD_PID=$!
 elif [ -z "${NANOCHAT_DATA_DIR:-}" ]; then
@@ -42,7 +43,7 @@ run python -m scripts.tok_eval
 # 2. Pretraining, where nearly all of the money goes: 20 tokens per parameter (Chinchilla) are 11.2 billion tokens at
 #    d20, at 4.8 characters per token 54 billion characters; a shard holds about 250 million, so 215 are needed and 240
 #    downloaded. 6 FLOPs per parameter and token make 4e19 FLOPs: about 3 hours.
-if [ -n "$DOWNLOAD_PID" ]; then wait "$DOWNLOAD_PID"; fi
+if [ -n "$DOWNLOAD_PID" ]; then wait "$DOWNLOAD_PID"; DOWNLOAD_PID=""; fi
 ranks scripts.base_train -- --depth="$DEPTH" --device_batch_size="$DEVICE_BATCH_SIZE" --run="$WANDB_RUN"
 ranks scripts.base_loss
 ranks scripts.base_eval

@@ -16,10 +16,12 @@ usage() {
 }
 
 # What is this machine, and how large a model suits it?
-if [ "$(command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | wc -l || echo 0)" -gt 0 ]; then
-    MACHINE=gpu NPROC="${NPROC:-$(nvidia-smi -L | wc -l)}" EXTRA=gpu
+GPUS=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+if [ "$GPUS" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then GPUS=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l); fi
+if [ "$GPUS" -gt 0 ]; then
+    MACHINE=gpu NPROC="${NPROC:-$GPUS}" EXTRA=gpu
     DEPTH="${DEPTH:-20}" NUM_SHARDS="${NUM_SHARDS:-240}" VOCAB="${VOCAB:-65536}"
-    BASE_FLAGS="" MID_FLAGS="" SFT_FLAGS="" RL_FLAGS="" EVAL_FLAGS="" TOKENIZER_CHARS=2000000000
+    BASE_FLAGS="" CORE_FLAGS="" MID_FLAGS="" SFT_FLAGS="" RL_FLAGS="" EVAL_FLAGS="" TOKENIZER_CHARS=2000000000
 elif [ "$(uname -s)" = Darwin ]; then
     MACHINE=mac NPROC=1 EXTRA=cpu
     DEPTH="${DEPTH:-6}" NUM_SHARDS="${NUM_SHARDS:-4}" VOCAB="${VOCAB:-16384}"
@@ -30,6 +32,7 @@ fi
 if [ "$MACHINE" != gpu ]; then
     TOKENIZER_CHARS=100000000
     BASE_FLAGS="--max_seq_len=512 --total_batch_size=4096 --num_iterations=1000 --eval_tokens=65536"
+    CORE_FLAGS="--max_per_task=20"
     MID_FLAGS="--total_batch_size=4096 --num_iterations=300 --eval_tokens=65536 --spelling_size=2000 --spellingbee_size=2000"
     SFT_FLAGS="--num_iterations=200 --examples_per_step=16"
     RL_FLAGS="--num_iterations=20 --examples_per_step=8 --num_samples=8 --eval_examples=50"
@@ -39,7 +42,7 @@ fi
 WANDB_RUN="${WANDB_RUN:-dummy}"
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
-run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
+run() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else echo "+ $*"; "$@"; fi; }
 stage() {  # a script with its flags, under torchrun where there are several GPUs
     local script="$1"; shift
     if [ "$NPROC" -gt 1 ]; then
@@ -65,7 +68,11 @@ step_tokenizer() {
     run python -m scripts.tok_train --max_chars="$TOKENIZER_CHARS" --vocab_size="$VOCAB"
     run python -m scripts.tok_eval
 }
-step_base_model() { stage scripts.base_train --depth="$DEPTH" --run="$WANDB_RUN" $BASE_FLAGS; stage scripts.base_loss --eval_tokens=1048576; }
+step_base_model() {
+    stage scripts.base_train --depth="$DEPTH" --run="$WANDB_RUN" $BASE_FLAGS
+    stage scripts.base_loss --eval_tokens=1048576
+    stage scripts.base_eval $CORE_FLAGS
+}
 step_mid_training() {
     if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ ! -f "$BASE/identity_conversations.jsonl" ]; then  # who the model is
         run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"

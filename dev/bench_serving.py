@@ -23,6 +23,7 @@ import time
 from itertools import islice
 from urllib.parse import urlsplit
 
+from nanochat.common import UserError, run_script
 from nanochat.configurator import override_from_cli
 
 # -----------------------------------------------------------------------------
@@ -207,8 +208,10 @@ async def cut_off(address, num_requests, num_clients=32):
     return finished
 
 
-async def until_ready(address):
-    while True:
+async def until_ready(address, process, timeout_s=600):
+    """Returns when the server is ready; raises when it ended, or does not get ready in time."""
+    give_up_at = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_at and (process is None or process.poll() is None):
         try:
             reader, writer = await request(address, "GET", "/ready")
             ready = b" 200 " in await reader.readline()
@@ -218,10 +221,11 @@ async def until_ready(address):
         except OSError:
             pass
         await asyncio.sleep(0.1)
+    raise UserError(f"the server at {address} does not get ready", "python -m scripts.chat_web shows why")
 
 
-async def bench(address, pid):
-    await until_ready(address)
+async def bench(address, process):
+    await until_ready(address, process)
     await stream(address, random.Random(0))  # the first one warms up
     for i, num_clients in enumerate(map(int, clients.split(","))):
         row = await measure(address, num_clients)
@@ -230,6 +234,7 @@ async def bench(address, pid):
         print(" | ".join(f"{value:{len(name)}.{0 if isinstance(value, int) else 1}f}" for name, value in row.items()),
               flush=True)
     if churn:
+        pid = process and process.pid
         before = resident_bytes(pid)
         finished = await cut_off(address, churn)
         await asyncio.sleep(1)
@@ -248,7 +253,7 @@ def main():
           f"vocabulary {vocab_size} | {max_tokens} tokens an answer" if not url else f"server: {url}", flush=True)
     process, address = (None, url.rstrip("/")) if url else start_server()
     try:
-        asyncio.run(bench(address, process and process.pid))
+        asyncio.run(bench(address, process))
     finally:
         if process:
             process.terminate()
@@ -257,4 +262,4 @@ def main():
 
 if __name__ == "__main__":
     override_from_cli(globals(), prefix="--")
-    main()
+    run_script(main)

@@ -1,7 +1,7 @@
 """
 Write the toy world to disk: a whole local data mirror (the layout of NANOCHAT_DATA_DIR) that a laptop's model learns.
 
-    python -m dev.gen_synthetic_data --seed=42 --out=/tmp/toy_world        seconds; no network, no model
+    python -m dev.gen_synthetic_data --seed=42 --out=/tmp/toy_world        half a minute; no network, no model
     NANOCHAT_DATA_DIR=/tmp/toy_world python -m scripts.tok_train           and so on
 
 The same seed gives the same bytes (with the same Python and pyarrow). Held-out parts are drawn first and everything
@@ -9,8 +9,10 @@ drawn later steps around them, so no test item is in training: not a word proble
 choices in any order, not an identity prompt, not a chat, not a document. The facts themselves are all in training; what
 is held out is how they are asked. And the pretraining text spells no word that tasks/spellingbee.py tests.
 
+A folder that is up to date stays as it is, and one that holds anything else is refused.
+
 With an OpenAI-compatible server the same script asks a model for more varied identity conversations and adds the good
-ones to the mirror's identity_conversations.jsonl:
+ones to the mirror's identity_conversations.jsonl, and to identity_added.jsonl, from which a later writing takes them:
 
     python -m dev.gen_synthetic_data --out=/tmp/toy_world --base_url=http://localhost:8000/v1 --model=NAME --num=200
 """
@@ -40,8 +42,9 @@ from dev.toy_world import (
     random_fact,
     story,
 )
-from nanochat.common import UserError, get_base_dir, run_script
+from nanochat.common import UserError, get_base_dir, run_script, write_text
 from nanochat.configurator import override_from_cli
+from tasks.common import read_jsonl
 from tasks.spellingbee import is_test_word
 
 seed: int = 42                # everything written is a function of it
@@ -51,8 +54,7 @@ api_key: str | None = None    # sent as a bearer token; None = $OPENAI_API_KEY i
 model: str | None = None      # the model to ask for; needed with --base_url
 num: int = 200                # identity conversations to add with --base_url
 
-FORMAT_VERSION = 8            # of the mirror; raised when what a seed gives changes
-MANIFEST, IDENTITY_FILE = "toy_world.json", "identity_conversations.jsonl"
+MANIFEST, IDENTITY_FILE, ADDED_FILE = "toy_world.json", "identity_conversations.jsonl", "identity_added.jsonl"
 NUM_DOCS, NUM_VAL_DOCS, NUM_SHARDS = 39_000, 500, 3
 
 # -----------------------------------------------------------------------------
@@ -292,16 +294,42 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def to_jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def generator_hash():
+    """Of the code that decides what a seed gives."""
+    folder = Path(__file__).parent
+    sources = [folder / name for name in ("gen_synthetic_data.py", "toy_talk.py", "toy_world.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def is_up_to_date(root, seed):
+    path = root / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return (manifest.get("generator"), manifest.get("seed")) == (generator_hash(), seed) and all(
+        (root / name).is_file() for name in manifest["sha256"])
+
+
+def claim(root):
+    """
+    Begin to write in `root`: its manifest becomes an unfinished one. A folder with files but without either is somebody
+    else's. Returns (path of the unfinished manifest, names of the files that were written before).
+    """
+    manifest, unfinished = root / MANIFEST, root / f"{MANIFEST}.unfinished"
+    if manifest.exists():
+        os.replace(manifest, unfinished)
+    elif not unfinished.exists():
+        if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
+            raise UserError(f"--out={root} holds files, and no {MANIFEST}: it is no toy world", "choose a new folder")
+        write_text(unfinished, "{}")
+    return unfinished, set(json.loads(unfinished.read_text(encoding="utf-8")).get("sha256", {}))
+
+
 def write_mirror(root, seed, scale=1.0):
     """The whole mirror under `root`. toy_world.json is written last: where it stands, all else is complete."""
+    unfinished, old_names = claim(root)
     draw = Draws(seed, scale)
     words = toy_talk.make_words(draw.rng("words"))
     bundle, tables = draw_questions(draw)
@@ -314,7 +342,8 @@ def write_mirror(root, seed, scale=1.0):
     texts = bundle_files(bundle) | {"tasks/identity_test.jsonl": to_jsonl(identity_test),
                                     IDENTITY_FILE: to_jsonl(identity),
                                     "words_alpha.txt": "".join(word + "\n" for word in words)}
-    (root / MANIFEST).unlink(missing_ok=True)
+    if (root / ADDED_FILE).exists():
+        texts[IDENTITY_FILE] += (root / ADDED_FILE).read_text(encoding="utf-8")
     for name, rows in tables.items():
         table = pa.Table.from_pylist(rows)
         write_atomically(root / name, lambda path, table=table: pq.write_table(
@@ -322,7 +351,10 @@ def write_mirror(root, seed, scale=1.0):
     for name, text in texts.items():
         write_text(root / name, text)
     hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in sorted([*tables, *texts])}
-    write_text(root / MANIFEST, json.dumps({"format": FORMAT_VERSION, "seed": seed, "sha256": hashes}, indent=1))
+    for name in old_names - set(hashes):
+        (root / name).unlink(missing_ok=True)
+    write_text(root / MANIFEST, json.dumps({"generator": generator_hash(), "seed": seed, "sha256": hashes}, indent=1))
+    unfinished.unlink()
     return sum(table.nbytes for table in map(pq.read_table, map(root.joinpath, tables)))
 
 
@@ -386,12 +418,10 @@ def parse_conversation(reply):
 
 def add_identity_conversations(root, num, ask, seed, wait_s=1.0):
     """Append `num` new conversations made by ask(brief) to the mirror; returns the number of bad replies by reason."""
-    path = root / IDENTITY_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    test = (root / "tasks/identity_test.jsonl").read_text(encoding="utf-8").splitlines()
-    held = {key for line in test for key in identity_keys(json.loads(line)["messages"])}
-    seen = {chat_keys(json.loads(line))[0] for line in lines}
-    rng, bad, added, streak = random.Random(f"{seed}:server:{len(lines)}"), Counter(), 0, 0
+    chats = [messages for _, messages in read_jsonl(root / IDENTITY_FILE)]
+    held = {key for _, row in read_jsonl(root / "tasks/identity_test.jsonl") for key in identity_keys(row["messages"])}
+    seen = {chat_keys(messages)[0] for messages in chats}
+    rng, bad, added, streak = random.Random(f"{seed}:server:{len(chats)}"), Counter(), 0, 0
     while added < num:
         try:
             messages = parse_conversation(ask(make_brief(rng)))
@@ -408,8 +438,9 @@ def add_identity_conversations(root, num, ask, seed, wait_s=1.0):
             time.sleep(wait_s)
             continue
         seen.add(chat_keys(messages)[0])
-        lines.append(to_jsonl([messages]))
-        write_text(path, "".join(lines))  # at once, so that a stop costs one conversation at most
+        for path in (root / ADDED_FILE, root / IDENTITY_FILE):  # at once: a stop costs one conversation at most
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            write_text(path, before + to_jsonl([messages]))
         added, streak = added + 1, 0
     return bad
 
@@ -420,7 +451,9 @@ def main():
         raise UserError(f"--base_url needs --model and --num of at least 1; got --model={model} --num={num}",
                         "add for example --model=gpt-4o-mini --num=200")
     start = time.time()
-    if base_url is None or not (root / MANIFEST).exists():
+    if base_url is None and is_up_to_date(root, seed):
+        print(f"{root} is up to date | seed: {seed}")
+    elif base_url is None or not (root / MANIFEST).exists():
         num_bytes = write_mirror(root, seed)
         print(f"wrote {root} | seed: {seed} | text: {num_bytes / 1e6:.1f} MB | time: {time.time() - start:.1f} s")
         print(f"use it: export NANOCHAT_DATA_DIR={root}")

@@ -2,7 +2,7 @@
 # The whole pipeline on a laptop's CPU, with no network beyond package installation: a model of a few million
 # parameters that reads, answers, counts letters and does sums in a small world of its own, in minutes.
 #
-#   bash dev/runcpu.sh              train on the toy world (written first, in seconds)
+#   bash dev/runcpu.sh              train on the toy world (written first, half a minute)
 #   NANOCHAT_DATA_DIR=/path bash dev/runcpu.sh       train on a local data mirror instead
 #   DRY_RUN=1 bash dev/runcpu.sh    print the commands
 #
@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else echo "+ $*"; "$@"; fi; }
+run() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else echo "+ $*"; "$@"; fi; }
 
 WANDB_RUN="${WANDB_RUN:-dummy}"
 if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
@@ -53,8 +53,8 @@ run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --nu
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
     --spelling_size=300 --spellingbee_size=2500 --run="$WANDB_RUN"
 
-# 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon's
-#    steps are as long when they follow noise.
+# 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon
+#    takes steps of the same length even when the gradient is noise.
 run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-150}" --examples_per_step=8 --num_samples=8 \
     --max_new_tokens=80 --eval_every=-1 --eval_examples=200 --init_lr_frac=0.05 --embedding_lr=0.02 \
     --run="$WANDB_RUN"

@@ -8,7 +8,7 @@ any number of ranks work, and a single rank runs the same code.
 
 import torch
 
-from nanochat.common import all_gather, rank, reduce_scatter_sum, world_size
+from nanochat.common import all_gather, ceil_div, rank, reduce_scatter_sum, world_size
 
 CHUNK = 2**18  # elements: on a CPU the update walks a tensor in pieces whose temporaries stay in the cache
 
@@ -44,7 +44,7 @@ class DistAdamW(torch.optim.Optimizer):
 
     def _my_shard(self, tensor):
         """This rank's (n,) piece of a full tensor, padded with zeros to an equal cut."""
-        piece = -(-tensor.numel() // world_size())
+        piece = ceil_div(tensor.numel(), world_size())
         shard = tensor.reshape(-1)[rank() * piece: (rank() + 1) * piece]
         return shard if shard.numel() == piece else torch.nn.functional.pad(shard, (0, piece - shard.numel()))
 
@@ -90,7 +90,7 @@ class DistAdamW(torch.optim.Optimizer):
                 for key in ("exp_avg", "exp_avg_sq"):
                     full = all_gather(state[key])[: p.numel()].view_as(p)
                     if rank() == 0:  # a copy: what is saved at step n must not change at step n + 1
-                        tensors[f"{name}.{key}"] = full.cpu() if full.is_cuda else full.clone()
+                        tensors[f"{name}.{key}"] = full.to("cpu", copy=True)
                         tensors[f"{name}.step"] = torch.tensor(state["step"])
         return tensors
 

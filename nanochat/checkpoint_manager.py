@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import UserError, barrier, get_base_dir, get_dist_info
+from nanochat.common import FailedElsewhere, UserError, barrier, get_base_dir, get_dist_info, print0, run_together
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.precision import get_precision
+from nanochat.precision import get_precision, precision_note
 from nanochat.tokenizer import get_tokenizer
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "r
 def get_checkpoint_dir(stage, model_tag):
     """The folder that holds the steps of one model: <base>/<stage folder>/<tag>. A tag is a name, never a path."""
     if not re.fullmatch(r"\w[\w .+-]*", model_tag):
-        raise UserError(f"model_tag={model_tag!r} is not a name: letters, digits and _ . + - are", "--model_tag=d20")
+        raise UserError(f"--model_tag={model_tag!r} is no name: use letters, digits and _ . + -", "--model_tag=d20")
     return get_base_dir() / STAGE_DIRS[stage] / model_tag
 
 
@@ -110,11 +110,15 @@ class CheckpointManager:
         return moved
 
     def forget_after(self, step):
-        """Going back to `step` starts another future: checkpoints of later steps are renamed, out of its way."""
+        """
+        Going back to `step` starts another future: checkpoints of later steps are renamed, out of its way. Returns
+        their new folders, on rank 0.
+        """
+        moved = []
         if get_dist_info()[0] == 0:
-            for later in [s for s in self.steps() if s > step]:
-                _rename_aside(self.checkpoint_dir / _step_name(later))
+            moved = [_rename_aside(self.checkpoint_dir / _step_name(later)) for later in self.steps() if later > step]
         barrier()
+        return moved
 
     def save_model(self, model, step):
         """Save parameters and config alone. Returns the checkpoint's folder."""
@@ -124,27 +128,30 @@ class CheckpointManager:
         """
         Save the state of training; collective (the optimizers gather their shards), written by rank 0. `meta` is a
         JSON-able dict: settings, loader state, metrics. keep_last > 0 then keeps only so many newest ones.
-        A failed write (a full disk) raises UserError and leaves the checkpoints that were there as they were.
+        A failed write (a full disk) raises UserError on every rank and leaves the checkpoints that were there as they
+        were.
         """
         states = {}
         for optimizer in optimizers:
             states.update(optimizer.full_state())
-        folder, failure = self.checkpoint_dir / _step_name(step), None
-        if get_dist_info()[0] == 0:
-            try:
+        folder = self.checkpoint_dir / _step_name(step)
+
+        def write():
+            if get_dist_info()[0] == 0:
                 self._write(folder, step, model, states, tokenizer, meta or {})
                 self._prune(keep_last)
-            except OSError as error:
-                failure = error
-        barrier()
-        if failure is not None:
-            raise UserError(f"checkpoint {folder} could not be written: {failure}; earlier checkpoints are intact",
-                            "free disk space, or set NANOCHAT_BASE_DIR to a larger disk, and resume")
+
+        try:
+            run_together(write, model.device)
+        except (OSError, FailedElsewhere) as error:
+            raise UserError(f"checkpoint {folder} could not be written: {error}; earlier checkpoints are intact",
+                            "free disk space, or set NANOCHAT_BASE_DIR to a larger disk, and resume") from error
         return folder
 
     def _write(self, folder, step, model, optimizer_state, tokenizer, meta):
         tmp = folder.with_name(f".tmp_{folder.name}")
-        shutil.rmtree(tmp, ignore_errors=True)
+        for unfinished in folder.parent.glob(".tmp_step_*"):  # of runs that were killed while they saved
+            shutil.rmtree(unfinished, ignore_errors=True)
         try:
             tmp.mkdir(parents=True)
             weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
@@ -154,7 +161,7 @@ class CheckpointManager:
             if tokenizer is not None:
                 tokenizer.save(tmp / "tokenizer")
                 meta = {**meta, "tokenizer_hash": tokenizer.hash()}
-            files = {str(p.relative_to(tmp)): p.stat().st_size for p in sorted(tmp.rglob("*")) if p.is_file()}
+            files = {p.relative_to(tmp).as_posix(): p.stat().st_size for p in sorted(tmp.rglob("*")) if p.is_file()}
             meta = {"format_version": FORMAT_VERSION, "step": step, "model_config": asdict(model.config), **meta,
                     "files": files}
             (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -170,7 +177,10 @@ class CheckpointManager:
     def _prune(self, keep_last):
         if keep_last > 0:
             for step in self.steps()[:-keep_last]:
-                shutil.rmtree(self.checkpoint_dir / _step_name(step))
+                try:
+                    shutil.rmtree(self.checkpoint_dir / _step_name(step))
+                except OSError as error:  # the new one is whole all the same
+                    print(f"warning: the checkpoint of step {step} could not be removed: {error}", flush=True)
 
     # -- loading
 
@@ -240,6 +250,9 @@ def load_checkpoint(stage, device, model_tag=None, step=None):
     """
     manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
     step, meta = manager.load_meta(step)
+    note = precision_note(torch.device(device).type, int8=True)
+    if note:
+        print0(f"note: {note}")
     model = manager.load_model(device, step).eval().requires_grad_(False)
     if get_precision(model.device.type) == "int8":
         model.use_int8()
@@ -298,7 +311,7 @@ def _load_tensors(path, device):
 def _fsync(path):
     """Force a file's or folder's content to disk; folders cannot be opened on Windows, which needs no such call."""
     if os.name == "posix" or path.is_file():
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows flushes only what it may write
         try:
             os.fsync(fd)
         finally:

@@ -78,6 +78,25 @@ def get_data_dir():
     return Path(data_dir)
 
 
+def get_data_root():
+    """Where the files of the chat stages are: in the local mirror, if there is one, else in the base directory."""
+    return get_data_dir() or get_base_dir()
+
+
+def write_text(path, text):
+    """
+    A whole file or none, also after a crash or a power cut: written under a temporary name, then renamed. Makes the
+    folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 # -----------------------------------------------------------------------------
 # Ranks: torchrun sets RANK, LOCAL_RANK, WORLD_SIZE; without it this is rank 0 of 1
 
@@ -119,18 +138,22 @@ def compute_init(device_type="", seed=42):
     if not available.get(device_type):
         usable = [name for name, ok in available.items() if ok]
         raise UserError(f"device_type={device_type} is not available here", f"use one of {', '.join(usable)}")
-    rank, local_rank, world_size = get_dist_info()
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    ddp_rank, ddp_local_rank, ddp_world_size = get_dist_info()
+    if device_type == "cuda" and ddp_local_rank >= torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        raise UserError(f"process {ddp_local_rank} of this machine has no GPU: there are {num_gpus}",
+                        f"torchrun --nproc_per_node={num_gpus}, or NPROC={num_gpus} bash speedrun.sh")
+    device = torch.device(device_type, ddp_local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cpu":
         keep_freed_memory()
-        _share_cores(world_size)
+        _share_cores(ddp_world_size)
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     torch.manual_seed(seed)
-    if world_size > 1 and not dist.is_initialized():
+    if ddp_world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    return rank, local_rank, world_size, device
+    return ddp_rank, ddp_local_rank, ddp_world_size, device
 
 
 def compute_cleanup():
@@ -258,6 +281,10 @@ def gather_objects(items):
     return [item for part in parts for item in part]
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank failed at what all ranks do together."""
+
+
 def run_together(function, device):
     """function() on every rank; an error on one becomes an error on all, so that none waits in the next collective."""
     result = failure = None
@@ -266,7 +293,7 @@ def run_together(function, device):
     except Exception as error:  # whatever it is, the other ranks must hear of it
         failure = error
     if all_reduce_sum(torch.tensor(float(failure is not None), device=device)).item() > 0:
-        raise failure or RuntimeError("it failed on another rank")
+        raise failure or FailedElsewhere("it failed on another rank")
     return result
 
 
@@ -309,16 +336,9 @@ def rank_slice(num_rows, ddp_rank, ddp_world_size):
     return slice(num_rows * ddp_rank // ddp_world_size, num_rows * (ddp_rank + 1) // ddp_world_size)
 
 
-def micro_batches(num_rows, device_batch_size):
-    """
-    Slices of at most device_batch_size rows, as even as possible, so that few batch shapes occur.
-
-    >>> micro_batches(5, 2)
-    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
-    """
-    num_micro = -(-num_rows // device_batch_size)
-    bounds = [num_rows * i // num_micro for i in range(num_micro + 1)] if num_micro else [0]
-    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+def ceil_div(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 class Ema:

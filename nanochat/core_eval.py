@@ -2,7 +2,7 @@
 The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks that a base model can be asked, in three forms.
 
     multiple_choice      one context, several continuations: which one has the lowest loss per token?
-    schema               several contexts, one continuation: after which one has it the lowest loss per token?
+    schema               several contexts, one continuation: after which one does it have the lowest loss per token?
     language_modeling    one context, one continuation: does greedy decoding produce exactly it?
 
 A task's accuracy is centred, (accuracy - baseline) / (1 - baseline), so that guessing counts 0 and perfection 1; CORE
@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,6 @@ from nanochat.download import download_file
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 4 << 30  # unpacked; more is not the bundle
 NUM_TASKS = 22
-AGAIN = "delete the folder eval_bundle to download it again"
 CHUNK_QUESTIONS = 256  # tokenized and sorted by length at a time: enough for even batches, little to hold
 FIELDS = {"multiple_choice": {"query", "choices", "gold"}, "schema": {"context_options", "continuation", "gold"},
           "language_modeling": {"context", "continuation"}}  # what a line of each kind of task must have
@@ -82,10 +82,13 @@ def _unpack(zip_path, bundle_dir):
         num_bytes = sum(member.file_size for member in archive.infolist())
         if num_bytes > MAX_BUNDLE_BYTES:
             raise UserError(f"{zip_path} unpacks to {num_bytes:,} bytes, at most {MAX_BUNDLE_BYTES:,} are expected")
-        archive.extractall(folder)
+        try:
+            archive.extractall(folder)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{zip_path} is damaged: {error}", f"rm {zip_path}, and it is downloaded again") from error
         found = [path.parent for path in Path(folder).rglob("core.yaml")]
         if len(found) != 1:
-            raise UserError(f"{zip_path} holds {len(found)} files core.yaml, needed is one", f"rm {zip_path}")
+            raise UserError(f"{zip_path} holds {len(found)} files core.yaml, exactly one is needed", f"rm {zip_path}")
         shutil.rmtree(bundle_dir, ignore_errors=True)
         os.replace(found[0], bundle_dir)
 
@@ -97,6 +100,10 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
         if not (bundle_dir / name).is_file():
             raise UserError(f"no evaluation bundle: {bundle_dir / name} is missing",
                             f"put the contents of {BUNDLE_URL} there, or unset NANOCHAT_DATA_DIR to download it")
+    if get_data_dir() is None:
+        again = f"rm -r {bundle_dir} {bundle_dir}.zip, and it is downloaded again"
+    else:
+        again = f"restore it from {BUNDLE_URL}"
     try:
         with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
@@ -105,19 +112,21 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
                    for entry in yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))["icl_tasks"]]
     except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"core.yaml or eval_meta_data.csv in {bundle_dir} is damaged: {type(error).__name__}: "
-                        f"{' '.join(str(error).split())}", AGAIN) from error
+                        f"{' '.join(str(error).split())}", again) from error
+    if not entries:
+        raise UserError(f"{bundle_dir / 'core.yaml'} lists no task", again)
     tasks = []
     for label, kind, path, num_fewshot, delimiter in entries:
         if kind not in FIELDS or label not in baselines:
-            raise UserError(f"{bundle_dir}: task {label} of type {kind} has no such type or no random baseline", AGAIN)
-        rows = _read_rows(bundle_dir / "eval_data" / path, FIELDS[kind])
+            raise UserError(f"{bundle_dir}: task {label} of type {kind} has no such type or no random baseline", again)
+        rows = _read_rows(bundle_dir / "eval_data" / path, FIELDS[kind], again)
         tasks.append(CoreTask(label, kind, rows, num_fewshot, delimiter, baselines[label]))
     return tasks
 
 
-def _read_rows(path, fields):
+def _read_rows(path, fields, again):
     if not path.is_file():
-        raise UserError(f"{path} of the evaluation bundle is missing", AGAIN)
+        raise UserError(f"{path} of the evaluation bundle is missing", again)
     rows = []
     for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if line.strip():
@@ -125,12 +134,12 @@ def _read_rows(path, fields):
                 row = json.loads(line)
                 missing = sorted(fields - row.keys())
             except (ValueError, AttributeError):
-                raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}", AGAIN) from None
+                raise UserError(f"{path}:{number} is not a JSON object: {line[:80]!r}", again) from None
             if missing:
-                raise UserError(f"{path}:{number} has no field {missing}", AGAIN)
+                raise UserError(f"{path}:{number} has no field {missing}", again)
             rows.append(row)
     if not rows:
-        raise UserError(f"{path} of the evaluation bundle is empty", AGAIN)
+        raise UserError(f"{path} of the evaluation bundle is empty", again)
     return rows
 
 

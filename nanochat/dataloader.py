@@ -26,7 +26,7 @@ import threading
 import numpy as np
 import torch
 
-from nanochat.common import IGNORE, UserError
+from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataset import read_documents
 
 BLOCK_TOKENS = 2**19
@@ -143,13 +143,13 @@ def _behead(piece, count, bos):
     return rest
 
 
-def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=BLOCK_TOKENS):
+def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=None):
     """
     Endless ((position, offset), rows): where in the stream the block starts, and its rows, int32 (R, capacity),
     shuffled. A block ends with its epoch. `documents` is an endless iterator of (position, ids) that starts at the
     document with the offset.
     """
-    block_tokens = max(block_tokens, capacity)
+    block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)
     position, ids = next(documents)
     while True:
         start, pieces, total = (position, offset), [], 0
@@ -188,10 +188,11 @@ class RowLoader:
     documents(position) must return an endless iterator of (position, ids) from that position (three integers) on.
     """
 
-    def __init__(self, documents, bos, sequence_len, seed=42, state=None, crop=False):
+    def __init__(self, documents, bos, sequence_len, seed=42, state=None, crop=False, block_tokens=None):
         state = state or {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 0}  # files: span; else 0
         position = (state["epoch"], state["span"], state["row"])
-        self._blocks = packed_blocks(documents(position), bos, sequence_len + 1, seed, state["offset"], crop)
+        offset, capacity = state["offset"], sequence_len + 1
+        self._blocks = packed_blocks(documents(position), bos, capacity, seed, offset, crop, block_tokens)
         self._queue, self._stop = queue.Queue(maxsize=2), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -242,11 +243,11 @@ class RowLoader:
         self._thread.join(timeout=5)
 
 
-def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=False):
+def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=False, block_tokens=None):
     """A RowLoader over the documents of `spans` (see nanochat.dataset.get_spans)."""
     def documents(position):
         return token_documents(tokenizer, spans, seed, position)
-    return RowLoader(documents, tokenizer.get_bos_token_id(), sequence_len, seed, state, crop)
+    return RowLoader(documents, tokenizer.get_bos_token_id(), sequence_len, seed, state, crop, block_tokens)
 
 
 def eval_rows(tokenizer, spans, sequence_len, max_tokens):
@@ -283,7 +284,7 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
     rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
     rendered.sort(key=lambda conversation: len(conversation[0]))  # micro-batches of like length need little padding
     longest = len(rendered[-1][0]) - 1
-    T = min(max_len, -(-longest // 32) * 32)
+    T = min(max_len, 32 * ceil_div(longest, 32))
     inputs = np.full((len(rendered), T), tokenizer.get_bos_token_id(), dtype=np.int32)
     targets = np.full((len(rendered), T), IGNORE, dtype=np.int32)
     for row, (ids, mask) in enumerate(rendered):

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -34,6 +35,13 @@ MAX_BACKOFF_S = 60      # longest wait of our own between two tries
 MAX_ASKED_WAIT_S = 300  # longest Retry-After that is honoured: the hub counts requests in windows of 5 minutes
 
 log = logging.getLogger(__name__)
+
+
+class Wanted(NamedTuple):
+    """What makes a file good: see `download_file`."""
+    size: int | None
+    sha256: str | None
+    check: Callable[[Path], object] | None
 
 
 class DiskFullError(UserError):
@@ -93,7 +101,7 @@ def download_file(url: str, path: str | Path, *, size: int | None = None, sha256
     Processes that want the same file take turns by a lock, so that one of them downloads it. A host that states no
     hash is believed, when nothing else is given: its whole answer of the length it names is then the file.
     """
-    path, wanted = Path(path), (size, sha256, check)
+    path, wanted = Path(path), Wanted(size, sha256, check)
     if _fault(path, *wanted) is None:
         return path
     lock = path.with_name(path.name + ".part.lock")
@@ -156,7 +164,7 @@ def _try_once(url, part, wanted, timeout, progress):
             if response.status_code != 200 and (start, stated or identity) != (offset, identity):
                 _discard(part)
                 raise _TryAgain("the server does not continue the file that was begun")
-            total = _agree_on_size(part, total, wanted[0], _linked(response, "X-Linked-Size"))
+            total = _agree_on_size(part, total, wanted.size, _linked(response, "X-Linked-Size"))
             if response.status_code != 416:  # 416: there is nothing beyond what we have
                 _write_body(response, part, start, total, stated, progress)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -172,7 +180,7 @@ def _try_once(url, part, wanted, timeout, progress):
         raise _TryAgain(f"the connection closed at {_size(part)} of {total} bytes")
     identity = stated or identity or ""
     stated_sha256 = identity.removeprefix("sha256:") if identity.startswith("sha256:") else None
-    fault = _fault(part, total, wanted[1] or stated_sha256, wanted[2])
+    fault = _fault(part, total, wanted.sha256 or stated_sha256, wanted.check)
     if fault is not None:
         _discard(part)
         raise _TryAgain(fault)

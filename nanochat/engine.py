@@ -193,7 +193,7 @@ class Row:
     max_tokens: int
     stop_tokens: frozenset[int]
     tool: ToolState | None = None
-    num_top: int | None = None  # wanted of each token: its log-probability, and those of so many likeliest ones
+    num_top: int | None = None  # if set: record each token's log-probability, and those of the num_top likeliest
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # entries of `top_logprobs`, when num_top is set
@@ -235,7 +235,7 @@ class Decoder:
         self.cache = KVCache(model.config, num_rows, self.max_length, model.device, dtype, length)
         self.staging = KVCache(model.config, 1, self.max_length, model.device, dtype)
         self.staged = []  # the tokens that `staging` holds
-        self.short = None  # the cache of `prefill_short`
+        self.short_staging = None  # the cache of `prefill_short`
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
         # not while training samples from float32 weights: autocast's copies of them must not be recorded
@@ -246,7 +246,7 @@ class Decoder:
         """On a GPU, take and record the steps of every number of rows, which compiles them, before anybody waits."""
         size = 1
         while self.graphs.record and size < 2 * self.num_rows:
-            logits = _exhaust(self.prefill([0]))
+            ((_, logits),) = self.prefill([0])
             while len(self.rows) < min(size, self.num_rows):
                 self.admit(Row([0], Sampling(0.0), self.max_length, frozenset()), logits)
             for _ in range(WARM_UP + 1):
@@ -269,9 +269,9 @@ class Decoder:
 
     def prefill(self, prompt, chunk=None, scores=None, num_top=1):
         """
-        Read a prompt into the staging cache: a generator that yields the tokens read, chunk by chunk, and ends with
-        the logits (V,). What the prompt shares with the one before, as turns of a chat do, is not read again. A list
-        `scores` gets the `top_logprobs` of every prompt token but the first.
+        Read a prompt into the staging cache: a generator that yields, chunk by chunk, (tokens read, None), and with the
+        last one the logits (V,). What the prompt shares with the one before, as turns of a chat do, is not read again.
+        A list `scores` gets the `top_logprobs` of every prompt token but the first.
         """
         self.check_prompt(prompt)
         pairs = zip(self.staged, prompt[:-1], strict=False)
@@ -286,27 +286,26 @@ class Decoder:
             if scores is not None:
                 targets = prompt[start - len(ids) + 1: start + 1]  # the last token of all has none
                 scores.extend(top_logprobs(logits[: len(targets)], targets, num_top))
-            yield len(ids)
-        return logits[-1]
+            yield len(ids), logits[-1] if start == len(prompt) else None
 
     @torch.inference_mode()
     def prefill_short(self, prompts):
         """Read several short prompts at once into a cache of their own. Returns [logits (V,)], one for each."""
         B, T = len(prompts), max(map(len, prompts))
-        if self.short is None:
-            dtype = self.cache.k.dtype
-            self.short = KVCache(self.model.config, self.SHORT_PROMPTS, self.max_length, self.model.device, dtype)
-        self.short.num_active, self.short.lengths = B, [0] * self.SHORT_PROMPTS
+        if self.short_staging is None:
+            self.short_staging = KVCache(self.model.config, self.SHORT_PROMPTS, self.max_length, self.model.device,
+                                         self.cache.k.dtype)
+        self.short_staging.num_active, self.short_staging.lengths = B, [0] * self.SHORT_PROMPTS
         ids = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts], device=self.model.device)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
-        logits = self._run(ids, self.short, last_only=ends)[:, 0]
-        self.short.lengths[:B] = map(len, prompts)  # what fills up the shape stands behind the end
+        logits = self._run(ids, self.short_staging, last_only=ends)[:, 0]
+        self.short_staging.lengths[:B] = map(len, prompts)  # what fills up the shape stands behind the end
         return list(logits)
 
     def admit(self, row, logits, short=None):
         """Let a row start from the prompt in the staging cache, or from number `short` of `prefill_short`'s prompts."""
         slot = len(self.rows)
-        self.cache.copy_row(slot, self.staging if short is None else self.short, short or 0)
+        self.cache.copy_row(slot, self.staging if short is None else self.short_staging, short or 0)
         self.logits[slot] = logits
         self.rows.append(row)
 
@@ -406,7 +405,7 @@ class Engine:
                 for i in range(num_samples)]
         filler = self.tokenizer.get_bos_token_id()
         with self._decoder(rows, num_samples) as decoder:
-            logits = _exhaust(decoder.prefill(list(tokens)))
+            *_, (_, logits) = decoder.prefill(list(tokens))
             for row in rows:
                 decoder.admit(row, logits)
             while decoder.rows:
@@ -440,18 +439,10 @@ class Engine:
                 while waiting and len(decoder.rows) < num_rows:
                     row = waiting.popleft()
                     if row.prompt != prompt:
-                        prompt, logits = row.prompt, _exhaust(decoder.prefill(row.prompt))
+                        *_, (_, logits) = decoder.prefill(row.prompt)
+                        prompt = row.prompt
                     decoder.admit(row, logits)
                 yield from (row for row, _, _ in decoder.step() if row.finish_reason)
-
-
-def _exhaust(generator):
-    """Run a generator to its end and return what it returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 # What a base model is asked to go on from while it learns, the same in every run, to be read by eye

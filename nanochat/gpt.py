@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.adamw import DistAdamW
-from nanochat.common import HAS_TRITON, IGNORE
+from nanochat.common import HAS_TRITON, IGNORE, ceil_div
 from nanochat.muon import DistMuon
 from nanochat.precision import (
     active_dtype,
@@ -66,7 +66,7 @@ class GPTConfig:
     @property
     def padded_vocab_size(self):
         """Rows of the embedding and the head: a multiple of 64, for the matrix units. The extra rows are never used."""
-        return -(-self.vocab_size // 64) * 64
+        return 64 * ceil_div(self.vocab_size, 64)
 
 
 # -----------------------------------------------------------------------------
@@ -257,9 +257,11 @@ def _chunk_loss_and_grad_eager(logits, targets, weights):
         capped_cross_entropy(*addresses, bfloat16, *logits.shape, LOGIT_CAP, threads)
         return losses, logits
     rows = max(1, EAGER_PIECE // logits.size(1))
-    for piece in zip(*(x.split(rows) for x in (logits, targets, weights, losses)), strict=True):
-        loss, gradient = _chunk_loss_and_grad(*piece[:3])
-        piece[0].copy_(gradient), piece[3].copy_(loss)
+    pieces = zip(*(x.split(rows) for x in (logits, targets, weights, losses)), strict=True)
+    for logits_piece, targets_piece, weights_piece, losses_piece in pieces:
+        loss, gradient = _chunk_loss_and_grad(logits_piece, targets_piece, weights_piece)
+        logits_piece.copy_(gradient)
+        losses_piece.copy_(loss)
     return losses, logits
 
 
@@ -475,7 +477,7 @@ class GPT(nn.Module):
         """
         Training FLOPs per token at full context: 6 per multiplied parameter (2 forward, 4 backward), and 12 C T per
         layer for attention's two products (Chowdhery et al., arXiv 2204.02311, appendix B; causality not deducted).
-        From the config alone, so the number format cannot change it.
+        From shapes alone, so the number format cannot change it.
         """
         c = self.config
         return 6 * self.num_matrix_params() + 12 * c.n_layer * c.n_embd * c.sequence_len

@@ -48,7 +48,7 @@ def _nats_per_unit(model, batches, units):
     nats, total = all_reduce_sum(sums.cuda() if model.device.type == "cuda" else sums).tolist()
     if total == 0:
         raise UserError("the rows hold nothing to score; need at least one target token",
-                        "--eval_tokens=-1 scores all of the text")
+                        "score more of it: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
     return nats / total
 
 

@@ -13,7 +13,7 @@ several ranks each one updates its K / ranks of them.
 
 import torch
 
-from nanochat.common import all_gather, compiles, rank, reduce_scatter_sum, world_size
+from nanochat.common import all_gather, ceil_div, compiles, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular values in [1e-3, 1]
@@ -72,7 +72,7 @@ class DistMuon(torch.optim.Optimizer):
 
     named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
     weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
-    compile: whether to compile the update; None = on GPUs.
+    compile: whether to compile the update on a GPU; None = yes. On a CPU, where products take the time, it never is.
     """
 
     def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):
@@ -89,12 +89,13 @@ class DistMuon(torch.optim.Optimizer):
         if self.dtype == torch.float16:
             self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
-        self._update = torch.compile(muon_update, dynamic=False) if compiles(device, compile) else muon_update
+        compiled = device.type != "cpu" and compiles(device, compile)
+        self._update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @staticmethod
     def _my_part(group):
         """Indices [start, stop) of this rank's matrices of a group of K, padded to ceil(K / ranks) per rank."""
-        per_rank = -(-len(group["params"]) // world_size())
+        per_rank = ceil_div(len(group["params"]), world_size())
         return rank() * per_rank, (rank() + 1) * per_rank
 
     @staticmethod
@@ -140,7 +141,7 @@ class DistMuon(torch.optim.Optimizer):
                 full = all_gather(value)
                 if rank() == 0:
                     for name, tensor in zip(group["names"], full, strict=False):
-                        tensors[f"{name}.{key}"] = tensor.cpu() if tensor.is_cuda else tensor.clone()
+                        tensors[f"{name}.{key}"] = tensor.to("cpu", copy=True)
         return tensors
 
     @torch.no_grad()
@@ -153,4 +154,4 @@ class DistMuon(torch.optim.Optimizer):
                 value.copy_(self._stack(full, start, stop))
 
 
-Muon = DistMuon  # one class for 1 and N ranks; both names are in use
+Muon = DistMuon  # one class for 1 and N ranks, under both of the field's names

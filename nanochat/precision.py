@@ -50,16 +50,22 @@ def _native_precision(device_type):
     return "bfloat16" if _has_native_bf16(device_type) else "float32"
 
 
-def describe_precision(device_type, fp8=False):
-    """One line for the log of training: what is used, and why it is not what was asked for. fp8: can this script?"""
+def precision_note(device_type, fp8=False, int8=False):
+    """Why what was asked for is not used, or ''. fp8, int8: is this a place for it, pretraining or inference?"""
     precision, asked = get_precision(device_type), os.environ.get("NANOCHAT_PRECISION")
     if precision == "fp8" and not fp8:
-        return "bfloat16 (fp8 is for pretraining)"
-    if asked == "int8":
-        return f"{_native_precision(device_type)} (int8 is for inference on a CPU)"
-    if asked and asked != precision:
-        return f"{precision} (NANOCHAT_PRECISION={asked} needs a GPU of compute capability 9.0 or newer)"
-    return precision
+        return "NANOCHAT_PRECISION=fp8 is for pretraining"
+    if asked == "int8" and not (int8 and precision == "int8"):
+        return "NANOCHAT_PRECISION=int8 is for inference on a CPU"
+    return "" if asked in (None, "", precision) else f"NANOCHAT_PRECISION={asked} needs compute capability 9.0 or newer"
+
+
+def describe_precision(device_type, fp8=False):
+    """One line for the log of training: what is used, and why it is not what was asked for. fp8: can this script?"""
+    precision, note = get_precision(device_type), precision_note(device_type, fp8)
+    if note:
+        precision = _native_precision(device_type)
+    return f"{precision} ({note})" if note else precision
 
 
 def get_precision_dtype(device_type=None):

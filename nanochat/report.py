@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import get_base_dir, get_dist_info, run_script
+from nanochat.common import get_base_dir, get_dist_info, run_script, write_text
 from nanochat.configurator import ArgumentParser
 from nanochat.curves import draw, read_panels
 
@@ -68,7 +68,7 @@ class Report:
                   "command": _this_command(world_size), **data}
         curves = [record["curves"]] if isinstance(record.get("curves"), str | Path) else record.get("curves") or []
         record["curves"] = [os.path.relpath(path, self.report_dir) for path in curves]  # the card can move with them
-        _write_text(self.report_dir / f"{number:02d}-{_slug(section)}.json", _to_json(record))
+        write_text(self.report_dir / f"{number:02d}-{_slug(section)}.json", _to_json(record))
 
     def reset(self):
         """Start a new card. The card before it is kept, once, under report_previous/."""
@@ -76,7 +76,7 @@ class Report:
             previous = self.report_dir.with_name(self.report_dir.name + "_previous")
             shutil.rmtree(previous, ignore_errors=True)
             self.report_dir.rename(previous)
-        _write_text(self.report_dir / "start.json", _to_json({"time": time.time(), "environment": get_environment()}))
+        write_text(self.report_dir / "start.json", _to_json({"time": time.time(), "environment": get_environment()}))
 
     def generate(self, gpu_hourly_rate=None, copy_to=None):
         """Render report.md and its pictures; returns its path. `copy_to`: a folder that gets the same files."""
@@ -87,8 +87,8 @@ class Report:
         text = _render(start, stages, gpu_hourly_rate, self.report_dir, pictures)
         for folder in [self.report_dir] + ([Path(copy_to)] if copy_to and os.access(copy_to, os.W_OK) else []):
             for name, svg in pictures.items():
-                _write_text(folder / name, svg)
-            _write_text(folder / "report.md", text)
+                write_text(folder / name, svg)
+            write_text(folder / "report.md", text)
         return self.report_dir / "report.md"
 
 
@@ -99,14 +99,6 @@ def _slug(text):
 def _to_json(record):
     """JSON for people: indented, a number inside a tensor as a number, anything unknown as its text."""
     return json.dumps(record, indent=1, default=lambda value: value.item() if hasattr(value, "item") else str(value))
-
-
-def _write_text(path, text):
-    """Whole or not at all: under a temporary name first, then renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _this_command(world_size):

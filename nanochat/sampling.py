@@ -24,16 +24,15 @@ class Sampling:
     seed: int | str = 42         # of the row's own random numbers
 
     def __post_init__(self):
-        checks = {"temperature": self.temperature >= 0, "top_k": (self.top_k or 0) >= 0,
-                  "top_p": self.top_p is None or 0 < self.top_p <= 1,
-                  "min_p": self.min_p is None or 0 <= self.min_p <= 1}
-        for name, ok in checks.items():
+        checks = {"temperature": (self.temperature >= 0, "0 or more"), "top_k": ((self.top_k or 0) >= 0, "0 or more"),
+                  "top_p": (self.top_p is None or 0 < self.top_p <= 1, "more than 0, at most 1"),
+                  "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")}
+        for name, (ok, need) in checks.items():
             if not ok:
-                raise UserError(f"{name}={getattr(self, name)}: need temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
-                                "0 <= min_p <= 1")
+                raise UserError(f"{name}={getattr(self, name)}: need {need}", f"leave {name} out for its default")
 
     @property
-    def filters(self):
+    def has_filters(self):
         return bool(self.top_k) or self.top_p not in (None, 1.0) or bool(self.min_p)
 
 
@@ -44,7 +43,7 @@ def sample_rows(logits, samplings, u):
     """
     groups = {}  # rows that are drawn in the same way, together: 64 rows cost little more than one
     for i, s in enumerate(samplings):
-        draw = _take_best if s.temperature < COLDEST else _draw_filtered if s.filters else _draw
+        draw = _take_best if s.temperature < COLDEST else _draw_filtered if s.has_filters else _draw
         groups.setdefault(draw, []).append(i)
     ids = torch.empty(len(samplings), dtype=torch.long, device=logits.device)
     for draw, index in groups.items():
@@ -63,7 +62,7 @@ def _draw(logits, samplings, u):
 
 
 def _draw_filtered(logits, samplings, u, limit=1024):
-    """Looks at the top_k likeliest tokens, or at `limit` where there is no top_k and at all where these are too few."""
+    """Looks at the top_k likeliest tokens; without it at the first `limit`, and at all where those do not suffice."""
     V, temperature = logits.size(1), _column([s.temperature for s in samplings], logits)
     top_k = _column([min(s.top_k or V, V) for s in samplings], logits)
     K = min(V, max(s.top_k or limit for s in samplings))

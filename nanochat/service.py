@@ -70,7 +70,7 @@ class Service:
         for thread in self.threads:
             await asyncio.to_thread(thread.loaded.wait)
         gc.collect()
-        gc.freeze()  # what is left stays: to look through it for garbage, again and again, stops everybody for 0.1 s
+        gc.freeze()  # what is left stays; to search it for garbage would stop all streams for 0.1 s, again and again
         if self.error is not None:
             self.on_failure()
         elif not self.stopping:
@@ -123,12 +123,12 @@ class Service:
         the queue took them. Closing the generator frees their rows. An empty list later on is a sign of life.
         """
         last, num_tokens, num_open, call.queue = time.monotonic(), {}, len(choices), asyncio.Queue()
-        beat = asyncio.create_task(_beat(call.queue))
         try:
             min(self.threads, key=lambda t: t.num_running + t.num_waiting).submit(name, choices)
         except QueueFull:
             raise HTTPException(429, "Too many requests are waiting; try again soon", {"Retry-After": "2"}) from None
         self.prompt_tokens.inc(sum(len(choice.prompt) for choice in choices))
+        beat = asyncio.create_task(_beat(call.queue))
         try:
             yield []
             while num_open:

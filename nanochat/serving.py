@@ -3,7 +3,7 @@ Serving models to many at once: a thread per device that decodes for everybody.
 
 A `Lane` is one model with its rows. Choices (answers to be written) wait, are read in chunks between the steps of the
 others, decode together, and leave when they end or when their call is cancelled. A `DecodeThread` runs the lanes of
-one device and hands out events, so that an event loop never waits for a model. The web side is in scripts/chat_web.
+one device and hands out events, so that an event loop never waits for a model. The web side is service.py.
 """
 
 import logging
@@ -103,8 +103,8 @@ class Choice(Row):
 
 class Lane:
     """
-    One model and those who talk to it. A turn reads at most `chunk` tokens of waiting prompts, so that a long prompt
-    does not stall the others, and gives every row a token. Needs no thread of its own.
+    One model and those who talk to it. A turn reads about `chunk` tokens of waiting prompts (fewer than twice as many),
+    so that a long prompt does not stall the others, and gives every row a token. Needs no thread of its own.
     """
 
     def __init__(self, engine, num_rows, chunk):
@@ -114,7 +114,7 @@ class Lane:
         self.decoder = Decoder(engine.model, num_rows, length=length)
         self.waiting = deque()  # choices, in order of arrival
         self.reading = None     # the prefill of waiting[0] under way
-        self.alone = 0          # of the first that wait, so many are read one by one: together they failed
+        self.num_alone = 0      # so many of those that wait are read one by one, after reading them together failed
 
     def prepare(self):
         """What a GPU needs seconds for at first, before anybody waits for it. Returns the lane."""
@@ -170,7 +170,7 @@ class Lane:
     def _short_prompts(self, budget):
         """Those of the first waiting choices that can be read in one go: filled up to one length, within the budget."""
         short, longest = [], 0
-        if self.reading is None and not self.alone:
+        if self.reading is None and not self.num_alone:
             for choice in islice(self.waiting, min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)):
                 longest = max(longest, len(choice.prompt))
                 if choice.prompt_scores is not None or (len(short) + 1) * longest > budget:
@@ -183,7 +183,7 @@ class Lane:
         try:
             logits = self.decoder.prefill_short([choice.prompt for choice in short])
         except Exception:  # the trouble of one of them: it will show which
-            self.alone = len(short)
+            self.num_alone = len(short)
             return 0
         for i, choice in enumerate(short):
             self.waiting.popleft()
@@ -199,16 +199,14 @@ class Lane:
                     choice.prompt_scores.clear()  # a second attempt
                 self.reading = self.decoder.prefill(choice.prompt, self.chunk, choice.prompt_scores,
                                                     choice.num_top or 1)
-            num_read = next(self.reading)
-            if len(self.decoder.staged) < len(choice.prompt):
+            num_read, logits = next(self.reading)
+            if logits is None:
                 return num_read
-            next(self.reading)  # all is read: this ends with the logits
-        except StopIteration as end:
-            self._start(choice, end.value, events)
+            self._start(choice, logits, events)
         except Exception as error:  # this prompt's own trouble
             self._fail([choice], error, events)
         self.waiting.popleft()
-        self.reading, self.alone = None, max(0, self.alone - 1)
+        self.reading, self.num_alone = None, max(0, self.num_alone - 1)
         return num_read
 
     def _start(self, choice, logits, events, short=None):

@@ -16,7 +16,6 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import tokenizers
 import torch
 
 import rustbpe
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, write_text
 
 # GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size, three-digit pieces would
 # spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change no match and spare backtracking.
@@ -57,16 +56,6 @@ def _ranks_to_text(mergeable):
 def _hash(ranks_text, pattern, special_tokens):
     """sha256 (hex) over all that decides which ids a text becomes."""
     return hashlib.sha256(f"{json.dumps([pattern, list(special_tokens)])}\n{ranks_text}".encode()).hexdigest()
-
-
-def _write_atomic(path, text):
-    """Only a whole file is ever seen under `path`, also after a crash or a power cut."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as f:
-        f.write(text.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def _read_files(directory):
@@ -175,8 +164,8 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         meta = {"format_version": FORMAT_VERSION, "kind": self.kind, "vocab_size": self.get_vocab_size(),
                 "pattern": self.pattern, "special_tokens": self.get_special_tokens(), "hash": self.hash()}
-        _write_atomic(directory / RANKS_NAME, _ranks_to_text(self.mergeable))
-        _write_atomic(directory / META_NAME, json.dumps(meta, indent=2) + "\n")
+        write_text(directory / RANKS_NAME, _ranks_to_text(self.mergeable))
+        write_text(directory / META_NAME, json.dumps(meta, indent=2) + "\n")
 
     def hash(self):
         """sha256 (hex) over pattern, ranks and special tokens. Equal hashes encode every text alike."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, print0
+from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, print0, write_text
 from nanochat.dataloader import to_device
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
@@ -30,6 +30,13 @@ def check_positive(settings, *names):
     for name in names:
         if settings[name] < 1:
             raise UserError(f"--{name}={settings[name]}: need 1 or more", f"leave --{name} out for its default")
+
+
+def check_some(settings, *names):
+    """Settings that say how much to evaluate: -1 = all, or 1 or more."""
+    for name in names:
+        if settings[name] == 0:
+            raise UserError(f"--{name}=0 evaluates nothing: need 1 or more, or -1 for all", f"for example --{name}=-1")
 
 
 def derive_batch_size(num_tokens):
@@ -78,11 +85,14 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
     return (num_iterations if tokens is None else max(1, round(tokens / batch_tokens))), batch_tokens, rule
 
 
-def guess_device_batch_size(config, device, max_rows):
+def choose_device_batch_size(asked, config, device, max_rows):
     """
-    Rows per micro-batch to start with: a power of two that should fit the device's free memory. A guess is enough,
-    since `accumulate_gradients` halves it when it does not fit, and the split never changes the result.
+    Rows per micro-batch to start with: as asked, or if that is <= 0 a power of two that should fit the device's free
+    memory. A guess is enough, since `accumulate_gradients` halves it when it does not fit, and the split never changes
+    the result.
     """
+    if asked > 0:
+        return asked
     bytes_per_number = get_precision_dtype(device.type).itemsize
     # kept for the backward pass: 34 bytes in 16 bits, so 17 numbers, per token, layer and channel (arXiv 2205.05198,
     # eq. 1, without attention scores); twice that, since code that is not compiled keeps its intermediate results too
@@ -184,8 +194,11 @@ def optimizer_step(model, optimizers, scaler=None):
     if scaler is not None:
         _unscale(optimizers, scaler)
     for optimizer in optimizers:
-        optimizer.grad_sq = 0.0  # and that it stays when the scaler skips the step
-        optimizer.step() if scaler is None else scaler.step(optimizer)
+        optimizer.grad_sq = 0.0  # which it stays if the scaler skips the step
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
     model.zero_grad(set_to_none=True)
@@ -193,7 +206,7 @@ def optimizer_step(model, optimizers, scaler=None):
     norm = all_reduce_sum(torch.as_tensor(grad_sq, dtype=torch.float32, device=model.device)).sqrt().item()
     if scaler is None and not math.isfinite(norm):  # the parameters are lost: stop before anything saves them
         raise UserError(f"the gradient's norm is {norm}, with a finite loss; nothing of this step was saved",
-                        "resume with --resume_from_step=-2 and a smaller --matrix_lr")
+                        "resume with --resume_from_step=-2, or start again, with a smaller --matrix_lr")
     return norm
 
 
@@ -221,9 +234,12 @@ def check_finite(loss, step, place, manager):
     """The loss summed over ranks as a float. One that is not finite ends the run and names the place in the data."""
     loss = all_reduce_sum(loss).item()
     if not math.isfinite(loss):
+        saved = manager.last_step()
+        last = f"the last good checkpoint is step {saved} in {manager.checkpoint_dir}"
         raise UserError(f"the loss at step {step} is {loss}; its rows are from {place}; nothing of this step was "
-                        f"saved, the last good checkpoint is step {manager.last_step()} in {manager.checkpoint_dir}",
-                        "resume with --resume_from_step=-2 and a smaller --matrix_lr, or check that part of the data")
+                        f"saved, {'nor is there an earlier checkpoint' if saved is None else last}",
+                        f"{'start again' if saved is None else 'resume with --resume_from_step=-2'} with a smaller "
+                        "--matrix_lr, or check that part of the data")
     return loss
 
 
@@ -240,6 +256,9 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
     if resume_from_step == -1:
         return 0, None
     step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
+    if "settings" not in meta:
+        raise UserError(f"step {step} in {manager.checkpoint_dir} holds a model alone and cannot be resumed",
+                        "resume from another step, or start a new run")
     for name, saved in meta["settings"].items():
         if name == "resume_from_step" or settings.get(name) == saved:
             continue
@@ -272,7 +291,8 @@ class RunKeeper:
             if state.get("data", data) != data:
                 print0(f"warning: the data is not what the run began with ({data} now, {state['data']} then): from "
                        "here on it sees other rows, some perhaps twice")
-            manager.forget_after(step)
+            for folder in manager.forget_after(step):
+                print0(f"note: the checkpoint of a later step is now {folder}")
         self.manager, self.settings, self.iterations, self.data = manager, settings, iterations, data
         self.stopping, self._saved_step = False, -1 if state is None else step
         self._signal = StopSignal(device)
@@ -331,7 +351,7 @@ class StopSignal:
     def __init__(self, device):
         self._device, self.received = device, 0
         numbers = [signal.SIGTERM, signal.SIGINT]
-        # nohup ignores SIGHUP, and means it. A shell script's background job ignores SIGINT, too: there it still stops
+        # nohup ignores SIGHUP, and means it. A background job of a shell script ignores SIGINT; here it stops the run
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._receive) for number in numbers}
@@ -376,12 +396,9 @@ class MetricsLog:
         if get_dist_info()[0] != 0:
             return
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines()
                 if step and (line["step"] < step or (line["step"] == step and "train/loss" in line))]
-        tmp = self.path.with_name(f".tmp_{self.path.name}")
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        tmp.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")
         if wandb is not None:
             self._wandb = wandb.init(project="nanochat", name=settings["run"], config=settings)

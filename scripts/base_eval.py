@@ -11,24 +11,24 @@ table go to the report.
 """
 
 import csv
+import io
 import json
-import os
 import re
 
 import torch
 
 from nanochat.checkpoint_manager import find_checkpoint_dir, load_checkpoint
-from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
+from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script, write_text
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.core_eval import NUM_TASKS, evaluate_core, get_eval_bundle, load_tasks
 from nanochat.report import get_report
 
-hf_path: str = ""             # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
-model_tag: str | None = None  # which of our models, such as d20; none = the last one that was trained
-step: int | None = None       # which of its checkpoints; none = the last
-max_per_task: int = -1        # questions per task, the same ones each time; -1 = all
-batch_tokens: int = 16384     # most tokens in a forward pass; halve it when memory runs out
-device_type: str = ""         # cuda, mps or cpu; empty = detect
+hf_path: str = ""              # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
+model_tag: str | None = None   # which of our models, such as d20; None = the last one that was trained
+model_step: int | None = None  # which of its checkpoints; None = the last
+max_per_task: int = -1         # questions per task, the same ones each time; -1 = all
+batch_tokens: int = 16384      # most tokens in a forward pass; halve it when memory runs out
+device_type: str = ""          # cuda, mps or cpu; empty = detect
 
 # -----------------------------------------------------------------------------
 # The two kinds of model
@@ -37,7 +37,7 @@ device_type: str = ""         # cuda, mps or cpu; empty = detect
 def load_own(device):
     """-> (model, tokenizer, longest input, name)"""
     tag = find_checkpoint_dir("base", model_tag).name
-    model, tokenizer, meta = load_checkpoint("base", device, tag, step)
+    model, tokenizer, meta = load_checkpoint("base", device, tag, model_step)
     return model, tokenizer, model.config.sequence_len, f"base_{tag}_step_{meta['step']}"
 
 
@@ -87,18 +87,15 @@ def task_line(result):
 
 
 def write_results(folder, name, core, records):
-    """CSV for the tasks, JSONL for the predictions; each under a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """CSV for the tasks, JSONL for the predictions."""
     columns = ["task", "accuracy", "stderr", "n", "baseline", "centered", "centered_stderr", "truncated"]
     total = {"task": "CORE", "centered": core["core"], "centered_stderr": core["stderr"], **core}
-    with open(folder / f"{name}.csv.tmp", "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*core["tasks"], total])
-    with open(folder / f"{name}.jsonl.tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    for ending in ("csv", "jsonl"):
-        os.replace(folder / f"{name}.{ending}.tmp", folder / f"{name}.{ending}")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows([*core["tasks"], total])
+    write_text(folder / f"{name}.csv", table.getvalue())
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 # -----------------------------------------------------------------------------
@@ -124,6 +121,8 @@ def main():
            f" | questions: {core['n']:,} | cut from the left: {core['truncated']:,}")
 
     # summary: files, report
+    if max_per_task > 0:  # a quick look replaces no full record
+        name += f"_{max_per_task}_per_task"
     if ddp_rank == 0:
         folder = get_base_dir() / "base_eval"
         write_results(folder, name, core, records)

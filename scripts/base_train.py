@@ -21,6 +21,7 @@ from nanochat.bigrams import pays, start_from_pairs
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
     Ema,
+    ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
@@ -47,8 +48,9 @@ from nanochat.training import (
     attempt,
     check_finite,
     check_positive,
+    check_some,
+    choose_device_batch_size,
     derive_horizon,
-    guess_device_batch_size,
     make_scaler,
     optimizer_step,
     resume_step,
@@ -76,8 +78,8 @@ target_param_data_ratio: float = 20.0    # training tokens per parameter (Chinch
 # Optimization
 device_batch_size: int = -1              # rows per micro-batch; -1 = what the device's memory holds
 total_batch_size: int = -1               # tokens per optimizer step over all ranks; -1 = derived from the horizon
-embedding_lr: float = -1.0               # Adam, token embedding, x 1 / sqrt(width / 768); -1 = 0.3, or 0.01 if counted
-unembedding_lr: float = -1.0             # Adam, output head, scaled likewise; -1 = 0.004, or 0.0003 if counted
+embedding_lr: float = -1.0               # Adam, embedding, x 1 / sqrt(width / 768); -1 = 0.3, 0.01 after a head start
+unembedding_lr: float = -1.0             # Adam, output head, scaled likewise; -1 = 0.004, 0.0003 after a head start
 matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
 weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
 warmup_iters: int = 10                   # steps of linear learning rate warmup
@@ -108,6 +110,7 @@ def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
     check_positive(settings, "depth", "max_seq_len", "head_dim")
+    check_some(settings, "eval_tokens")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
@@ -128,16 +131,15 @@ def main():
     iterations, batch_tokens, rule = derive_horizon(num_iterations, target_flops, target_param_data_ratio,
                                                     total_batch_size, model)
     rows_per_step = batch_tokens // max_seq_len
-    my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
-    if device_rows <= 0:
-        device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
+    my_rows, most_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), ceil_div(rows_per_step, ddp_world_size)
+    device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
     print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, {device_rows} at a time on each "
            f"of {ddp_world_size} ranks | steps: {iterations:,} (from {rule}) | tokens: {iterations * batch_tokens:,} "
            f"({iterations * batch_tokens / num_params:.1f} per parameter)")
 
     # Head start: the next token given one, from counts
     spans = get_spans(data, "train")
-    progress = (state or {}).get("progress", {"train_s": 0.0, "val_bpb": None, "min_val_bpb": None})
+    progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None} | (state or {}).get("progress", {})
     if state is None:
         worth_it = pays(iterations * batch_tokens, model.config.vocab_size)
         progress["head_start"] = worth_it if head_start is None else head_start
@@ -214,6 +216,7 @@ def main():
         # Log
         step += 1
         progress["train_s"] += dt_s
+        progress["tokens"] += batch_tokens
         timed_from = timed_from or (step, progress["train_s"])  # the first step compiles: leave it out of the ETA
         steps_timed = step - timed_from[0]
         mean_s = (progress["train_s"] - timed_from[1]) / steps_timed if steps_timed else dt_s
@@ -231,9 +234,9 @@ def main():
     get_report().log("Base model training", {
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"), "samples": samples,
         "metrics": {"bpb": progress["val_bpb"]}, "parameters": num_params, "FLOPs per token": flops_per_token,
-        "tokens": step * batch_tokens, "tokens per step": batch_tokens, "steps": step,
+        "tokens": progress["tokens"], "tokens per step": batch_tokens, "steps": step,
         "head start": progress.get("head_start", False),
-        "training FLOPs": flops_per_token * step * batch_tokens, "training minutes": progress["train_s"] / 60,
+        "training FLOPs": flops_per_token * progress["tokens"], "training minutes": progress["train_s"] / 60,
         "minimum validation bpb": progress["min_val_bpb"], "peak memory MiB": peak_memory_bytes(device) / 2**20})
     loader.close()
     compute_cleanup()

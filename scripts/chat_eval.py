@@ -11,7 +11,6 @@ of the six tasks' accuracies, each centred so that blind guesses give 0; it take
 """
 
 import json
-import os
 import sys
 import time
 
@@ -27,6 +26,7 @@ from nanochat.common import (
     get_base_dir,
     print0,
     run_script,
+    write_text,
 )
 from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine
@@ -90,15 +90,6 @@ def task_line(name, result):
             f"{centered(name, result['accuracy']):+.4f} | n: {result['n']:5d}{passes} | {result['seconds']:.1f}s{cut}")
 
 
-def write_records(path, records):
-    """Under a temporary name first, so that a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
-
-
 def log_report(args, model_name, results, core):
     metrics = {name: {"value": result["accuracy"], "n": result["n"], "stderr": result["stderr"]}
                for name, result in results.items()}
@@ -120,7 +111,7 @@ def main():
     if compiles(device):
         model.compile_decoding()
     options = {"HumanEval": {"allow_unsafe": args.allow_unsafe}}
-    tasks = {name: TASKS[name][0](**options.get(name, {})) for name in names}  # all: a missing file should show now
+    tasks = {name: TASKS[name][0](**options.get(name, {})) for name in names}  # all first: a missing file shows now
     engine, model_name = Engine(model, tokenizer), f"{tag}_step_{meta['step']}"
     folder = get_base_dir() / "chat_eval" / args.source / model_name
     print0(f"{args.source} model {model_name} on {device}, context of {model.config.sequence_len} tokens; "
@@ -136,7 +127,9 @@ def main():
         results[name] = result | {"seconds": time.time() - start}
         print0(task_line(name, results[name]))
         if rank == 0:
-            write_records(folder / f"{name}.jsonl", records)
+            part = f"_{args.max_problems}" if args.max_problems > 0 else ""  # a quick look replaces no full record
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            write_text(folder / f"{name}{part}.jsonl", "".join(lines))
 
     # summary: ChatCORE, report
     core = chat_core(results)

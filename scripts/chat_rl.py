@@ -23,12 +23,12 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, 
 from nanochat.common import (
     IGNORE,
     all_reduce_sum,
+    ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
     get_dist_info,
     lr_multiplier,
-    micro_batches,
     peak_memory_bytes,
     print0,
     run_script,
@@ -45,7 +45,9 @@ from nanochat.training import (
     attempt,
     check_finite,
     check_positive,
-    guess_device_batch_size,
+    check_some,
+    choose_device_batch_size,
+    fit_rows,
     make_scaler,
     optimizer_step,
     resume_step,
@@ -81,13 +83,13 @@ matrix_lr: float = 0.02              # Muon, all matrices of the blocks
 init_lr_frac: float = 0.05           # all learning rates start at this fraction and fall linearly to 0
 # Evaluation and checkpoints
 eval_every: int = 60                 # steps between evaluations on held-out questions; -1 = at the end only
-eval_examples: int = 400             # held-out questions to ask
+eval_examples: int = 400             # held-out questions to ask; -1 = all
 eval_samples: int = 1                # answers to each, for pass@k; 1 = greedy
 save_every: int = 60                 # steps between checkpoints (one is also saved before every evaluation)
 keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
 
-KL_ROWS = 16  # answers a step on which KL and entropy are estimated, on rank 0
+KL_ROWS = 16  # answers a step, about, on which KL and entropy are estimated, on rank 0
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def training_arrays(rows, advantages, max_len):
     model sampled, the weight of each is its answer's advantage.
     """
     longest = max((len(row.prompt) + len(row.tokens) for row in rows), default=1) - 1
-    T = min(max_len, -(-longest // 32) * 32)  # few shapes occur
+    T = min(max_len, 32 * ceil_div(longest, 32))  # few shapes occur
     inputs = np.zeros((len(rows), T), dtype=np.int32)
     targets = np.full((len(rows), T), IGNORE, dtype=np.int32)
     weights = np.zeros((len(rows), T), dtype=np.float32)
@@ -171,8 +173,8 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
     and of -log p (Schulman 2020, "Approximating KL divergence", k1).
     """
     sums = torch.zeros(3)
-    for rows in micro_batches(len(inputs), device_rows):
-        x, y = to_device(inputs[rows], model.device), to_device(targets[rows], model.device)
+    for rows, T in fit_rows(targets, device_rows):
+        x, y = (to_device(array[rows, :T], model.device) for array in (inputs, targets))
         with get_autocast_ctx(model.device):
             nll, nll_ref = (m(x, y, loss_reduction="none") for m in (model, ref_model))
         sums += torch.stack([(nll_ref - nll).sum(), nll.sum(), (y != IGNORE).sum()]).cpu()
@@ -182,13 +184,15 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
 def main():
     # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    check_positive(settings, "examples_per_step", "num_epochs", "num_samples", "max_new_tokens", "rollout_rows")
+    check_positive(settings, "examples_per_step", "num_epochs", "num_samples", "max_new_tokens", "rollout_rows",
+                   "eval_samples")
+    check_some(settings, "eval_examples")
     _, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
+    step, state = resume_step(manager, resume_from_step, settings, ("seed", "examples_per_step"))
     ref_model = source_manager.load_model(device, source_step).requires_grad_(False)
     ref_model.to_compute_dtype()  # only compared with
     begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
@@ -200,11 +204,9 @@ def main():
 
     # Data and horizon
     train_task, test_task = GSM8K(split="train"), GSM8K(split="test")
-    iterations = num_iterations if num_iterations > 0 else -(-len(train_task) * num_epochs // examples_per_step)
-    device_rows = device_batch_size
-    if device_rows <= 0:
-        rows_per_rank = -(-examples_per_step // ddp_world_size) * num_samples
-        device_rows = guess_device_batch_size(model.config, device, rows_per_rank)
+    iterations = num_iterations if num_iterations > 0 else ceil_div(len(train_task) * num_epochs, examples_per_step)
+    most_rows = ceil_div(examples_per_step, ddp_world_size) * num_samples
+    device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
     print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | questions: {len(train_task):,} "
            f"| {examples_per_step} x {num_samples} answers per step, {device_rows} at a time on each of "
            f"{ddp_world_size} ranks | steps: {iterations:,}")
@@ -264,7 +266,8 @@ def main():
         local = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         num_targets, reward_sum, num_rollouts, num_useful = all_reduce_sum(
             torch.tensor(local, dtype=torch.float32, device=device)).tolist()
-        kl, entropy = compare_models(model, ref_model, inputs[:KL_ROWS], targets[:KL_ROWS], device_rows)
+        some = slice(None, None, max(1, len(rows) // KL_ROWS))  # answers to several questions
+        kl, entropy = compare_models(model, ref_model, inputs[some], targets[some], device_rows)
         loss, device_rows = accumulate_gradients(model, inputs, targets, int(num_targets), device_rows, weights, scaler)
         loss = check_finite(loss, step, f"question {step * examples_per_step} and after", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)

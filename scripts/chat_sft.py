@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, 
 from nanochat.common import (
     IGNORE,
     Ema,
+    ceil_div,
     compute_cleanup,
     compute_init,
     get_peak_flops,
@@ -36,7 +37,8 @@ from nanochat.training import (
     attempt,
     check_finite,
     check_positive,
-    guess_device_batch_size,
+    check_some,
+    choose_device_batch_size,
     make_scaler,
     optimizer_step,
     resume_step,
@@ -58,7 +60,7 @@ model_step: int | None = None        # its step; None = the last
 # Data: your own conversations, and sizes of the mixture's parts
 data: str | None = None              # JSONL file whose conversations join the mixture (see tasks/customjson.py)
 smoltalk_size: int = 10000           # SmolTalk conversations
-identity_epochs: int = 1             # times the identity conversations stand in the mixture
+identity_epochs: int = 1             # how often the mixture repeats the identity conversations
 spelling_size: int = 300             # SimpleSpelling words
 spellingbee_size: int = 300          # SpellingBee questions
 # Horizon
@@ -111,12 +113,13 @@ def main():
     # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
     check_positive(settings, "examples_per_step", "num_epochs")
+    check_some(settings, "eval_examples")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     manager = CheckpointManager(get_checkpoint_dir("sft", source_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
+    step, state = resume_step(manager, resume_from_step, settings, ("seed", "examples_per_step"))
     begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
@@ -124,10 +127,9 @@ def main():
     # Data and horizon
     mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data)
     held_out = SmolTalk("test")
-    iterations = num_iterations if num_iterations > 0 else -(-len(mixture) * num_epochs // examples_per_step)
-    device_rows = device_batch_size
-    if device_rows <= 0:
-        device_rows = guess_device_batch_size(model.config, device, -(-examples_per_step // ddp_world_size))
+    iterations = num_iterations if num_iterations > 0 else ceil_div(len(mixture) * num_epochs, examples_per_step)
+    most_rows = ceil_div(examples_per_step, ddp_world_size)
+    device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
     print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | mixture: {len(mixture):,} "
            f"conversations | {examples_per_step} per step, {device_rows} at a time on each of {ddp_world_size} ranks | "
            f"steps: {iterations:,}")

@@ -5,7 +5,7 @@ Serve models to many people at once: a chat page, and an API that any OpenAI cli
     python -m scripts.chat_web --models base:d20,sft:d20,rl:d20     (several, chosen by name: base-d20, sft-d20, ...)
     NANOCHAT_API_KEY=... python -m scripts.chat_web --host 0.0.0.0 --num_gpus 8
 
-Everybody who asks is decoded together, in one thread per device. Who closes the connection frees the place within a
+Everybody who asks is decoded together, in one thread per device. Closing the connection frees the row within a
 step. Chat text is never logged. Pages: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize, and
 /chat/completions as the first nanochat servers had it · operations: /health /ready /stats /metrics.
 """
@@ -49,6 +49,7 @@ from nanochat.protocol import (
 from nanochat.service import GRACE_S, Service, begin_chat, begin_completion, respond
 from nanochat.serving import Lane
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 MAX_BODY_BYTES = 4 * 2**20  # of a request
 OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")  # need no key
 CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
@@ -129,7 +130,7 @@ async def on_failure(request, error):
     return error_response(500, "The server failed; its log has the details")
 
 
-def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127.0.0.1", "::1", "[::1]")):
+def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
     @asynccontextmanager
     async def lifespan(app):
         service.start()
@@ -180,7 +181,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=("localhost", "127
                 {"messages": [message.as_turn() for message in request.messages]})
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        return JSONResponse({  # made here, in a thread: of a long text it takes seconds, which no one else shall wait
+        return JSONResponse({  # made here, in a thread: a long text takes seconds, and nobody else should wait
             "count": len(ids), "max_model_len": lane.decoder.max_length, "tokens": ids,
             "token_strs": [token_text(tokenizer, token) for token in ids]})
 
@@ -329,7 +330,7 @@ def main():
         raise UserError(f"--num_gpus={args.num_gpus}, but there are {torch.cuda.device_count()}", "ask for fewer")
     service = Service(partial(load_lanes, models, device.type, args.rows), list(models), args.num_gpus,
                       args.max_waiting, args.temperature, args.top_k, args.max_tokens)
-    app = create_app(service, args.api_key, args.cors_origin)
+    app = create_app(service, args.api_key, args.cors_origin, (*LOCAL_HOSTS, args.host))
     app.state.service = service
     server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + 2))
     service.on_failure = lambda: setattr(server, "should_exit", True)

@@ -24,7 +24,6 @@ from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import override_from_cli
 from nanochat.gpt import LOGIT_CAP, ROPE_BASE, GPTConfig
 from nanochat.tokenizer import HuggingFaceTokenizer
-from nanochat.training import derive_horizon
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -132,11 +131,10 @@ def hf_tokenizer(tokenizer):
 
 def model_card(name, stage, meta, model, num_params):
     """README.md: what the checkpoint knows of itself, and how to use it."""
-    c, settings = model.config, meta.get("settings", {})
+    c = model.config
     trained = f"step {meta['step']:,}" + (f" of {meta['iterations']:,}" if "iterations" in meta else "")
-    if "total_batch_size" in settings:  # base and mid; SFT and RL count conversations
-        horizon = [settings.get(key, 1) for key in ("num_iterations", "target_flops", "target_param_data_ratio")]
-        trained += f", {meta['step'] * derive_horizon(*horizon, settings['total_batch_size'], model)[1]:,} tokens"
+    if "tokens" in meta.get("progress", {}):  # base and mid; SFT and RL count conversations
+        trained += f", {meta['progress']['tokens']:,} tokens"
     prompt = 'tokenizer("Once upon a time", return_tensors="pt")' if stage == "base" else (
         'tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],\n'
         '    add_generation_prompt=True, return_dict=True, return_tensors="pt")')

@@ -7,7 +7,7 @@ Midtraining: teach a base model the chat format, tool use and multiple choice, a
 Conversations are packed into full rows like documents, and every token is a target, the user's too. The run is
 one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are known.
 
-A tiny model learns multiple choice in no such way, but by lessons (--lesson_rows): the letters of easy questions
+A tiny model does not learn multiple choice that way; it needs lessons (--lesson_rows): the letters of easy questions
 alone first, one question a row, at small rates; then ever harder ones beside the other conversations, where each row
 counts the same, or the one letter of an answer would drown in their hundreds of words. See dev/LOG.md.
 """
@@ -23,6 +23,7 @@ from nanochat.common import (
     Ema,
     UserError,
     all_reduce_sum,
+    ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
@@ -57,7 +58,8 @@ from nanochat.training import (
     attempt,
     check_finite,
     check_positive,
-    guess_device_batch_size,
+    check_some,
+    choose_device_batch_size,
     make_scaler,
     optimizer_step,
     resume_step,
@@ -79,13 +81,13 @@ model_tag: str | None = None         # base model to start from, and tag of the 
 model_step: int | None = None        # its step; None = the last
 # Data: your own conversations, and how often the mixture holds each part
 data: str | None = None              # JSONL file whose conversations join the mixture (see tasks/customjson.py)
-identity_epochs: int = 2             # times the identity conversations stand in the mixture
+identity_epochs: int = 2             # how often the mixture repeats the identity conversations
 spelling_size: int = 200000          # SimpleSpelling words
 spellingbee_size: int = 80000        # SpellingBee questions
 # Lessons, for a tiny model: one conversation a row, all of the same weight, the multiple choice in its file's order
 lesson_rows: int = -1                # conversations per optimizer step over all ranks; -1 = no lessons, packed rows
 question_steps: int = 0              # first steps with nothing but multiple choice
-question_lr_frac: float = 0.2        # their learning rates, as a fraction of the others'
+question_lr_frac: float = 0.2        # learning rates in those steps, as a fraction of the later ones
 question_share: float = 0.55         # part of multiple choice in the steps after them
 # Horizon
 num_iterations: int = -1             # optimizer steps; -1 = one pass over the mixture
@@ -105,6 +107,7 @@ keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
 compile: bool | None = None          # torch.compile; None = on GPUs only, where it pays
 
+FIXED = ("seed", "lesson_rows", "question_steps", "question_share")  # settings that a resumed run cannot change
 
 # -----------------------------------------------------------------------------
 
@@ -143,6 +146,7 @@ def main():
     if not 0 <= question_share <= 1:
         raise UserError(f"--question_share={question_share}: need 0 to 1", "--question_share=0.55")
     check_positive(settings, "total_batch_size")
+    check_some(settings, "eval_tokens")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
@@ -150,7 +154,7 @@ def main():
 
     # Model and tokenizer: of the base model, or of this stage's own checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("mid", base_manager.checkpoint_dir.name))
-    step, state = resume_step(manager, resume_from_step, settings, ("seed",))
+    step, state = resume_step(manager, resume_from_step, settings, FIXED)
     begin, begin_step = (base_manager, base_step) if state is None else (manager, step)
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     token_bytes = get_token_bytes(device, tokenizer)
@@ -160,18 +164,16 @@ def main():
     print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
 
     # Data: the mixture packed into rows, and held-out conversations
-    mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
-    if not packed:
-        questions = MMLU("auxiliary_train")
-        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
-        lessons = TaskSequence([questions, others])
-    counted = packed and num_iterations <= 0
-    num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device) if counted else None
-
-    def documents(position):
-        return conversation_documents(mixture, tokenizer, position)
-
-    loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+    sizes, loader, num_tokens = (identity_epochs, spelling_size, spellingbee_size, data), None, None
+    if packed:
+        mixture = mid_mixture(*sizes)
+        if num_iterations <= 0:
+            num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device)
+        documents = partial(conversation_documents, mixture, tokenizer)
+        loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+    else:
+        questions, others = MMLU("auxiliary_train"), mid_mixture(*sizes, questions=False)
+        mixture = TaskSequence([questions, others])
     val_rows = pack_documents(conversation_documents(SmolTalk("test"), tokenizer, epochs=1),
                               tokenizer.get_bos_token_id(), max_seq_len, eval_tokens)
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
@@ -179,9 +181,8 @@ def main():
     # Horizon and batch
     batch_tokens = align_batch_size(total_batch_size, max_seq_len)
     rows_per_step = batch_tokens // max_seq_len if packed else lesson_rows
-    my_rows, device_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), device_batch_size
-    if device_rows <= 0:
-        device_rows = guess_device_batch_size(model.config, device, -(-rows_per_step // ddp_world_size))
+    my_rows, most_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), ceil_div(rows_per_step, ddp_world_size)
+    device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
     iterations = num_iterations
     if iterations <= 0:
         iterations = max(1, num_tokens // batch_tokens) if packed else count_lessons(len(questions))
@@ -202,13 +203,13 @@ def main():
             inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
             return (inputs, targets, None), batch_tokens, batch_tokens
         indices = lesson_indices(step, len(questions), len(others))
-        inputs, targets, _ = conversation_rows(lessons, indices, tokenizer, max_seq_len)
+        inputs, targets, _ = conversation_rows(mixture, indices, tokenizer, max_seq_len)
         mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
         return tuple(array[mine] for array in (inputs, targets, even_weights(targets))), 1, count_used(targets)
 
     # State of the loop
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
-    progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None} | (state or {}).get("progress", {})
+    progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None} | (state or {}).get("progress", {})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)
 
@@ -219,7 +220,7 @@ def main():
         # Save first: whatever fails later, the steps so far are on disk
         if keeper.save_due(step, eval_due):
             keeper.save(step, model, optimizers, tokenizer, scaler,
-                        loader=loader.state(), progress=progress, smooth_loss=smooth_loss.state())
+                        loader=loader and loader.state(), progress=progress, smooth_loss=smooth_loss.state())
         if keeper.stopping:
             break
 
@@ -229,7 +230,6 @@ def main():
             val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
             if val_bpb is not None:
                 progress["val_bpb"] = val_bpb
-                progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
                 print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
                 keeper.log({"step": step, "val/bpb": val_bpb, "train_s": progress["train_s"]})
         if last:
@@ -254,11 +254,12 @@ def main():
         step += 1
         progress["train_s"] += dt_s
         progress["tokens"] += step_tokens
+        epoch = loader.state()["epoch"] if packed else step // count_lessons(len(questions))
         metrics, line = step_line(
             step, iterations, loss, lr_factor, dt_s, step_tokens,
             flops_per_s=flops_per_token * step_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
-            grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=loader.state()["epoch"])
+            grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=epoch)
         keeper.log(metrics)
         print0(line)
 
@@ -268,7 +269,8 @@ def main():
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"),
         "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
         "tokens": progress["tokens"], "training minutes": progress["train_s"] / 60})
-    loader.close()
+    if loader:
+        loader.close()
     compute_cleanup()
     keeper.close()
 

@@ -1,7 +1,7 @@
 """
 Train the tokenizer and save it under <base dir>/tokenizer, where every later stage finds it.
 
-    python -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536     as speedrun.sh does: some minutes
+    python -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536     as speedrun.sh does: about a minute
     python -m scripts.tok_train --data=my_texts/ --vocab_size=4096            on files of your own: seconds on a laptop
 
 It runs in one process (no torchrun) and streams the text: memory holds the distinct words, not the corpus.

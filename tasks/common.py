@@ -6,13 +6,14 @@ A task is a sized, indexable set of conversations: the user's question and the r
 training (index it) and evaluation (`evaluate` grades a model's answer).
 """
 
+import json
 import random
 import re
 from bisect import bisect_right
 from fractions import Fraction
 from itertools import accumulate
 
-from nanochat.common import UserError
+from nanochat.common import UserError, ceil_div
 
 # -----------------------------------------------------------------------------
 # Task
@@ -102,7 +103,7 @@ class TaskMixture(TaskSequence):
         counts = lens if weights is None and size is None else share_out(lens, weights, size)
         order = []  # the mixture's i-th example is the sequence's order[i]-th
         for t, count in enumerate(counts):
-            for lap in range(-(-count // lens[t]) if count else 0):  # passes over the task, the last one cut short
+            for lap in range(ceil_div(count, lens[t]) if count else 0):  # passes over the task, the last one cut short
                 deck = shuffled(range(self.ends[t] - lens[t], self.ends[t]), f"{seed}:{t}:{lap}")
                 order += deck[: count - lap * lens[t]]
         self.order = shuffled(order, f"{seed}")
@@ -135,6 +136,19 @@ def shuffled(items, seed: str):
 
 # -----------------------------------------------------------------------------
 # The form of questions and answers
+
+
+def read_jsonl(path):
+    """("<path>, line <n>", value) of each line of a JSONL file. Skips blank lines; names one that is no JSON."""
+    with open(path, encoding="utf-8-sig") as lines:  # -sig: some editors put a mark at the start of a file
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
 
 
 def check_messages(messages, where: str):

@@ -6,11 +6,10 @@ Your own conversations, from a JSONL file: each line a list of messages, or an o
 Every line is read and checked when the task is made, so that a bad one shows before training begins, not during it.
 """
 
-import json
 from pathlib import Path
 
-from nanochat.common import UserError, get_base_dir, get_data_dir
-from tasks.common import Task, check_messages
+from nanochat.common import UserError, get_data_root
+from tasks.common import Task, check_messages, read_jsonl
 
 IDENTITY = "identity_conversations.jsonl"  # who the model says it is
 
@@ -20,7 +19,7 @@ class CustomJSON(Task):
 
     def __init__(self, filepath=None, **kwargs):
         super().__init__(**kwargs)
-        path = Path(filepath) if filepath is not None else (get_data_dir() or get_base_dir()) / IDENTITY
+        path = Path(filepath) if filepath is not None else get_data_root() / IDENTITY
         self.conversations = read_conversations(path)
 
     def num_examples(self):
@@ -31,26 +30,12 @@ class CustomJSON(Task):
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
-    """The messages of each line; blank lines are skipped. A file without any is as wrong as one that is not there."""
+    """The messages of each line; a file without any is as wrong as one that is not there."""
     if not path.is_file():
         raise UserError(f"no file of conversations at {path}",
                         "put one there, a JSON list of {role, content} messages a line, or name another file")
-    conversations = []
-    with open(path, encoding="utf-8-sig") as lines:  # -sig: some editors put a mark at the start of a file
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    conversations.append(read_line(line, f"{path}, line {number}"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    conversations = [check_messages(data.get("messages") if isinstance(data, dict) else data, where)
+                     for where, data in read_jsonl(path)]
     if not conversations:
         raise UserError(f"{path} holds no conversation")
     return conversations
-
-
-def read_line(line, where):
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
-    return check_messages(data.get("messages") if isinstance(data, dict) else data, where)

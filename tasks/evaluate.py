@@ -50,9 +50,10 @@ def available_tasks() -> list[str]:
 def parse_names(text: str) -> list[str]:
     """Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"]."""
     names = list(dict.fromkeys(name.strip() for name in text.split("|")))
-    for name in [name for name in names if name not in TASKS]:
-        nearest = max(TASKS, key=lambda known: SequenceMatcher(None, known.lower(), name.lower()).ratio())
-        raise UserError(f"no task is named {name!r}; there are {', '.join(TASKS)}", f"did you mean -a {nearest}?")
+    unknown = next((name for name in names if name not in TASKS), None)
+    if unknown is not None:
+        nearest = max(TASKS, key=lambda known: SequenceMatcher(None, known.lower(), unknown.lower()).ratio())
+        raise UserError(f"no task is named {unknown!r}; there are {', '.join(TASKS)}", f"did you mean -a {nearest}?")
     return names
 
 
@@ -68,7 +69,8 @@ def chat_core(results: dict[str, dict]) -> dict | None:
         return None
     values = [centered(name, results[name]["accuracy"]) for name in CHATCORE_TASKS]
     errors = [results[name]["stderr"] / (1 - TASKS[name][1]) for name in CHATCORE_TASKS]
-    return {"value": sum(values) / 6, "stderr": math.hypot(*errors) / 6,
+    num = len(CHATCORE_TASKS)
+    return {"value": sum(values) / num, "stderr": math.hypot(*errors) / num,
             "n": sum(results[name]["n"] for name in CHATCORE_TASKS)}
 
 

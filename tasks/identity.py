@@ -8,17 +8,16 @@ $NANOCHAT_DATA_DIR, else of the base directory. dev/gen_synthetic_data.py writes
 An answer is right if it holds one of the phrases in `accept` as whole words, whatever the case and the line breaks.
 """
 
-import json
 import re
 from pathlib import Path
 
-from nanochat.common import UserError, get_base_dir, get_data_dir
-from tasks.common import Task, check_messages
+from nanochat.common import UserError, get_data_root
+from tasks.common import Task, check_messages, read_jsonl
 
 
 def identity_path() -> Path:
     """Where the questions are, if there are any."""
-    return (get_data_dir() or get_base_dir()) / "tasks" / "identity_test.jsonl"
+    return get_data_root() / "tasks" / "identity_test.jsonl"
 
 
 class Identity(Task):
@@ -50,24 +49,17 @@ def holds(text: str, phrase: str) -> bool:
 
 
 def read_questions(path: Path) -> list[dict]:
-    """Every line, checked; blank lines are skipped."""
+    """Every line, checked."""
     if not path.is_file():
         raise UserError(f"no questions about identity at {path}",
                         "write a toy world with `python -m dev.gen_synthetic_data`, or leave Identity out")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if line.strip():
-            rows.append(read_line(line, f"{path}, line {number}"))
+    rows = [check_question(row, where) for where, row in read_jsonl(path)]
     if not rows:
         raise UserError(f"{path} holds no question")
     return rows
 
 
-def read_line(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+def check_question(row, where: str) -> dict:
     row = row if isinstance(row, dict) else {}
     accept = row.get("accept")
     if not (isinstance(accept, list) and accept and all(isinstance(p, str) and p.strip() for p in accept)):

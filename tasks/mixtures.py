@@ -1,9 +1,9 @@
 """What the chat stages train on: the mixtures of conversations for midtraining and for supervised finetuning."""
 
-from nanochat.common import get_base_dir, get_data_dir, print0
+from nanochat.common import get_data_root, print0
 from tasks.arc import ARC
 from tasks.common import TaskMixture
-from tasks.customjson import CustomJSON
+from tasks.customjson import IDENTITY, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
@@ -12,9 +12,9 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 def identity_tasks(epochs):
     """The identity conversations `epochs` times; none, with a note, where there is no such file."""
-    folder = get_data_dir() or get_base_dir()
-    if not (folder / "identity_conversations.jsonl").is_file():
-        print0(f"note: no identity_conversations.jsonl in {folder}: the model does not learn who it is "
+    folder = get_data_root()
+    if not (folder / IDENTITY).is_file():
+        print0(f"note: no {IDENTITY} in {folder}: the model does not learn who it is "
                f"(python -m dev.gen_synthetic_data --out={folder}/toy_world writes one to copy there)")
         return []
     return [CustomJSON() for _ in range(epochs)]

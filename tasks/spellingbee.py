@@ -6,7 +6,7 @@ has to be taught, and counting letters is a small chain of reasoning on top of i
     SpellingBee      "How many p are there in apple?"  -> spells it, counts along, checks with the python tool, #### 2
 
 The spaces matter: " p" is one and the same token in every place, where letters joined by commas or dashes need not be.
-The words of the test split never occur in training, in neither task: the word itself decides its split (is_test_word).
+The words of the test split never occur in training, in either task: the word itself decides its split (is_test_word).
 Example i of a split depends on its name and i alone, so a task may be of any size, and a larger one begins the same.
 """
 
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from nanochat.common import UserError, get_base_dir, get_data_dir
+from nanochat.common import UserError, get_data_dir, get_data_root
 from nanochat.download import download_file
 from tasks.common import Task, check_option, parse_answer
 
@@ -31,13 +31,12 @@ ABSENT_FRAC = 0.1  # this share of questions asks for any letter, mostly one tha
 
 def find_words(url=WORDS_URL) -> Path:
     """The word list of the mirror, else of the base directory, where it is downloaded once."""
-    mirror = get_data_dir()
-    root = mirror or get_base_dir()
+    root = get_data_root()
     for name in ("words_alpha.txt", "words_alpha.txt.gz"):
         if (root / name).is_file():
             return root / name
-    if mirror:
-        raise UserError(f"the mirror NANOCHAT_DATA_DIR={mirror} has no words_alpha.txt or words_alpha.txt.gz",
+    if get_data_dir():
+        raise UserError(f"the mirror NANOCHAT_DATA_DIR={root} has no words_alpha.txt or words_alpha.txt.gz",
                         f"put {url} there")
     return download_file(url, root / "words_alpha.txt")
 

@@ -1,6 +1,7 @@
 """What the tests share: a tokenizer of 512 tokens, trained in a blink on the story that lies beside this file."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from nanochat.tokenizer import RustBPETokenizer
 os.environ["NANOCHAT_PRECISION"] = "float32"
 # Tiny models gain nothing from threads, and a process without a thread pool can be forked (test_distributed.py).
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    """Triton's bindings print pages about leaks when Python ends; pytest's summary is what should stand last."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @pytest.fixture(scope="session")

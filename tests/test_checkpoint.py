@@ -11,6 +11,7 @@ import torch
 
 from nanochat.checkpoint_manager import FORMAT_VERSION, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
+from nanochat.training import resume_step
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -92,6 +93,21 @@ def test_keep_last_prunes_the_oldest(manager):
     assert manager.steps() == [3, 4]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(manager, tmp_path, capsys):
+    model = tiny_model()
+    manager.save(1, model).rename(tmp_path / "elsewhere")
+    (manager.checkpoint_dir / "step_000001").symlink_to(tmp_path / "elsewhere")  # rmtree refuses links
+    manager.save(2, model, keep_last=1)
+    assert manager.steps() == [1, 2] and "step 1 could not be removed" in capsys.readouterr().out
+
+
+def test_what_killed_saves_left_behind_goes_with_the_next_one(manager):
+    left = manager.checkpoint_dir / ".tmp_step_000007"
+    left.mkdir(parents=True)
+    manager.save(8, tiny_model())
+    assert not left.exists()
+
+
 def test_saving_a_step_again_replaces_it(manager):
     model = tiny_model()
     manager.save_model(model, 1)
@@ -105,7 +121,7 @@ def test_saving_a_step_again_replaces_it(manager):
 
 @pytest.mark.parametrize("tag", ["/tmp/elsewhere", "..", ".", "a/b", ""])
 def test_a_tag_that_is_a_path_is_refused(manager, tag):
-    with pytest.raises(UserError, match="is not a name"):
+    with pytest.raises(UserError, match="is no name"):
         find_checkpoint_dir("base", tag)
 
 
@@ -173,6 +189,8 @@ def test_a_model_alone_cannot_be_resumed(manager):
     manager.save_model(model, 1)
     with pytest.raises(UserError, match="cannot be resumed"):
         manager.load_optimizers(model.setup_optimizers(), 1)
+    with pytest.raises(UserError, match="step 1 in .* cannot be resumed"):
+        resume_step(manager, -2, {"seed": 1})
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small tmpfs needs root")

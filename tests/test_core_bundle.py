@@ -88,6 +88,26 @@ def test_bundle_is_downloaded_once_and_unpacked_inside_its_folder(bundle, tmp_pa
     assert not list(tmp_path.rglob("evil.txt")) and not (tmp_path.parent / "evil.txt").exists()
 
 
+def test_a_download_with_a_flipped_bit_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+
+    def fetch(url, path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("eval_bundle/core.yaml", CORE_YAML)
+        path.write_bytes(path.read_bytes().replace(CORE_YAML[:9].encode(), b"\xff" * 9, 1))
+        return path
+
+    with pytest.raises(UserError, match=r"(?s)eval_bundle.zip is damaged.*rm .*eval_bundle.zip"):
+        get_eval_bundle(fetch)
+
+
+def test_a_bundle_without_tasks_is_refused(bundle):
+    (bundle / "core.yaml").write_text("icl_tasks: []\n", "utf-8")
+    with pytest.raises(UserError, match="core.yaml lists no task"):
+        load_tasks(bundle)
+
+
 @pytest.mark.skipif("NANOCHAT_DATA_DIR" not in os.environ, reason="NANOCHAT_DATA_DIR is not set")
 def test_every_task_of_the_real_bundle_runs():
     tasks = load_tasks(get_eval_bundle())

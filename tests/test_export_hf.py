@@ -37,13 +37,12 @@ def base_dir(tmp_path_factory, models, small_tokenizer):
     """A base directory with an SFT checkpoint of each model, and a base checkpoint of one."""
     folder = tmp_path_factory.mktemp("export")
     meta = {"iterations": 9, "data": "5 conversations", "settings": {"seed": 1}}
-    horizon = {"num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 20.0, "total_batch_size": 128}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for tag, model in models.items():
             CheckpointManager(get_checkpoint_dir("sft", tag)).save(7, model, tokenizer=small_tokenizer, meta=meta)
         CheckpointManager(get_checkpoint_dir("base", "kv2")).save(
-            7, models["kv2"], tokenizer=small_tokenizer, meta={"iterations": 9, "settings": horizon})
+            7, models["kv2"], tokenizer=small_tokenizer, meta={"iterations": 9, "progress": {"tokens": 896}})
     return folder
 
 
@@ -210,7 +209,7 @@ def test_the_template_refuses_what_our_renderers_refuse(theirs, small_tokenizer,
 
 def test_the_code_in_the_model_card_runs(transformers, folder, tmp_path, monkeypatch, capsys):
     for path, known in ((folder, "step 7 of 9; on 5 conversations"),
-                        (export(tmp_path / "base", source="base"), "step 7 of 9, 896 tokens; ")):  # 7 steps of 128
+                        (export(tmp_path / "base", source="base"), "step 7 of 9, 896 tokens; ")):
         card = (path / "README.md").read_text(encoding="utf-8")
         # by hand: 2 * 500 * 64 for the vocabulary; each layer 64 * (64 + 32 + 32 + 64) + 2 * 64 * 256
         assert known in card and "| parameters | 154,112 |" in card

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat import graphs
-from nanochat.engine import Decoder, Engine, _exhaust
+from nanochat.engine import Decoder, Engine
 from nanochat.gpt import Block
 from nanochat.sampling import Sampling
 from tests.tiny import tiny_model
@@ -23,7 +23,8 @@ def decode(engine, record, num_rows=5):
     while waiting or decoder.rows:
         while waiting and decoder.num_free:
             row = waiting.pop(0)
-            decoder.admit(row, _exhaust(decoder.prefill(row.prompt)))
+            *_, (_, logits) = decoder.prefill(row.prompt)
+            decoder.admit(row, logits)
         decoder.step()
         shapes |= set(decoder.graphs._steps)
     return [row.tokens for row in rows], shapes

@@ -26,18 +26,18 @@ ROOMS = {
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 510, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 345,
+    "nanochat/gpt.py": 515, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
-    "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 320, "nanochat/common.py": 345,
-    "nanochat/configurator.py": 145, "nanochat/precision.py": 180, "nanochat/core_eval.py": 330,
+    "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 330, "nanochat/common.py": 365,
+    "nanochat/configurator.py": 145, "nanochat/precision.py": 185, "nanochat/core_eval.py": 330,
     "nanochat/loss_eval.py": 70, "nanochat/execution.py": 370, "nanochat/report.py": 335, "nanochat/curves.py": 130,
-    "nanochat/training.py": 435, "nanochat/serving.py": 315, "nanochat/service.py": 270, "nanochat/protocol.py": 315,
+    "nanochat/training.py": 455, "nanochat/serving.py": 315, "nanochat/service.py": 270, "nanochat/protocol.py": 315,
     "nanochat/sampling.py": 140,
     "scripts/tok_train.py": 110, "scripts/tok_eval.py": 220, "scripts/base_train.py": 300, "scripts/base_loss.py": 90,
     "scripts/base_eval.py": 145, "scripts/mid_train.py": 280, "scripts/chat_sft.py": 260, "scripts/chat_rl.py": 310,
     "scripts/export_hf.py": 220,
     "scripts/chat_eval.py": 155, "scripts/chat_cli.py": 180, "scripts/chat_web.py": 345,
-    "tasks/common.py": 215, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
+    "tasks/common.py": 230, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1300, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}

@@ -76,7 +76,7 @@ def test_sft_on_conversations_without_targets_trains_on(monkeypatch):
         return inputs, targets * 0 - 1, cut
     real = chat_sft.conversation_rows
     monkeypatch.setattr(chat_sft, "conversation_rows", rows)
-    run_stage("sft", num_iterations=2, eval_every=-1, eval_examples=0)
+    run_stage("sft", num_iterations=2, eval_every=-1, eval_examples=1)
     assert [line["train/loss"] for line in curve("sft") if "grad_norm" in line] == [0.0, 0.0]
 
 
@@ -132,6 +132,12 @@ def test_resuming_with_other_settings_says_so(capsys):
     assert "note: --save_every=7 now, 1000 in the run that is resumed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_resumed_run_cannot_change_which_examples_a_step_has(stage):
+    with pytest.raises(UserError, match="--examples_per_step=3, but the run that is resumed has"):
+        run_stage(stage, resume_from_step=2, examples_per_step=3)
+
+
 def test_base_loss_scores_both_splits(monkeypatch, capsys):
     monkeypatch.setattr(base_loss, "eval_tokens", 300)
     monkeypatch.setattr(base_loss, "model_tag", "d1")
@@ -147,7 +153,7 @@ def test_base_loss_scores_both_splits(monkeypatch, capsys):
     (dict(model_tag="d1", resume_from_step=77), "no whole checkpoint of step 77"),
     (dict(model_tag="d1", resume_from_step=4, num_iterations=3), "at step 4, the run ends at 3"),
     (dict(model_tag="d1", resume_from_step=4, max_seq_len=32), "--max_seq_len=32, but the run.*has 64"),
-    (dict(depth=0), "depth=0: need 1 or more"),
+    (dict(depth=0), "depth=0: need 1 or more"), (dict(eval_tokens=0), "eval_tokens=0 evaluates nothing"),
     (dict(max_seq_len=0), "max_seq_len=0: need 1 or more"),
 ])
 def test_a_wrong_setting_is_named(settings, message):

@@ -1,5 +1,6 @@
 """What the web server refuses, with which status, and what it keeps to itself."""
 
+import asyncio
 import json
 import logging
 import threading
@@ -111,6 +112,8 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(tokenizer):
         assert wait_for(lambda: service.count("num_waiting"))
         refused = chat(client)
         first.join()
+        tasks = client.portal.call(lambda: [repr(task) for task in asyncio.all_tasks()])
+    assert not any("_beat" in task for task in tasks)  # the refused ones' signs of life end too
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["type"] == "rate_limit_error"
 

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.common import get_peak_flops
 from nanochat.gpt import GPTConfig
-from nanochat.training import guess_device_batch_size, step_line
+from nanochat.training import choose_device_batch_size, step_line
 
 CUDA = torch.device("cuda")
 
@@ -51,7 +51,7 @@ def test_a_steps_figures():
 def test_more_memory_lets_more_rows_in(depth, monkeypatch):
     def guess(gib, max_rows=10**6):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2**30, 2**40))
-        return guess_device_batch_size(config, CUDA, max_rows)
+        return choose_device_batch_size(-1, config, CUDA, max_rows)
     monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
     config = GPTConfig.from_depth(depth, 65536, 2048)
     rows = [guess(gib) for gib in (0.01, 1, 8, 24, 80, 140, 10_000)]

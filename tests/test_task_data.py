@@ -104,6 +104,12 @@ def test_a_line_is_a_list_or_an_object_with_messages(tmp_path):
     assert len(CustomJSON(path, start=1)) == 2
 
 
+def test_a_line_ends_where_json_says_not_where_unicode_does(tmp_path):
+    chat = [USER, {"role": "assistant", "content": "one\u2028two\u0085three"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert CustomJSON(tmp_path / "a.jsonl")[0]["messages"] == chat
+
+
 def test_without_a_path_it_is_the_identity_file_of_the_mirror(mirror):
     write_lines(mirror / "identity_conversations.jsonl", CHAT)
     assert CustomJSON()[0] == {"messages": CHAT}

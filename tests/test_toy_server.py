@@ -147,3 +147,34 @@ def test_a_server_without_a_model_is_refused(tmp_path, monkeypatch):
     settings(monkeypatch, out=str(tmp_path), base_url="http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="--model"):
         gen.main()
+
+
+# -- writing where something is already
+
+
+def test_a_folder_keeps_what_is_up_to_date_and_what_was_added_and_loses_what_is_stale(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "world"
+    gen.write_mirror(root, seed=1, scale=0.01)
+    added = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am nanochat.\u2028"}]\n'
+    (root / gen.ADDED_FILE).write_text(added, encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    for name, value in (("out", str(root)), ("seed", 1)):
+        monkeypatch.setattr(gen, name, value)
+    gen.main()
+    assert "is up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+    manifest = json.loads((root / gen.MANIFEST).read_text(encoding="utf-8"))
+    (root / "pretrain/shard_00009.parquet").touch()
+    manifest["sha256"]["pretrain/shard_00009.parquet"] = "of an older version"
+    (root / gen.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    gen.write_mirror(root, seed=2, scale=0.01)
+    assert (root / gen.IDENTITY_FILE).read_text(encoding="utf-8").endswith(added)
+    assert not (root / "pretrain/shard_00009.parquet").exists()
+
+
+def test_a_folder_of_other_files_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="holds files"):
+        gen.write_mirror(tmp_path, seed=1, scale=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

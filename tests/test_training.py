@@ -21,10 +21,10 @@ from nanochat.training import (
     align_batch_size,
     attempt,
     check_finite,
+    choose_device_batch_size,
     derive_batch_size,
     derive_horizon,
     fit_rows,
-    guess_device_batch_size,
     optimizer_step,
     used_columns,
 )
@@ -66,7 +66,7 @@ def test_a_batch_that_is_no_multiple_is_aligned_and_said(capsys):
 
 def test_guessed_micro_batch_is_a_power_of_two_within_the_step():
     for depth in (4, 20, 32):
-        rows = guess_device_batch_size(GPTConfig.from_depth(depth, 65536, 2048), CPU, max_rows=6)
+        rows = choose_device_batch_size(-1, GPTConfig.from_depth(depth, 65536, 2048), CPU, max_rows=6)
         assert rows in (1, 2, 4)
 
 
@@ -143,8 +143,12 @@ def test_a_rank_without_rows_takes_part_in_a_step_in_float16():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*shard_3, row 3.*resume"):
-        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", CheckpointManager(tmp_path))
+    manager = CheckpointManager(tmp_path)
+    with pytest.raises(UserError, match=r"(?s)step 7 is nan.*shard_3, row 3.*no.*earlier checkpoint.*start again"):
+        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", manager)
+    manager.save_model(tiny_model(), 5)
+    with pytest.raises(UserError, match=r"(?s)last good checkpoint is step 5.*resume with"):
+        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", manager)
     assert check_finite(torch.tensor(2.5), 7, "", CheckpointManager(tmp_path)) == 2.5
 
 
