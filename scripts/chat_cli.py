@@ -24,7 +24,7 @@ INTERRUPTED = 130  # exit status, as shells have it
 SHOWN = {"python_start": f"{DIM}[", "python_end": f"] {PLAIN}", "output_start": f"{DIM}= ", "output_end": f" {PLAIN}"}
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("-i", "--source", default="sft", choices=STAGE_DIRS, help="stage of the model (default: sft)")
     parser.add_argument("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
@@ -37,7 +37,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=42, help="of the samples (default: 42)")
     parser.add_argument("-n", "--max_tokens", "--max-tokens", type=int, default=256, help="per answer (default: 256)")
     parser.add_argument("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def answer(engine, prompt, args, seed, show_tools=False):

@@ -35,7 +35,7 @@ from nanochat.report import get_report
 from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate_task, parse_names
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
     parser.add_argument("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all)')
@@ -54,7 +54,7 @@ def parse_args():
     parser.add_argument("--allow_unsafe", "--allow-unsafe", action="store_true",
                         help="run HumanEval's programs even where the system cannot wall them in")
     parser.add_argument("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun passes its -- on
     for name, low in (("num_samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("top_k", 0), ("batch_rows", 1)):
         if not getattr(args, name) >= low:

@@ -1,0 +1,77 @@
+"""The commands of the README and of the run scripts: what they name exists, and their flags are taken."""
+
+import importlib
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.configurator import get_settings, override_from_cli
+
+ROOT = Path(__file__).parent.parent
+RUNS = [["speedrun.sh"], ["run1000.sh"], ["steprun.sh", "all"], ["dev/runcpu.sh"]]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def dry_run(*command, **env):
+    """The lines that a script prints under DRY_RUN=1."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NANOCHAT")}
+    env = kept | {"DRY_RUN": "1"} | env
+    done = subprocess.run(["bash", *command], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def readme_commands():
+    """Lines of the README's bash blocks, continued ones joined, and the commands in its tables."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return lines + [f"python -m scripts.{command}" for command in re.findall(r"`(base_train --[^`]+)`", README)]
+
+
+def check_command(line):
+    """Fails where `line` names a file, a module, a setting or a flag that does not exist. True if it was checked."""
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"env$|\w+=", words[0]):  # variables of the environment come first
+        words.pop(0)
+    if words[:1] == ["bash"]:
+        assert (ROOT / words[1]).is_file(), line
+    if words[:1] not in (["python"], ["torchrun"]) or "pytest" in words:
+        return words[:1] == ["bash"]
+    at = words.index("-m") + 1
+    module, flags = importlib.import_module(words[at]), [word for word in words[at + 1:] if word != "--"]
+    if get_settings(vars(module)):
+        override_from_cli(dict(vars(module)), flags)
+    elif hasattr(module, "parse_args"):
+        module.parse_args(flags)
+    return True
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run[0])
+def test_the_commands_of_a_run_script_are_taken(run):
+    assert sum(map(check_command, dry_run(*run))) > 5
+
+
+def test_the_commands_of_the_readme_are_taken():
+    assert sum(map(check_command, readme_commands())) > 20
+
+
+@pytest.mark.parametrize("line", ["python -m scripts.base_train --dept=4", "python -m scripts.chat_eval -i base -q",
+                                  "python -m scripts.chat_sft --num_epochs=many", "bash nothing.sh"])
+def test_a_command_that_is_not_taken_would_show(line):
+    with pytest.raises((SystemExit, AssertionError)):
+        check_command(line)
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))
+def test_every_script_has_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.delitem(sys.modules, f"scripts.{script}", raising=False)
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module(f"scripts.{script}", run_name="__main__")
+    assert done.value.code == 0 and f"python -m scripts.{script}" in capsys.readouterr().out
