@@ -22,7 +22,7 @@ from nanochat.precision import get_autocast_ctx
 from nanochat.training import set_rates
 
 MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
-OFTEN = 256             # times that training sees a token on average, from where on it learns as much without
+OFTEN = 256             # average occurrences per token beyond which training alone learns as much
 MAX_TOKENS = 2**25      # counted
 CONTEXTS = 1024         # a step
 STEPS = 160
@@ -49,7 +49,7 @@ class Pairs:
         """For contexts (R,): (row, next token, its share of the row's followers) of every pair, (N,) each."""
         lengths = self.starts[contexts + 1] - self.starts[contexts]
         rows = np.repeat(np.arange(len(contexts)), lengths)
-        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # where a row's pairs are, less where they go
+        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # offset from a place here to its pair
         pairs = np.arange(len(rows)) + firsts[rows]
         return rows, self.next_ids[pairs], (self.counts[pairs] / self.totals[contexts][rows]).astype(np.float32)
 

@@ -5,8 +5,8 @@ One core serves everything: a `Decoder` holds a number of rows in one cache and 
 step. Rows come and go between steps, and each has its own sampling settings, random numbers, tool state and end.
 `Engine.generate` and `Engine.generate_batch` run it to the end for evaluations, RL and the command line; a server
 feeds it as requests arrive. A row's text does not depend on its neighbours, but for rounding: several rows are
-multiplied in another order than one, which in 16 bits can turn a token that is sampled, and seldom one that is the
-likeliest. (In int8 they share a scale, too: see precision.py.)
+multiplied in another order than one, which in 16 bits can change a sampled token, and rarely even the likeliest one.
+(In int8 they share a scale, too: see precision.py.)
 
 Shapes: B rows, T new tokens, S cached positions, H heads, D head size, L layers, V vocabulary.
 """

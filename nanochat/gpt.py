@@ -251,6 +251,8 @@ def _chunk_loss_and_grad_eager(logits, targets, weights):
     """
     logits, targets, weights = logits.contiguous(), targets.contiguous(), weights.contiguous()
     losses = torch.empty(len(logits), device=logits.device)
+    assert (targets.dtype, weights.dtype) == (torch.int64, torch.float32)
+    assert len(targets) == len(weights) == len(logits)
     if logits.device.type == "cpu" and logits.dtype != torch.float16:
         addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
         bfloat16, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()

@@ -40,6 +40,7 @@ BUDGETS = {
     "tasks/common.py": 230, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1300, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
+TOTALS = {"nanochat": 6700, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 10600}  # Python of a whole room
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
 
@@ -86,6 +87,11 @@ def test_files_stay_within_their_budget(path):
     name = f"{path.parent.name}/{path.name}"
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= BUDGETS.get(name, DEFAULT_BUDGET[path.parent.name])
+
+
+@pytest.mark.parametrize("room, budget", TOTALS.items())
+def test_each_room_as_a_whole_stays_within_its_budget(room, budget):
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(room)) <= budget
 
 
 @pytest.mark.parametrize("name", ["nanochat/ui.html", "speedrun.sh", "run1000.sh"])

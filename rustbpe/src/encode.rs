@@ -23,7 +23,9 @@ struct CachedWord {
 #[derive(Default)]
 struct Worker {
     cache: Vec<[CachedWord; 2]>, // by hash; in each row the word seen last comes first
-    next: Vec<u32>,              // by start of a part of a word: where the next part starts
+    cuts: Vec<u32>,              // of a short word: where its parts start and end
+    ranks: Vec<u32>,             // and the rank of each pair of neighbouring parts
+    next: Vec<u32>,              // of a long word, by start of a part: where the next part starts
     prev: Vec<u32>,              // and where the one before starts
     heap: BinaryHeap<Reverse<(u32, u32, u32)>>, // (rank, start, end) of pairs of parts
 }
@@ -31,8 +33,8 @@ struct Worker {
 pub struct Encoder {
     splitter: Splitter,
     pub tokens: Interner,        // the number of a token is its rank
-    byte_ids: [u32; 256],        // the number of each byte
-    pair_ranks: Vec<u32>,        // and of each two, by `place`; u32::MAX: no token
+    byte_ids: [u32; 256],        // the id of each byte
+    pair_ranks: Vec<u32>,        // the id of each pair of bytes, by `pair_index`; u32::MAX: it is no token
     max_token_len: u32,          // bytes
     workers: Mutex<Vec<Worker>>, // as many as ever encoded at the same time
 }
@@ -82,7 +84,7 @@ impl Encoder {
         for (token, id) in tokens.iter().zip(0..) {
             match *token {
                 [byte] => byte_ids[byte as usize] = id,
-                [first, second] => pair_ranks[place(first, second)] = id,
+                [first, second] => pair_ranks[pair_index(first, second)] = id,
                 _ => {}
             }
         }
@@ -124,7 +126,7 @@ impl Encoder {
 
     fn encode_words(&self, text: &[u8], words: &[(Key, usize, usize)], worker: &mut Worker, ids: &mut Vec<u32>) {
         for &(key, start, end) in words {
-            let [first, second] = &mut worker.cache[row_of(key)];
+            let [first, second] = &mut worker.cache[cache_row(key)];
             if first.key != key {
                 std::mem::swap(first, second);
             }
@@ -154,7 +156,7 @@ impl Encoder {
             None => self.merge_long(text, start, end, worker, ids),
         }
         let new = &ids[before..];
-        let cached = &mut worker.cache[row_of(key)][0]; // seen longer ago, after the swap
+        let cached = &mut worker.cache[cache_row(key)][0]; // seen longer ago, after the swap
         if is_short(key) && new.len() <= cached.ids.len() {
             (cached.key, cached.len) = (key, new.len() as u32);
             cached.ids[..new.len()].copy_from_slice(new);
@@ -171,13 +173,13 @@ impl Encoder {
     /// BPE of a short word: the pair of lowest rank is merged first, the leftmost among equals.
     fn merge_short(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let rank = |from, to| self.rank(text, start, from, to).unwrap_or(u32::MAX);
-        let Worker { next: cuts, prev: ranks, .. } = worker; // where the parts start and end; ranks of pairs of parts
+        let Worker { cuts, ranks, .. } = worker;
         let (bytes, before) = (&text[start..end], ids.len());
         ids.extend(bytes.iter().map(|&byte| self.byte_ids[byte as usize])); // from `before` on: what the parts are
         cuts.clear();
         ranks.clear();
         cuts.extend(0..=bytes.len() as u32);
-        ranks.extend(bytes.windows(2).map(|pair| self.pair_ranks[place(pair[0], pair[1])]));
+        ranks.extend(bytes.windows(2).map(|pair| self.pair_ranks[pair_index(pair[0], pair[1])]));
         while let Some((i, &lowest)) = ranks.iter().enumerate().min_by_key(|(_, &rank)| rank) {
             if lowest == u32::MAX {
                 break;
@@ -254,13 +256,13 @@ impl Encoder {
     }
 }
 
-/// Of a word, in the cache.
-fn row_of(key: Key) -> usize {
+/// The row of the cache that a word belongs to.
+fn cache_row(key: Key) -> usize {
     (hash(key) >> (64 - CACHE_BITS)) as usize
 }
 
-/// Of a pair of bytes, in a table of all.
-fn place(first: u8, second: u8) -> usize {
+/// Where `pair_ranks` has a pair of bytes.
+fn pair_index(first: u8, second: u8) -> usize {
     (first as usize) << 8 | second as usize
 }
 

@@ -53,7 +53,7 @@ fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
-/// Of a raw logit: s, and exp(-2c s), its term in the softmax's sum.
+/// s of a raw logit, and its term in the softmax's sum, exp(-2c s).
 #[inline(always)]
 fn terms(x: f32, cap: f32) -> (f32, f32) {
     let s = 1.0 / (1.0 + exp((x * (2.0 / cap)).clamp(-80.0, 80.0)));
