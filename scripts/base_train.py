@@ -114,6 +114,10 @@ def main():
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
+    # The peak that MFU is a fraction of: on a CPU it is measured, so before the loader's thread works beside it
+    peak_flops, peak_source = get_peak_flops(device, get_precision_dtype(device.type))
+    print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
+
     # Model and tokenizer: new, or both from the checkpoint to resume
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
     step, state = resume_step(manager, resume_from_step, settings, FIXED)
@@ -166,8 +170,6 @@ def main():
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
 
     # State of the loop
-    peak_flops, peak_source = get_peak_flops(device, get_precision_dtype(device.type))
-    print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({peak_source})")
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, describe_spans(spans), device)
     samples, timed_from = [], None

@@ -149,6 +149,7 @@ def main():
     check_some(settings, "eval_tokens")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))  # before the loader works beside it
     base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
     base_step, _ = base_manager.load_meta(model_step)
 
@@ -208,7 +209,6 @@ def main():
         return tuple(array[mine] for array in (inputs, targets, even_weights(targets))), 1, count_used(targets)
 
     # State of the loop
-    peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))
     progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None} | (state or {}).get("progress", {})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
     keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)

@@ -1,6 +1,7 @@
 """What the tests share: a tokenizer of 512 tokens, trained in a blink on the story that lies beside this file."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def trained_dir(tmp_path_factory, tokenizer):
         for stage in STAGES:
             run_stage(stage)
     return root
+
+
+@pytest.fixture
+def base_dir(trained_dir, tmp_path, monkeypatch):
+    """$NANOCHAT_BASE_DIR: a copy, for one test, of what all four stages left; and their mirror."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / "base")))
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
+    return tmp_path / "base"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +19,7 @@ from tests.stages import STAGES, curve, run_stage
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def base_dir(trained_dir, tmp_path_factory):
-    """A copy for this file of what all four stages left: its tests go on from there, and from each other."""
-    return Path(shutil.copytree(trained_dir / "base", tmp_path_factory.mktemp("pipeline") / "base"))
-
-
-@pytest.fixture(autouse=True)
-def environment(base_dir, trained_dir, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
+pytestmark = pytest.mark.usefixtures("base_dir")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 
 import pytest
 import torch
@@ -17,13 +16,7 @@ from tasks.gsm8k import GSM8K
 from tasks.mixtures import mid_mixture
 from tests.stages import MID, STAGES, curve, run_stage
 
-
-@pytest.fixture(autouse=True)
-def base_dir(trained_dir, tmp_path, monkeypatch):
-    """Each test has its own copy of what all four stages left."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / "base")))
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
-    return tmp_path / "base"
+pytestmark = pytest.mark.usefixtures("base_dir")
 
 
 def steps_of(stage):
