@@ -1,5 +1,6 @@
 """What the tests share: a tokenizer of 512 tokens, trained in a blink on the story that lies beside this file."""
 
+import atexit
 import os
 import shutil
 import sys
@@ -16,7 +17,8 @@ os.environ["NANOCHAT_PRECISION"] = "float32"
 torch.set_num_threads(1)
 
 
-def pytest_unconfigure():
+@atexit.register
+def end_in_silence():
     """Triton's bindings print pages about leaks when Python ends; pytest's summary is what should stand last."""
     sys.stderr.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
