@@ -31,6 +31,7 @@ from nanochat.tokenizer import get_tokenizer
 FORMAT_VERSION = 1
 STAGE_DIRS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
               "rl": "chatrl_checkpoints"}
+MOVED_ASIDE = r"\.old\d+$"  # how the names end that `_rename_aside` gives
 STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
@@ -53,7 +54,7 @@ def find_checkpoint_dir(stage, model_tag=None):
         return get_checkpoint_dir(stage, model_tag)
     checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
     candidates = [d for d in checkpoints_dir.glob("*")
-                  if CheckpointManager(d).steps() and not re.search(r"\.old\d+$", d.name)]  # see move_aside
+                  if CheckpointManager(d).steps() and not re.search(MOVED_ASIDE, d.name)]
     if not candidates:
         raise UserError(f"no {stage} checkpoint in {checkpoints_dir}",
                         f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
@@ -139,7 +140,7 @@ class CheckpointManager:
         def write():
             if get_dist_info()[0] == 0:
                 self._write(folder, step, model, states, tokenizer, meta or {})
-                self._prune(keep_last)
+                self._prune(keep_last, step)
 
         try:
             run_together(write, model.device)
@@ -174,9 +175,11 @@ class CheckpointManager:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
 
-    def _prune(self, keep_last):
+    def _prune(self, keep_last, newest):
         if keep_last > 0:
             for step in self.steps()[:-keep_last]:
+                if step == newest:  # another run's later steps are here
+                    continue
                 try:
                     shutil.rmtree(self.checkpoint_dir / _step_name(step))
                 except OSError as error:  # the new one is whole all the same
@@ -188,7 +191,8 @@ class CheckpointManager:
         """The error that says what is not there, and what is instead."""
         stage = next((stage for stage, name in STAGE_DIRS.items() if name == self.checkpoint_dir.parent.name), "base")
         steps = self.steps()
-        tags = [d.name for d in self.checkpoint_dir.parent.glob("*") if CheckpointManager(d).steps()]
+        tags = [d.name for d in self.checkpoint_dir.parent.glob("*")
+                if CheckpointManager(d).steps() and not re.search(MOVED_ASIDE, d.name)]
         if steps:
             return UserError(f"no whole checkpoint of step {step} in {self.checkpoint_dir}",
                              f"there are the steps {', '.join(map(str, steps))}; without a step the last one is taken")

@@ -131,8 +131,8 @@ def compute_init(device_type="", seed=42):
 
     Returns (ddp_rank, ddp_local_rank, ddp_world_size, device).
     """
-    if seed < 0:
-        raise UserError(f"--seed={seed}: need 0 or more", "--seed=42")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed={seed}: need 0 or more, below 2^63", "--seed=42")
     device_type = device_type or autodetect_device_type()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available.get(device_type):
@@ -220,9 +220,10 @@ def get_peak_flops(device, dtype):
         for key, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{key}\b", name) and "Laptop" not in name:  # those have fewer units of the same name
                 return flops, "data sheet"
-    best_flops, size, end = 0.0, 1024, time.perf_counter() + 0.5
+    best_flops, size = 0.0, 1024
     a, out = torch.ones(2, size, size, device=device, dtype=dtype)
-    while time.perf_counter() < end:  # the best of half a second: the first ones warm up, others share the machine
+    end = time.perf_counter() + 0.5
+    while best_flops == 0 or time.perf_counter() < end:  # the best of half a second: others share the machine
         synchronize(device)
         start = time.perf_counter()
         torch.mm(a, a, out=out)

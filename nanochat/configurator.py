@@ -22,6 +22,7 @@ use `ArgumentParser`.
 import argparse
 import difflib
 import io
+import math
 import re
 import sys
 import tokenize
@@ -105,7 +106,11 @@ def _cast(value, type_name):
         if number != int(number):
             raise ValueError(value)
         return int(number)
-    return float(value) if option == "float" else value
+    if option == "float":
+        if not math.isfinite(float(value)):  # no setting means anything at nan or inf
+            raise ValueError(value)
+        return float(value)
+    return value
 
 
 def _help_text(namespace, types, prefix):

@@ -234,13 +234,19 @@ def check_finite(loss, step, place, manager):
     """The loss summed over ranks as a float. One that is not finite ends the run and names the place in the data."""
     loss = all_reduce_sum(loss).item()
     if not math.isfinite(loss):
-        saved = manager.last_step()
-        last = f"the last good checkpoint is step {saved} in {manager.checkpoint_dir}"
+        last, way_on = _way_back(manager)
         raise UserError(f"the loss at step {step} is {loss}; its rows are from {place}; nothing of this step was "
-                        f"saved, {'nor is there an earlier checkpoint' if saved is None else last}",
-                        f"{'start again' if saved is None else 'resume with --resume_from_step=-2'} with a smaller "
-                        "--matrix_lr, or check that part of the data")
+                        f"saved, {last}", f"{way_on}, or check that part of the data")
     return loss
+
+
+def _way_back(manager):
+    """(where the last checkpoint is, how to go on from it) for a run whose numbers went wrong."""
+    saved = manager.last_step()
+    if saved is None:
+        return "nor is there an earlier checkpoint", "start again with a smaller --matrix_lr"
+    return (f"the last good checkpoint is step {saved} in {manager.checkpoint_dir}",
+            "resume with --resume_from_step=-2 and a smaller --matrix_lr")
 
 
 # -----------------------------------------------------------------------------
@@ -312,8 +318,12 @@ class RunKeeper:
     def save(self, step, model, optimizers, tokenizer, scaler, **progress):
         """
         Save a checkpoint, with `progress` in its meta data. When writing fails the run goes on with a warning, since
-        space may be freed before the next one; but the last save of a run raises. Collective.
+        space may be freed before the next one; but the last save of a run raises, as do parameters that are not
+        finite: the step that spoils them has a finite loss. Collective.
         """
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            last, way_on = _way_back(self.manager)
+            raise UserError(f"parameters are not finite after step {step}; they were not saved, {last}", way_on)
         meta = {"settings": self.settings, "iterations": self.iterations, "data": self.data,
                 "scaler": None if scaler is None else scaler.state_dict(), **progress}
         try:
@@ -408,9 +418,11 @@ class MetricsLog:
             return
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                yield json.loads(line)
+                metrics = json.loads(line)
             except ValueError:
                 continue  # the line that a crash cut short
+            if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
+                yield metrics
 
     def log(self, metrics):
         """metrics: {'step': int, name: number, ...}. A full disk costs the line and a warning, not the run."""

@@ -22,6 +22,7 @@ import torch
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
 from nanochat.common import (
     IGNORE,
+    UserError,
     all_reduce_sum,
     ceil_div,
     compiles,
@@ -189,6 +190,8 @@ def main():
     check_some(settings, "eval_examples")
     _, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    if source not in ("sft", "mid"):
+        raise UserError(f"--source={source}: need sft or mid", "--source=sft")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))

@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, 
 from nanochat.common import (
     IGNORE,
     Ema,
+    UserError,
     ceil_div,
     compute_cleanup,
     compute_init,
@@ -63,6 +64,7 @@ smoltalk_size: int = 10000           # SmolTalk conversations
 identity_epochs: int = 1             # how often the mixture repeats the identity conversations
 spelling_size: int = 300             # SimpleSpelling words
 spellingbee_size: int = 300          # SpellingBee questions
+chain_size: int = 0                  # conversations that join several of the others, for a model that saw few long ones
 # Horizon
 num_epochs: int = 1                  # passes over the mixture
 num_iterations: int = -1             # optimizer steps; -1 = num_epochs
@@ -116,6 +118,8 @@ def main():
     check_some(settings, "eval_examples")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
+    if source not in ("mid", "base"):
+        raise UserError(f"--source={source}: need mid or base", "--source=mid")
     source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
     source_step, _ = source_manager.load_meta(model_step)
     manager = CheckpointManager(get_checkpoint_dir("sft", source_manager.checkpoint_dir.name))
@@ -125,7 +129,7 @@ def main():
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
 
     # Data and horizon
-    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data)
+    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size, data)
     held_out = SmolTalk("test")
     iterations = num_iterations if num_iterations > 0 else ceil_div(len(mixture) * num_epochs, examples_per_step)
     most_rows = ceil_div(examples_per_step, ddp_world_size)

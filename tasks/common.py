@@ -115,6 +115,30 @@ class TaskMixture(TaskSequence):
         return super().get_example(self.order[index])
 
 
+class TaskChain(Task):
+    """
+    `size` conversations of two to four examples one after the other, each of any of the tasks: a talk that changes its
+    subject. A small model that has seen single exchanges alone goes on with the first subject, whatever it is asked
+    next. Example i depends on the seed and i alone.
+    """
+
+    def __init__(self, tasks, size, seed=42, **kwargs):
+        super().__init__(**kwargs)
+        self.tasks, self.size, self.seed = [task for task in tasks if len(task)], size, seed
+
+    def num_examples(self):
+        return self.size if self.tasks else 0
+
+    def get_example(self, index):
+        rng = random.Random(f"{self.seed}:{index}")
+        messages = []
+        for _ in range(2 + int(3 * rng.random())):
+            task = self.tasks[int(len(self.tasks) * rng.random())]
+            example = task[int(len(task) * rng.random())]
+            messages += [message for message in example["messages"] if message["role"] != "system"]
+        return {"messages": messages}
+
+
 def share_out(lens, weights, size):
     """How many examples to draw from each task. weights None: in proportion to their sizes."""
     weights = lens if weights is None else list(weights)

@@ -2,7 +2,7 @@
 
 from nanochat.common import get_data_root, print0
 from tasks.arc import ARC
-from tasks.common import TaskMixture
+from tasks.common import TaskChain, TaskMixture
 from tasks.customjson import IDENTITY, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
@@ -35,9 +35,12 @@ def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, que
                         SpellingBee(spellingbee_size, "train"), *own_conversations(data)])
 
 
-def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data=None):
-    """Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full."""
-    return TaskMixture([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
-                        SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
-                        SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"),
-                        *own_conversations(data)])
+def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size=0, data=None):
+    """
+    Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full; and
+    chain_size longer ones, made of these.
+    """
+    tasks = [ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
+             SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
+             SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"), *own_conversations(data)]
+    return TaskMixture([*tasks, TaskChain(tasks, chain_size)])
