@@ -62,6 +62,7 @@ def test_settings_are_the_annotated_lower_case_globals(script):
     (["--depth=four"], "--depth=four is not of type int", "--depth=20"),
     (["--depth=2.5"], "--depth=2.5 is not of type int", "--depth=20"),
     (["--depth=1e400"], "--depth=1e400 is not of type int", "--depth=20"),
+    (["--lr=nan"], "--lr=nan is not of type float", "--lr=0.5"), (["--lr=inf"], "--lr=inf is not", "--lr=0.5"),
     (["--flag=maybe"], "--flag=maybe is not of type bool", "--flag"),
     (["--depth"], "--depth needs a value", "--depth=20"),
     (["depth=4"], "unexpected argument 'depth=4'", "--name=value"),
