@@ -250,7 +250,7 @@ def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
     assert "metrics.jsonl could not be written: [Errno 28]" in capsys.readouterr().out
 
 
-def test_a_save_that_fails_costs_a_warning_but_the_last_one_or_a_spoiled_model_is_an_error(tmp_path, monkeypatch, capsys):
+def test_a_save_that_fails_costs_a_warning_the_last_one_and_a_spoiled_model_are_errors(tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise UserError("the disk is full")
     settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
