@@ -176,10 +176,9 @@ class CheckpointManager:
             raise
 
     def _prune(self, keep_last, newest):
+        """Keep the last keep_last steps up to `newest`; later ones, of another run, are not this one's to remove."""
         if keep_last > 0:
-            for step in self.steps()[:-keep_last]:
-                if step == newest:  # another run's later steps are here
-                    continue
+            for step in [step for step in self.steps() if step <= newest][:-keep_last]:
                 try:
                     shutil.rmtree(self.checkpoint_dir / _step_name(step))
                 except OSError as error:  # the new one is whole all the same

@@ -93,6 +93,13 @@ def test_keep_last_prunes_the_oldest(manager):
     assert manager.steps() == [3, 4]
 
 
+def test_another_runs_later_steps_do_not_count(manager):
+    model = tiny_model()
+    for step in (90, 100, 1, 2, 3):
+        manager.save(step, model, keep_last=2)
+    assert manager.steps() == [2, 3, 90, 100]
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(manager, tmp_path, capsys):
     model = tiny_model()
     manager.save(1, model).rename(tmp_path / "elsewhere")
