@@ -49,7 +49,7 @@ run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=340 --eva
     --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
 
 # 5. Supervised finetuning: one conversation a row, half of them chains of several exchanges on different things. Without
-#    them a model of this size answers its first question and then whatever it likes.
+#    them a model of this size does sums only when nothing was said before.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
     --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
     --spelling_size=300 --spellingbee_size=2500 --chain_size=10000 --run="$WANDB_RUN"

@@ -118,8 +118,8 @@ class TaskMixture(TaskSequence):
 class TaskChain(Task):
     """
     `size` conversations of two to four examples one after the other, each of any of the tasks: a talk that changes its
-    subject. A small model that has seen single exchanges alone goes on with the first subject, whatever it is asked
-    next. Example i depends on the seed and i alone.
+    subject. A small model to which a kind of question always came alone does not know it later in a talk: there it goes
+    on with the first subject. Example i depends on the seed and i alone.
     """
 
     def __init__(self, tasks, size, seed=42, **kwargs):
