@@ -40,7 +40,7 @@ def main():
     engine = Engine(model, tokenizer)
     tasks = {"identity": Identity(), "multiple choice": MMLU("all", split="test"), "word problem": GSM8K(split="test"),
              "letters": SpellingBee(1000, "test")}
-    print(" | ".join(["% right".ljust(16), "alone".rjust(9), *(f"after {name}" for name in tasks)]))
+    print(" | ".join(["right (of)".ljust(16), "alone".rjust(9), *(f"after {name}" for name in tasks)]))
     for name, task in tasks.items():
         cells = []
         for earlier in (None, *tasks.values()):
@@ -50,7 +50,7 @@ def main():
                 pass
             texts = [tokenizer.decode(row.tokens).removesuffix("<|assistant_end|>") for row in rows]
             right = [task.evaluate(conversation, text) for (conversation, _), text in zip(asked, texts, strict=True)]
-            cells.append(f"{100 * sum(right) / max(len(right), 1):.0f} of {len(right)}")
+            cells.append(f"{100 * sum(right) / max(len(right), 1):.0f}% ({len(right)})")
         widths = [9, *(len(f"after {other}") for other in tasks)]
         print(" | ".join([name.ljust(16), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))]), flush=True)
 

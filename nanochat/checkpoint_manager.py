@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -98,6 +99,26 @@ class CheckpointManager:
         return steps[-1] if steps else None
 
     # -- saving
+
+    def claim(self, device):
+        """
+        Refuse to train where another process does: two runs under one tag would mix their checkpoints. The claim ends
+        with this object or its process, however that ends. Collective.
+        """
+        def lock():
+            if get_dist_info()[0] == 0:
+                self.checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
+                path = self.checkpoint_dir.with_name(f".{self.checkpoint_dir.name}.lock")
+                self._claim = FileLock(path, timeout=0, is_singleton=True)  # one process may claim again
+                try:
+                    self._claim.acquire()
+                except Timeout:
+                    raise UserError(f"another run is writing to {self.checkpoint_dir}", "wait for it to end, or give "
+                                    "this one a name of its own: --model_tag=NAME") from None
+                except NotImplementedError:  # some cluster file systems have no locks: go on without
+                    pass
+
+        run_together(lock, device)
 
     def move_aside(self):
         """

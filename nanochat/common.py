@@ -282,7 +282,7 @@ def gather_objects(items):
     return [item for part in parts for item in part]
 
 
-class FailedElsewhere(RuntimeError):
+class FailedElsewhere(UserError):
     """Another rank failed at what all ranks do together."""
 
 

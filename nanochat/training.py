@@ -279,6 +279,7 @@ class RunKeeper:
     """
     What surrounds the loop of a training script: it logs, says when to save, saves, and stops on signals. Made when all
     else is set up, so that a run that cannot start moves nothing. Then
+      - a run where another one is still writing is refused;
       - a new run moves an older one's checkpoints aside, a resumed run (`state` is its meta data) those of later steps;
       - a run resumed past its end is refused;
       - a resumed run whose data changed prints a warning; `data` is a line that describes them.
@@ -286,6 +287,7 @@ class RunKeeper:
 
     def __init__(self, manager, settings, iterations, step, state, data, device):
         wandb = _import_wandb() if settings["run"] not in ("", "dummy") and get_dist_info()[0] == 0 else None
+        manager.claim(device)
         if state is None:
             moved = manager.move_aside()
             if moved:

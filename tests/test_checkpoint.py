@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,27 @@ def test_a_new_run_moves_the_old_one_aside(manager):
     moved = manager.move_aside()
     assert CheckpointManager(moved).steps() == [1] and manager.steps() == []
     assert manager.move_aside() is None
+
+
+def test_a_second_run_is_refused_while_the_first_one_lives(manager):
+    manager.claim(CPU)
+    hold = f"""
+import sys, torch
+from nanochat.checkpoint_manager import CheckpointManager
+manager = CheckpointManager({str(manager.checkpoint_dir)!r})
+manager.claim(torch.device("cpu"))
+print("held", flush=True)
+sys.stdin.read()"""
+    refused = subprocess.run([sys.executable, "-c", hold], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert "another run is writing to" in refused.stderr and "--model_tag" in refused.stderr and not refused.stdout
+    del manager._claim
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run is writing to"):
+            manager.claim(CPU)
+        other.kill()
+    manager.claim(CPU)  # whatever ends a process ends its claim
+    CheckpointManager(manager.checkpoint_dir).claim(CPU)  # the stages of one process follow each other
 
 
 def test_another_tokenizer_is_refused(manager, saved, tokenizer, story):
