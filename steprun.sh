@@ -84,12 +84,12 @@ step_sft() { stage scripts.chat_sft --run="$WANDB_RUN" $SFT_FLAGS; stage scripts
 step_rl() { stage scripts.chat_rl --run="$WANDB_RUN" $RL_FLAGS; stage scripts.chat_eval -i rl -a GSM8K $EVAL_FLAGS; }
 step_report() { run python -m nanochat.report generate; }
 
-if [ $# -eq 0 ]; then usage; exit 0; fi
+case "${1:---help}" in -h | --help) usage; exit 0 ;; esac
 if [ "$*" = all ]; then set -- $STEPS; fi
 for name in "$@"; do
     case " $STEPS " in
         *" $name "*) ;;
-        *) echo "error: unknown step '$name'" >&2; echo "hint: choose from $STEPS all" >&2; exit 2 ;;
+        *) echo "error: unknown step '$name'" >&2; echo "hint: choose from $STEPS, or all of them: bash steprun.sh all" >&2; exit 2 ;;
     esac
 done
 echo "# machine: $MACHINE, processes: $NPROC, depth: $DEPTH"

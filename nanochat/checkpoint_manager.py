@@ -65,6 +65,15 @@ def find_checkpoint_dir(stage, model_tag=None):
     return max(candidates, key=saved_at)
 
 
+def stage_managers(stage, source, model_tag, resume_from_step):
+    """
+    (manager of a stage's own checkpoints, that of the stage it starts from), under one tag: the given one, else that of
+    the model saved last, of this stage where it is resumed.
+    """
+    tag = find_checkpoint_dir(source if resume_from_step == -1 else stage, model_tag).name
+    return tuple(CheckpointManager(get_checkpoint_dir(name, tag)) for name in (stage, source))
+
+
 def _step_name(step):
     return f"step_{step:06d}"
 
@@ -176,7 +185,9 @@ class CheckpointManager:
             shutil.rmtree(unfinished, ignore_errors=True)
         try:
             tmp.mkdir(parents=True)
-            weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+            # a model that torch.compile wrapped has a prefix of its own to every name
+            weights = {name.removeprefix("_orig_mod."): p.detach().cpu().contiguous()
+                       for name, p in model.state_dict().items()}
             _save_tensors(weights, tmp / "model.safetensors")
             if optimizer_state:
                 _save_tensors(optimizer_state, tmp / "optimizer.safetensors")
@@ -231,8 +242,13 @@ class CheckpointManager:
     def load_model(self, device, step=None):
         """The model of a checkpoint, float32, in training mode, on the device."""
         step, meta = self.load_meta(step)
+        try:
+            config = GPTConfig(**meta["model_config"])
+        except TypeError as error:  # a field that this release does not know
+            raise UserError(f"{self.checkpoint_dir}, step {step}: its model_config does not fit: {error}",
+                            "update nanochat: git pull && uv sync") from error
         with torch.device("meta"):
-            model = GPT(GPTConfig(**meta["model_config"]))
+            model = GPT(config)
         weights = _load_tensors(self.checkpoint_dir / _step_name(step) / "model.safetensors", device)
         expected = {name: p.shape for name, p in model.state_dict().items()}
         found = {name: p.shape for name, p in weights.items()}
@@ -294,15 +310,18 @@ def _rename_aside(folder):
 
 
 def _read_meta(folder):
+    """The meta data, or None where there is none, or not all that every checkpoint has."""
     try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    kinds = {"format_version": int, "model_config": dict, "files": dict}
+    return meta if isinstance(meta, dict) and all(isinstance(meta.get(k), v) for k, v in kinds.items()) else None
 
 
 def _is_whole(folder):
     meta = _read_meta(folder)
-    if not isinstance(meta, dict) or "files" not in meta:
+    if meta is None:
         return False
     try:
         return all((folder / name).stat().st_size == size for name, size in meta["files"].items())

@@ -42,6 +42,11 @@ def run_script(main):
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, RuntimeError) as error:  # torch says of a CPU's memory, in a RuntimeError, that it is out
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        _exit_with(UserError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'nothing is left'}",
+                             "take less at once or a smaller model: --device_batch_size, --max_seq_len, --depth"))
     except OSError as error:
         _exit_with(UserError(str(error), "check that the path is right and writable and the disk not full: df -h"))
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ from nanochat.common import (
     rank,
     world_size,
 )
-from nanochat.download import download_file
+from nanochat.download import download_file, hold_lock
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 4 << 30  # unpacked; more is not the bundle
@@ -69,7 +69,10 @@ def get_eval_bundle(fetch=download_file) -> Path:
         return data_dir / "eval_bundle"
     bundle_dir = get_base_dir() / "eval_bundle"
     if get_dist_info()[1] == 0 and not (bundle_dir / "core.yaml").exists():  # one process of each machine
-        _unpack(fetch(BUNDLE_URL, get_base_dir() / "eval_bundle.zip"), bundle_dir)
+        zip_path = fetch(BUNDLE_URL, get_base_dir() / "eval_bundle.zip")
+        with hold_lock(zip_path.with_suffix(".lock")):  # they may share the folder
+            if not (bundle_dir / "core.yaml").exists():
+                _unpack(zip_path, bundle_dir)
     barrier()
     return bundle_dir
 

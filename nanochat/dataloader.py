@@ -225,7 +225,7 @@ class RowLoader:
     def next_rows(self, n):
         parts = []
         while n > 0:
-            if self._used == len(self._rows):
+            if self._used >= len(self._rows):  # more, when a resumed run finds less text than it had
                 (self._start, self._rows), self._used = self._next_block(), 0
             part = self._rows[self._used: self._used + n]
             self._used += len(part)

@@ -154,7 +154,8 @@ def _cut_text(path):
 def _read_lines(path, max_bytes=-1):
     """The lines of a file as bytes, decompressed, without a byte order mark; a line over max_bytes in pieces."""
     try:  # pyarrow, because it reads every frame of a .zst or .gz, and notices one that is cut short
-        with io.BufferedReader(pa.input_stream(str(path), compression="detect"), 1 << 20) as file:
+        codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+        with io.BufferedReader(pa.input_stream(str(path), compression=codec), 1 << 20) as file:
             line = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)
             while line:
                 yield line

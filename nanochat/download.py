@@ -107,7 +107,7 @@ def download_file(url: str, path: str | Path, *, size: int | None = None, sha256
     lock = path.with_name(path.name + ".part.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _hold(lock):
+        with hold_lock(lock):
             if _fault(path, *wanted) is not None:  # nobody finished it while we waited
                 _fetch(url, path, wanted, retries, timeout, progress or (lambda done, total: None), sleep)
     except OSError as error:
@@ -117,7 +117,8 @@ def download_file(url: str, path: str | Path, *, size: int | None = None, sha256
     return path
 
 
-def _hold(lock):
+def hold_lock(lock):
+    """A context in which no other process holds the lock of this file."""
     try:
         return FileLock(lock).acquire()
     except NotImplementedError:  # some cluster file systems have no locks: go on without

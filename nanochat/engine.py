@@ -451,10 +451,12 @@ PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "The op
 
 
 def complete_prompts(engine, max_tokens=32):
-    """[{prompt, text}]: greedy completions of PROMPTS."""
+    """[{prompt, text}]: greedy completions of those PROMPTS that fit in the context."""
     samples = []
     for prompt in PROMPTS:
         tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
+        if len(tokens) >= engine.model.config.sequence_len:
+            continue
         (sequence,), _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0)
         samples.append({"prompt": prompt, "text": engine.tokenizer.decode(sequence[1:])})
     return samples

@@ -3,7 +3,8 @@ The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs a
 
 Rotary position embeddings, normalised queries and keys, ReLU^2 in the MLP, grouped-query attention on request, no
 biases, RMSNorm without parameters (one more after the embedding), untied output head, logits capped by
-15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that.
+15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. One
+switch goes beyond it, value embeddings, off by default.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
@@ -11,6 +12,7 @@ Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 import contextlib
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 import torch.nn as nn
@@ -30,7 +32,7 @@ from nanochat.precision import (
     packed_linear,
     packs,
 )
-from rustbpe import capped_cross_entropy
+from rustbpe import capped_cross_entropy, rms_norm
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -43,6 +45,8 @@ ROPE_BASE = 10000.0
 # (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
+NORM_EPS = torch.finfo(torch.float32).eps
+FEW_NUMBERS = 2**17  # up to here a CPU's time for a norm is that of beginning torch's six operations
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 
@@ -54,14 +58,15 @@ class GPTConfig:
     n_head: int = 6      # query heads
     n_kv_head: int = 6   # key and value heads; fewer than n_head = grouped-query attention, 1 = multi-query
     n_embd: int = 768
+    value_embeds: bool = False  # every layer adds to a token's values a row of a table of its own: see GPT.__init__
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128):
+    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, value_embeds=False):
         """The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim."""
         n_embd = 64 * depth
         fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
         n_head = min(fitting, key=lambda n: abs(n_embd / n - head_dim))
-        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd)
+        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd, value_embeds)
 
     @property
     def padded_vocab_size(self):
@@ -75,7 +80,12 @@ class GPTConfig:
 
 def norm(x):
     """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps).to(x.dtype)
+    if x.device.type == "cpu" and x.numel() <= FEW_NUMBERS and not (x.requires_grad or torch.compiler.is_compiling()):
+        if x.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32):
+            y, width = torch.empty_like(x), x.size(-1)
+            rms_norm(x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, x.numel() // width, width, NORM_EPS)
+            return y
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
 def rotary_table(length, head_dim, device):
@@ -183,7 +193,7 @@ class CausalSelfAttention(nn.Module):
         for linear, part in zip(linears, self.qkv.split([linear.out_features for linear in linears]), strict=True):
             linear.weight.data = part
 
-    def forward(self, x, cos, sin, store=None):
+    def forward(self, x, cos, sin, store=None, value_embed=None):
         B, T, C = x.shape
         if self.qkv is None:  # (B, T, heads * D) -> (B, heads, T, D)
             q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (self.c_q(x), self.c_k(x), self.c_v(x)))
@@ -193,6 +203,8 @@ class CausalSelfAttention(nn.Module):
             qkv = packed_linear(x, self.qkv).view(B, T, -1, self.head_dim).transpose(1, 2)
             qk, v = norm(apply_rotary(qkv[:, :-kv_heads], cos, sin)), qkv[:, -kv_heads:]
             q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
+        if value_embed is not None:
+            v = v + value_embed.view(B, T, -1, self.head_dim).transpose(1, 2)
         last = None
         if store is not None:
             k, v, last = store(k, v)  # (B, H_kv, S, D): everything so far
@@ -216,12 +228,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, store=None):
+    def forward(self, x, cos, sin, store=None, value_embed=None):
         """
         x (B, T, C); cos, sin (1 or B, 1, T, D / 2); store(k, v) puts the keys and values of the T tokens in a layer's
-        cache and returns (k, v, last) for `attention`.
+        cache and returns (k, v, last) for `attention`; value_embed (B, T, H_kv * D) is added to the values.
         """
-        x = x + self.attn(norm(x), cos, sin, store)
+        x = x + self.attn(norm(x), cos, sin, store, value_embed)
         return x + self.mlp(norm(x))
 
 
@@ -316,9 +328,13 @@ class GPT(nn.Module):
             raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head}: need an "
                              "even head size n_embd / n_head and an n_kv_head that divides n_head")
         self.config = config
+        kv_dim, num_tables = config.n_embd // config.n_head * config.n_kv_head, config.n_layer * config.value_embeds
         self.transformer = nn.ModuleDict({
             "wte": Embedding(config.padded_vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            # a lookup costs no product: a small model keeps in tables what its few matrices cannot hold
+            # (modded-nanogpt's value embeddings; for values that bypass layers see arXiv 2410.17897)
+            "value_embeds": nn.ModuleList(Embedding(config.padded_vocab_size, kv_dim) for _ in range(num_tables)),
         })
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
@@ -354,6 +370,8 @@ class GPT(nn.Module):
                 nn.init.uniform_(linear.weight, -bound, bound)
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
+        for table in self.transformer.value_embeds:
+            nn.init.zeros_(table.weight)
         self.set_rotary(self.config.sequence_len)
 
     def set_rotary(self, length):
@@ -416,8 +434,9 @@ class GPT(nn.Module):
             run = self._decode_block if kv_cache.fixed else Block.forward
         x = self.transformer.wte(idx)
         x = norm(x.to(active_dtype(x)))
-        for block, store in zip(blocks, stores, strict=True):
-            x = run(block, x, cos, sin, store)
+        tables = self.transformer.value_embeds or [None] * len(blocks)
+        for block, store, table in zip(blocks, stores, tables, strict=True):
+            x = run(block, x, cos, sin, store, None if table is None else table(idx).to(x.dtype))
         return norm(x)
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, loss_reduction="mean", last_only=False):
@@ -472,8 +491,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def num_matrix_params(self):
-        """Parameters that every token is multiplied with: all but the embedding table."""
-        return self.num_params() - self.transformer.wte.weight.numel()
+        """Parameters that every token is multiplied with: all but the tables that it is looked up in."""
+        tables = [self.transformer.wte, *self.transformer.value_embeds]
+        return self.num_params() - sum(table.weight.numel() for table in tables)
 
     def estimate_flops(self):
         """
@@ -487,18 +507,21 @@ class GPT(nn.Module):
     # -- optimizers
 
     def setup_optimizers(self, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
-                         momentum=0.95, compile=None):
+                         momentum=0.95, compile=None, value_lr=None):
         """
-        [DistAdamW for embedding and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
-        compile: whether Muon compiles its update; None = on GPUs.
+        [DistAdamW for tables and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
+        compile: whether Muon compiles its update; None = on GPUs. value_lr: of value embeddings; None = embedding_lr.
         """
-        scale = (self.config.n_embd / 768) ** -0.5
-        adamw = DistAdamW([
-            dict(named_params=[("lm_head.weight", self.lm_head.weight)], lr=unembedding_lr * scale),
-            dict(named_params=[("transformer.wte.weight", self.transformer.wte.weight)], lr=embedding_lr * scale),
-        ])
-        matrices = [(name, p) for name, p in self.named_parameters() if name.startswith("transformer.h.")]
-        return [adamw, DistMuon(matrices, matrix_lr, momentum, weight_decay=weight_decay, compile=compile)]
+        def named(pattern):
+            return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]
+
+        scale, value_lr = (self.config.n_embd / 768) ** -0.5, embedding_lr if value_lr is None else value_lr
+        groups = [dict(named_params=named("lm_head.weight"), lr=unembedding_lr * scale),
+                  dict(named_params=named("transformer.wte.weight"), lr=embedding_lr * scale)]
+        if self.config.value_embeds:
+            groups.append(dict(named_params=named("transformer.value_embeds.*"), lr=value_lr * scale))
+        muon = DistMuon(named("transformer.h.*"), matrix_lr, momentum, weight_decay=weight_decay, compile=compile)
+        return [DistAdamW(groups), muon]
 
     def use_fp8(self):
         """Multiply the blocks' linear layers in 8 bits while training (shapes must be multiples of 16)."""

@@ -22,7 +22,8 @@ MAX_TOP_LOGPROBS = 20
 
 Text = Annotated[str, Field(max_length=MAX_CHARS)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS)]
+# the first wrong item of a list is enough: hundreds of thousands of errors take seconds, in which nobody is served
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
 # -----------------------------------------------------------------------------
@@ -42,7 +43,7 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=1000)]
+    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
 
     def as_turn(self):
         """What the tokenizer renders; `developer` is OpenAI's newer name for `system`."""
@@ -61,7 +62,8 @@ def _end_with_a_question(messages):
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=2000), AfterValidator(_end_with_a_question)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=2000, fail_fast=True),
+                     AfterValidator(_end_with_a_question)]
 
 
 class StreamOptions(BaseModel):
@@ -108,8 +110,8 @@ class ChatRequest(SamplingFields):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: (Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-             | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)])
+    prompt: (Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+             | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)])
     max_tokens: int | None = Field(None, ge=0, le=2**31)  # 0 with echo: the scores of the prompt alone
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None  # evaluations send many
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

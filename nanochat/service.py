@@ -109,7 +109,8 @@ class Service:
         if name not in self.names:
             name = next((n for n in self.names if n.split("-")[0] == model), None)
         if name is None:
-            raise HTTPException(404, f"The model {model!r} is not served here; there is: {', '.join(self.names)}")
+            message = f"The model {model!r} is not served here; there is: {', '.join(self.names)}"
+            raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
         return name, self.threads[0].lanes[name]
 
     def _deliver(self, events):
@@ -126,6 +127,8 @@ class Service:
         try:
             min(self.threads, key=lambda t: t.num_running + t.num_waiting).submit(name, choices)
         except QueueFull:
+            if self.trouble:  # it began while the request was read
+                raise HTTPException(503, self.trouble, {"Retry-After": "5"}) from None
             raise HTTPException(429, "Too many requests are waiting; try again soon", {"Retry-After": "2"}) from None
         self.prompt_tokens.inc(sum(len(choice.prompt) for choice in choices))
         beat = asyncio.create_task(_beat(call.queue))
@@ -238,12 +241,14 @@ async def event_stream(events, reply, include_usage):
     async with aclosing(events):
         yield reply.opening()
         async for batch in events:
+            text = ""
             for event in batch:
                 reply.feed(event)
                 if event.error:
-                    yield f"data: {json.dumps(error_body(event.error, 500))}\n\n"
+                    yield f"{text}data: {json.dumps(error_body(event.error, 500))}\n\n"
                     return
-            yield "".join(map(reply.chunk, batch)) or ": ping\n\n"
+                text += reply.chunk(event)
+            yield text or ": ping\n\n"
         yield reply.closing(include_usage)
 
 

@@ -251,9 +251,12 @@ class DecodeThread(threading.Thread):
         return sum(len(lane.waiting) for lane in self.lanes.values()) + sum(len(c) for _, c in list(self.inbox))
 
     def submit(self, name, choices):
-        """Queue the choices of a call for a model. A call comes in whole or, when the queue is full, not at all."""
+        """
+        Queue the choices of a call for a model. A call comes in whole or, when the queue is full or the thread is to
+        end, not at all.
+        """
         with self._changed:
-            if self.num_waiting >= self.max_waiting:
+            if self.deadline is not None or self.num_waiting >= self.max_waiting:
                 raise QueueFull
             self.inbox.append((name, choices))
             self._changed.notify()

@@ -25,18 +25,31 @@ from nanochat.precision import get_autocast_ctx, get_precision_dtype
 MIN_STEPS = 700  # a run of few tokens takes smaller batches rather than fewer steps than about this (dev/LOG.md)
 
 
-def check_positive(settings, *names):
-    """Settings that must be 1 or more: a wrong one is named."""
-    for name in names:
-        if settings[name] < 1:
-            raise UserError(f"--{name}={settings[name]}: need 1 or more", f"leave --{name} out for its default")
+# The settings of all scripts by what they may be: (least, most, whether -1 may stand for none, all or derived)
+RANGES = {
+    (1, math.inf, False): "depth max_seq_len head_dim num_epochs examples_per_step max_new_tokens rollout_rows "
+                          "eval_samples batch_tokens",
+    (1, math.inf, True): "num_iterations total_batch_size device_batch_size lesson_rows eval_every eval_tokens "
+                         "eval_examples sample_every save_every keep_last max_per_task",
+    (2, math.inf, False): "num_samples",  # the answers to a question are compared with each other
+    (0, math.inf, True): "target_flops target_param_data_ratio",
+    (0, math.inf, False): "embedding_lr unembedding_lr value_lr matrix_lr weight_decay warmup_iters init_lr_frac "
+                          "question_lr_frac question_steps identity_epochs smoltalk_size spelling_size "
+                          "spellingbee_size chain_size top_k",
+    (0, 1, False): "warmdown_ratio final_lr_frac question_share",
+}
 
 
-def check_some(settings, *names):
-    """Settings that say how much to evaluate: -1 = all, or 1 or more."""
-    for name in names:
-        if settings[name] == 0:
-            raise UserError(f"--{name}=0 evaluates nothing: need 1 or more, or -1 for all", f"for example --{name}=-1")
+def check_settings(settings, needed=()):
+    """A number that cannot be is refused, and named, before anything is done. -1 is none for those that are needed."""
+    for (low, high, minus_one), names in RANGES.items():
+        for name in names.split():
+            value, may_be_minus_one = settings.get(name), minus_one and name not in needed
+            if value is None or low <= value <= high or (may_be_minus_one and value == -1):
+                continue
+            need = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise UserError(f"--{name}={value}: need {need}{', or -1' if may_be_minus_one else ''}",
+                            f"leave --{name} out for its default")
 
 
 def derive_batch_size(num_tokens):
@@ -286,8 +299,8 @@ class RunKeeper:
     """
 
     def __init__(self, manager, settings, iterations, step, state, data, device):
-        wandb = _import_wandb() if settings["run"] not in ("", "dummy") and get_dist_info()[0] == 0 else None
         manager.claim(device)
+        wandb_run = _start_wandb(settings)
         if state is None:
             moved = manager.move_aside()
             if moved:
@@ -304,7 +317,7 @@ class RunKeeper:
         self.manager, self.settings, self.iterations, self.data = manager, settings, iterations, data
         self.stopping, self._saved_step = False, -1 if state is None else step
         self._signal = StopSignal(device)
-        self._log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", settings, wandb, step)
+        self._log = MetricsLog(manager.checkpoint_dir / "metrics.jsonl", wandb_run, step)
         self.log = self._log.log
 
     def save_due(self, step, eval_due):
@@ -398,13 +411,13 @@ def attempt(what, function):
 
 class MetricsLog:
     """
-    metrics.jsonl, one JSON object a line, and the same to wandb where that module is given. Rank 0 writes. After a
+    metrics.jsonl, one JSON object a line, and the same to a run of wandb where one is given. Rank 0 writes. After a
     resume at `step`, what the resumed run does again is dropped, so that nothing stands twice: later steps, and the
     evaluation at that step, which comes after the checkpoint.
     """
 
-    def __init__(self, path, settings, wandb=None, step=0):
-        self._file = self._wandb = None
+    def __init__(self, path, wandb_run=None, step=0):
+        self._file, self._wandb = None, wandb_run
         if get_dist_info()[0] != 0:
             return
         self.path = Path(path)
@@ -412,8 +425,6 @@ class MetricsLog:
                 if step and (line["step"] < step or (line["step"] == step and "train/loss" in line))]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")
-        if wandb is not None:
-            self._wandb = wandb.init(project="nanochat", name=settings["run"], config=settings)
 
     def _lines(self):
         if not self.path.exists():
@@ -445,13 +456,19 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _import_wandb():
+def _start_wandb(settings):
+    """The run of wandb that --run names, on rank 0; None without a name."""
+    if settings["run"] in ("", "dummy") or get_dist_info()[0] != 0:
+        return None
     try:
         import wandb
+        return wandb.init(project="nanochat", name=settings["run"], config=settings)
     except ImportError as error:
         raise UserError("--run names a wandb run, but wandb is not installed",
                         "uv sync --inexact --extra wandb, or leave --run at 'dummy'") from error
-    return wandb
+    except Exception as error:  # no login, no network: its errors have no class in common
+        raise UserError(f"wandb cannot begin the run --run={settings['run']}: {error}",
+                        "wandb login, or WANDB_MODE=offline, or leave --run at 'dummy'") from error
 
 
 def step_line(step, num_iterations, loss, lr_factor, dt_s, tokens, flops_per_s, peak_flops, eta_s, **more):

@@ -22,6 +22,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.core_eval import NUM_TASKS, evaluate_core, get_eval_bundle, load_tasks
 from nanochat.report import get_report
+from nanochat.training import check_settings
 
 hf_path: str = ""              # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
 model_tag: str | None = None   # which of our models, such as d20; None = the last one that was trained
@@ -86,16 +87,20 @@ def task_line(result):
             f"| centered: {result['centered']:+.4f} | n: {result['n']:5d} | {result['seconds']:6.1f}s{cut}")
 
 
-def write_results(folder, name, core, records):
-    """CSV for the tasks, JSONL for the predictions."""
+def write_table(path, core):
+    """CSV, a row a task, and CORE."""
     columns = ["task", "accuracy", "stderr", "n", "baseline", "centered", "centered_stderr", "truncated"]
     total = {"task": "CORE", "centered": core["core"], "centered_stderr": core["stderr"], **core}
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows([*core["tasks"], total])
-    write_text(folder / f"{name}.csv", table.getvalue())
-    write_text(folder / f"{name}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, table.getvalue())
+
+
+def write_records(path, records):
+    """JSONL, a line a prediction."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 # -----------------------------------------------------------------------------
@@ -103,17 +108,22 @@ def write_results(folder, name, core, records):
 
 def main():
     settings = get_settings(globals())
+    check_settings(settings)
     ddp_rank, _, _, device = compute_init(device_type)
     tasks = load_tasks(get_eval_bundle())
     model, tokenizer, max_seq_len, name = load_hf(device) if hf_path else load_own(device)
     whole = "" if len(tasks) == NUM_TASKS else f" of the metric's {NUM_TASKS}"
     print0(f"CORE of {name}: {len(tasks)} tasks{whole} on {device}, inputs of up to {max_seq_len} tokens")
 
-    records = []
+    if max_per_task > 0:  # a quick look replaces no full record
+        name += f"_{max_per_task}_per_task"
+    records, path = [], get_base_dir() / "base_eval" / name
 
     def on_task(result, task_records):
         print0(task_line(result))
         records.extend(task_records)
+        if ddp_rank == 0:  # what is there so far: the tasks may take hours
+            write_records(path.with_name(f"{name}.jsonl"), records)
 
     core = evaluate_core(model, tokenizer, device, tasks, max_seq_len=max_seq_len, max_per_task=max_per_task,
                          batch_tokens=batch_tokens, on_task=on_task)
@@ -121,12 +131,9 @@ def main():
            f" | questions: {core['n']:,} | cut from the left: {core['truncated']:,}")
 
     # summary: files, report
-    if max_per_task > 0:  # a quick look replaces no full record
-        name += f"_{max_per_task}_per_task"
     if ddp_rank == 0:
-        folder = get_base_dir() / "base_eval"
-        write_results(folder, name, core, records)
-        print0(f"Wrote {folder / name}.csv and .jsonl")
+        write_table(path.with_name(f"{name}.csv"), core)
+        print0(f"Wrote {path}.csv and .jsonl")
     columns = ["task", "accuracy", "stderr", "centered", "n", "truncated"]
     get_report().log(f"Evaluation of {hf_path}" if hf_path else "Base model evaluation", {
         "config": settings, "model": name, "CORE of guessing": core["guessing"], "questions cut": core["truncated"],

@@ -16,7 +16,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.sampling import Sampling
 from nanochat.tokenizer import get_token_bytes
-from nanochat.training import check_positive, check_some
+from nanochat.training import check_settings
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -44,8 +44,7 @@ def sample_all(model, tokenizer):
 def main():
     # Init
     settings = get_settings(globals())
-    check_positive(settings, "device_batch_size")
-    check_some(settings, "eval_tokens")
+    check_settings(settings, needed=("device_batch_size",))
     Sampling(temperature)  # a wrong one is refused before the scoring, not after it
     ddp_rank, _, ddp_world_size, device = compute_init(device_type)
     model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)

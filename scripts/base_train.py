@@ -47,8 +47,7 @@ from nanochat.training import (
     accumulate_gradients,
     attempt,
     check_finite,
-    check_positive,
-    check_some,
+    check_settings,
     choose_device_batch_size,
     derive_horizon,
     make_scaler,
@@ -70,6 +69,7 @@ crop: bool = False                       # one row of each long document per epo
 depth: int = 20                          # layers; width = 64 * depth and everything else follows
 max_seq_len: int = 2048                  # context length T in tokens
 head_dim: int = 128                      # size of an attention head; a tiny model wants more and smaller ones
+value_embeds: bool = False               # a table of values a layer: learns more from little text, but no export_hf
 head_start: bool | None = None           # count pairs of tokens first (nanochat/bigrams.py); None = in a short run
 # Horizon: the first that is > 0 decides
 num_iterations: int = -1                 # optimizer steps
@@ -78,8 +78,9 @@ target_param_data_ratio: float = 20.0    # training tokens per parameter (Chinch
 # Optimization
 device_batch_size: int = -1              # rows per micro-batch; -1 = what the device's memory holds
 total_batch_size: int = -1               # tokens per optimizer step over all ranks; -1 = derived from the horizon
-embedding_lr: float = -1.0               # Adam, embedding, x 1 / sqrt(width / 768); -1 = 0.3, 0.01 after a head start
-unembedding_lr: float = -1.0             # Adam, output head, scaled likewise; -1 = 0.004, 0.0003 after a head start
+embedding_lr: float | None = None        # Adam, embedding, x 1 / sqrt(width / 768); None = 0.3, 0.01 after a head start
+unembedding_lr: float | None = None      # Adam, output head, scaled likewise; None = 0.004, 0.0003 after a head start
+value_lr: float = 0.1                    # Adam, value embeddings, scaled likewise
 matrix_lr: float = 0.02                  # Muon, all matrices of the blocks
 weight_decay: float = 0.2                # Muon, at depth 12; scaled by 1 / width^2, falls linearly to 0
 warmup_iters: int = 10                   # steps of linear learning rate warmup
@@ -96,7 +97,8 @@ model_tag: str | None = None             # folder of the checkpoints; None = d<d
 compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
 
 LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
-FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim")  # settings that a resumed run cannot change
+# settings that a resumed run cannot change
+FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
 # -----------------------------------------------------------------------------
 
@@ -109,8 +111,7 @@ def muon_momentum(step):
 def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
-    check_positive(settings, "depth", "max_seq_len", "head_dim")
-    check_some(settings, "eval_tokens")
+    check_settings(settings)
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
@@ -123,7 +124,7 @@ def main():
     step, state = resume_step(manager, resume_from_step, settings, FIXED)
     if state is None:
         tokenizer = get_tokenizer()
-        config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, head_dim)
+        config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, head_dim, value_embeds)
         model = GPT.create(config, device)
     else:
         tokenizer, model = manager.load_tokenizer(step), manager.load_model(device, step)
@@ -157,9 +158,9 @@ def main():
     # Optimizers: a table that was counted is spoiled at the rates of one that has to be learned
     decay = weight_decay * (12 / depth) ** 2
     rates = COUNTED_LRS if progress.get("head_start") else LEARNED_LRS
-    rates = [rate if lr < 0 else lr for lr, rate in zip((embedding_lr, unembedding_lr), rates, strict=True)]
+    rates = [rate if lr is None else lr for lr, rate in zip((embedding_lr, unembedding_lr), rates, strict=True)]
     print0(f"learning rates: embedding {rates[0]}, head {rates[1]}, matrices {matrix_lr} | weight decay: {decay:.3g}")
-    optimizers = model.setup_optimizers(*rates, matrix_lr, compile=compile)
+    optimizers = model.setup_optimizers(*rates, matrix_lr, compile=compile, value_lr=value_lr)
     scaler = make_scaler(device, state)
     if state is not None:
         manager.load_optimizers(optimizers, step)

@@ -59,8 +59,8 @@ def parse_args(argv=None):
     for name, low in (("num_samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("top_k", 0), ("batch_rows", 1)):
         if not getattr(args, name) >= low:
             raise UserError(f"--{name}={getattr(args, name)}: need {low} or more")
-    if args.max_problems == 0:
-        raise UserError("--max_problems=0: need 1 or more, or -1 for all")
+    if args.max_problems < 1 and args.max_problems != -1:
+        raise UserError(f"--max_problems={args.max_problems}: need 1 or more, or -1 for all")
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError(f"--num_samples={args.num_samples} at temperature 0 gives the same answer again and again",
                         f"-n {args.num_samples} -t 1.0")

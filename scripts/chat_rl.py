@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
+from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
     IGNORE,
     UserError,
@@ -45,8 +45,7 @@ from nanochat.training import (
     accumulate_gradients,
     attempt,
     check_finite,
-    check_positive,
-    check_some,
+    check_settings,
     choose_device_batch_size,
     fit_rows,
     make_scaler,
@@ -185,16 +184,15 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
 def main():
     # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    check_positive(settings, "examples_per_step", "num_epochs", "num_samples", "max_new_tokens", "rollout_rows",
-                   "eval_samples")
-    check_some(settings, "eval_examples")
+    check_settings(settings)
+    if temperature <= 0:  # all answers to a question would be the same: nothing to learn from
+        raise UserError(f"--temperature={temperature}: need more than 0", "leave --temperature out for its default")
     _, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     if source not in ("sft", "mid"):
         raise UserError(f"--source={source}: need sft or mid", "--source=sft")
-    source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
-    source_step, _ = source_manager.load_meta(model_step)
-    manager = CheckpointManager(get_checkpoint_dir("rl", source_manager.checkpoint_dir.name))
+    manager, source_manager = stage_managers("rl", source, model_tag, resume_from_step)
+    source_step, _ = source_manager.load_meta(model_step)  # of a resumed run, too: the model to compare with
     step, state = resume_step(manager, resume_from_step, settings, ("seed", "examples_per_step"))
     ref_model = source_manager.load_model(device, source_step).requires_grad_(False)
     ref_model.to_compute_dtype()  # only compared with

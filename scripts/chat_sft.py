@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
+from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
     IGNORE,
     Ema,
@@ -37,8 +37,7 @@ from nanochat.training import (
     accumulate_gradients,
     attempt,
     check_finite,
-    check_positive,
-    check_some,
+    check_settings,
     choose_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -114,17 +113,14 @@ def held_out_loss(model, dataset, tokenizer, ddp_rank, ddp_world_size, device_ro
 def main():
     # Init: device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    check_positive(settings, "examples_per_step", "num_epochs")
-    check_some(settings, "eval_examples")
+    check_settings(settings)
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     if source not in ("mid", "base"):
         raise UserError(f"--source={source}: need mid or base", "--source=mid")
-    source_manager = CheckpointManager(find_checkpoint_dir(source, model_tag))
-    source_step, _ = source_manager.load_meta(model_step)
-    manager = CheckpointManager(get_checkpoint_dir("sft", source_manager.checkpoint_dir.name))
+    manager, source_manager = stage_managers("sft", source, model_tag, resume_from_step)
     step, state = resume_step(manager, resume_from_step, settings, ("seed", "examples_per_step"))
-    begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
+    begin, begin_step = (manager, step) if state else (source_manager, source_manager.load_meta(model_step)[0])
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
 
@@ -134,9 +130,9 @@ def main():
     iterations = num_iterations if num_iterations > 0 else ceil_div(len(mixture) * num_epochs, examples_per_step)
     most_rows = ceil_div(examples_per_step, ddp_world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
-    print0(f"model: {source_manager.checkpoint_dir.name}, {source} step {source_step} | mixture: {len(mixture):,} "
-           f"conversations | {examples_per_step} per step, {device_rows} at a time on each of {ddp_world_size} ranks | "
-           f"steps: {iterations:,}")
+    print0(f"model: {manager.checkpoint_dir.name}, {'sft' if state else source} step {begin_step} | "
+           f"mixture: {len(mixture):,} conversations | {examples_per_step} per step, {device_rows} at a time on each "
+           f"of {ddp_world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr)

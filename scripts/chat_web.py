@@ -13,6 +13,7 @@ step. Chat text is never logged. Pages: / · API: /v1/models /v1/chat/completion
 import errno
 import hmac
 import ipaddress
+import math
 import os
 import secrets
 import socket
@@ -113,7 +114,8 @@ def error_response(status, message, param=None, code=None, headers=None):
 
 
 async def on_http_error(request, error):
-    return error_response(error.status_code, str(error.detail), headers=error.headers)
+    about = error.detail if isinstance(error.detail, dict) else {"message": str(error.detail)}
+    return error_response(error.status_code, **about, headers=error.headers)
 
 
 async def on_invalid_request(request, error):
@@ -228,8 +230,8 @@ def model_card(service, name):
 # -----------------------------------------------------------------------------
 # Start
 
-RANGES = {"step": (0, None), "temperature": (0, 10), "top_k": (0, None), "max_tokens": (1, None), "port": (0, 65535),
-          "num_gpus": (1, None), "rows": (1, None), "max_waiting": (1, None)}
+RANGES = {"step": (0, math.inf), "temperature": (0, 10), "top_k": (0, math.inf), "max_tokens": (1, math.inf),
+          "port": (0, 65535), "num_gpus": (1, math.inf), "rows": (1, math.inf), "max_waiting": (1, math.inf)}
 
 
 def parse_args(argv=None):
@@ -253,8 +255,8 @@ def parse_args(argv=None):
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     args = parser.parse_args(argv)
     for name, (low, high) in RANGES.items():
-        value, need = getattr(args, name), f"{low} or more" if high is None else f"{low} to {high}"
-        if value is not None and not low <= value <= (value if high is None else high):
+        value, need = getattr(args, name), f"{low} or more" if high == math.inf else f"{low} to {high}"
+        if value is not None and not low <= value <= high:
             raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={parser.get_default(name) or low}")
     return args
 

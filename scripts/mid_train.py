@@ -18,10 +18,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, get_checkpoint_dir
+from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
     Ema,
-    UserError,
     all_reduce_sum,
     ceil_div,
     compiles,
@@ -57,8 +56,7 @@ from nanochat.training import (
     align_batch_size,
     attempt,
     check_finite,
-    check_positive,
-    check_some,
+    check_settings,
     choose_device_batch_size,
     make_scaler,
     optimizer_step,
@@ -140,57 +138,108 @@ def count_lessons(num_questions):
     return question_steps + max(1, left // max(1, round(lesson_rows * question_share)))
 
 
+# What a step trains on, in one of two ways. `next(step)` gives this rank's (inputs, targets, weights or None), and the
+# step's number of targets and of tokens; rates are multiplied by `lr_frac(step)`.
+
+
+class PackedRows:
+    """The conversations of the mixture, packed into rows."""
+
+    def __init__(self, tokenizer, max_seq_len, state, ddp_rank, ddp_world_size, device):
+        self.mixture = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data)
+        self.batch_tokens = align_batch_size(total_batch_size, max_seq_len)
+        self.num_rows, self.iterations = self.batch_tokens // max_seq_len, num_iterations
+        self.about = f"batch: {self.batch_tokens:,} tokens = {self.num_rows} rows"
+        if num_iterations <= 0:
+            num_tokens = count_tokens(self.mixture, tokenizer, ddp_rank, ddp_world_size, device)
+            self.iterations = max(1, num_tokens // self.batch_tokens)
+            self.about = f"{num_tokens:,} tokens | {self.about}"
+        documents = partial(conversation_documents, self.mixture, tokenizer)
+        self.loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+        self.mine = rank_slice(self.num_rows, ddp_rank, ddp_world_size)
+
+    def next(self, step):
+        inputs, targets = shift(self.loader.next_rows(self.num_rows)[self.mine])
+        return (inputs, targets, None), self.batch_tokens, self.batch_tokens
+
+    def lr_frac(self, step):
+        return 1.0
+
+    def state(self):
+        return self.loader.state()
+
+    def epoch(self, step):
+        return self.loader.state()["epoch"]
+
+    def close(self):
+        self.loader.close()
+
+
+class Lessons:
+    """Conversations one a row, each of the same weight; see `lesson_indices`. The step alone says which."""
+
+    def __init__(self, tokenizer, max_seq_len, ddp_rank, ddp_world_size):
+        self.tokenizer, self.max_seq_len, self.num_rows = tokenizer, max_seq_len, lesson_rows
+        questions = MMLU("auxiliary_train")
+        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
+        self.mixture, self.sizes = TaskSequence([questions, others]), (len(questions), len(others))
+        self.steps_per_epoch = count_lessons(len(questions))
+        self.iterations = num_iterations if num_iterations > 0 else self.steps_per_epoch
+        self.about = f"batch: {lesson_rows} conversations"
+        self.mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
+
+    def next(self, step):
+        indices = lesson_indices(step, *self.sizes)
+        inputs, targets, _ = conversation_rows(self.mixture, indices, self.tokenizer, self.max_seq_len)
+        arrays = tuple(array[self.mine] for array in (inputs, targets, even_weights(targets)))
+        return arrays, 1, count_used(targets)
+
+    def lr_frac(self, step):
+        return question_lr_frac if step < question_steps else 1.0
+
+    def state(self):
+        return None
+
+    def epoch(self, step):
+        return step // self.steps_per_epoch
+
+    def close(self):
+        pass
+
+
 def main():
     # Init: device, ranks, the base model
     settings, packed = get_settings(globals()), lesson_rows <= 0
-    if not 0 <= question_share <= 1:
-        raise UserError(f"--question_share={question_share}: need 0 to 1", "--question_share=0.55")
-    check_positive(settings, "total_batch_size")
-    check_some(settings, "eval_tokens")
+    check_settings(settings, needed=("total_batch_size",))
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type)}")
     peak_flops, _ = get_peak_flops(device, get_precision_dtype(device.type))  # before the loader works beside it
-    base_manager = CheckpointManager(find_checkpoint_dir("base", model_tag))
-    base_step, _ = base_manager.load_meta(model_step)
 
     # Model and tokenizer: of the base model, or of this stage's own checkpoint to resume
-    manager = CheckpointManager(get_checkpoint_dir("mid", base_manager.checkpoint_dir.name))
+    manager, base_manager = stage_managers("mid", "base", model_tag, resume_from_step)
     step, state = resume_step(manager, resume_from_step, settings, FIXED)
-    begin, begin_step = (base_manager, base_step) if state is None else (manager, step)
+    begin, begin_step = (manager, step) if state else (base_manager, base_manager.load_meta(model_step)[0])
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     token_bytes = get_token_bytes(device, tokenizer)
     max_seq_len, flops_per_token = model.config.sequence_len, model.estimate_flops()
     if compiles(device, compile) and packed:  # lessons come in too many lengths
         model.compile()
-    print0(f"model: {base_manager.checkpoint_dir.name}, base step {base_step}, {model.num_params():,} parameters")
+    print0(f"model: {manager.checkpoint_dir.name}, {'mid' if state else 'base'} step {begin_step}, "
+           f"{model.num_params():,} parameters")
 
-    # Data: the mixture packed into rows, and held-out conversations
-    sizes, loader, num_tokens = (identity_epochs, spelling_size, spellingbee_size, data), None, None
+    # Data: the mixture, and held-out conversations
     if packed:
-        mixture = mid_mixture(*sizes)
-        if num_iterations <= 0:
-            num_tokens = count_tokens(mixture, tokenizer, ddp_rank, ddp_world_size, device)
-        documents = partial(conversation_documents, mixture, tokenizer)
-        loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+        batches = PackedRows(tokenizer, max_seq_len, state, ddp_rank, ddp_world_size, device)
     else:
-        questions, others = MMLU("auxiliary_train"), mid_mixture(*sizes, questions=False)
-        mixture = TaskSequence([questions, others])
+        batches = Lessons(tokenizer, max_seq_len, ddp_rank, ddp_world_size)
+    iterations, num_conversations = batches.iterations, len(batches.mixture)
+    device_rows = choose_device_batch_size(device_batch_size, model.config, device,
+                                           ceil_div(batches.num_rows, ddp_world_size))
+    print0(f"mixture: {num_conversations:,} conversations | {batches.about}, {device_rows} at a time on each of "
+           f"{ddp_world_size} ranks | steps: {iterations:,}")
     val_rows = pack_documents(conversation_documents(SmolTalk("test"), tokenizer, epochs=1),
                               tokenizer.get_bos_token_id(), max_seq_len, eval_tokens)
     my_val_rows = val_rows[ddp_rank::ddp_world_size]
-
-    # Horizon and batch
-    batch_tokens = align_batch_size(total_batch_size, max_seq_len)
-    rows_per_step = batch_tokens // max_seq_len if packed else lesson_rows
-    my_rows, most_rows = rank_slice(rows_per_step, ddp_rank, ddp_world_size), ceil_div(rows_per_step, ddp_world_size)
-    device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
-    iterations = num_iterations
-    if iterations <= 0:
-        iterations = max(1, num_tokens // batch_tokens) if packed else count_lessons(len(questions))
-    size = f", {num_tokens:,} tokens" if num_tokens else ""
-    batch = f"{batch_tokens:,} tokens = {rows_per_step} rows" if packed else f"{lesson_rows} conversations"
-    print0(f"mixture: {len(mixture):,} conversations{size} | batch: {batch}, {device_rows} at a time on each of "
-           f"{ddp_world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, compile=compile)
@@ -198,20 +247,10 @@ def main():
     if state is not None:
         manager.load_optimizers(optimizers, step)
 
-    def next_batch(step):
-        """This rank's (inputs, targets, weights or None), and the step's number of targets and of tokens."""
-        if packed:
-            inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
-            return (inputs, targets, None), batch_tokens, batch_tokens
-        indices = lesson_indices(step, len(questions), len(others))
-        inputs, targets, _ = conversation_rows(mixture, indices, tokenizer, max_seq_len)
-        mine = slice(ddp_rank, None, ddp_world_size)  # dealt out, for the rows are sorted by length
-        return tuple(array[mine] for array in (inputs, targets, even_weights(targets))), 1, count_used(targets)
-
     # State of the loop
     progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None} | (state or {}).get("progress", {})
     smooth_loss = Ema(*(state or {}).get("smooth_loss", ()))
-    keeper = RunKeeper(manager, settings, iterations, step, state, f"{len(mixture):,} conversations", device)
+    keeper = RunKeeper(manager, settings, iterations, step, state, f"{num_conversations:,} conversations", device)
 
     # Loop: save, evaluate, train
     while True:
@@ -220,14 +259,14 @@ def main():
         # Save first: whatever fails later, the steps so far are on disk
         if keeper.save_due(step, eval_due):
             keeper.save(step, model, optimizers, tokenizer, scaler,
-                        loader=loader and loader.state(), progress=progress, smooth_loss=smooth_loss.state())
+                        loader=batches.state(), progress=progress, smooth_loss=smooth_loss.state())
         if keeper.stopping:
             break
 
         # Evaluate: bits per byte of held-out conversations
         if eval_due:
-            batches = eval_batches(my_val_rows, device_rows, device)
-            val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
+            rows = eval_batches(my_val_rows, device_rows, device)
+            val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, rows, token_bytes))
             if val_bpb is not None:
                 progress["val_bpb"] = val_bpb
                 print0(f"step: {step:05d} | val bpb: {val_bpb:.6f} | train time: {progress['train_s'] / 60:.2f}m")
@@ -238,14 +277,11 @@ def main():
         # Train: one optimizer step on this step's rows
         synchronize(device)
         start = time.perf_counter()
-        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
-        if step < question_steps and not packed:
-            lr_factor *= question_lr_frac
+        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio) * batches.lr_frac(step)
         set_rates(optimizers, lr_factor)
-        (inputs, targets, weights), num_targets, step_tokens = next_batch(step)
+        (inputs, targets, weights), num_targets, step_tokens = batches.next(step)
         loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
-        place = f"the mixture, {loader.state()}" if packed else f"the lessons of step {step}"
-        loss = check_finite(loss, step, place, manager)
+        loss = check_finite(loss, step, f"the mixture, {batches.state() or f'the lessons of step {step}'}", manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start
@@ -254,12 +290,11 @@ def main():
         step += 1
         progress["train_s"] += dt_s
         progress["tokens"] += step_tokens
-        epoch = loader.state()["epoch"] if packed else step // count_lessons(len(questions))
         metrics, line = step_line(
             step, iterations, loss, lr_factor, dt_s, step_tokens,
             flops_per_s=flops_per_token * step_tokens / dt_s / ddp_world_size, peak_flops=peak_flops,
             eta_s=progress["train_s"] / step * (iterations - step), smooth_loss=smooth_loss.update(loss),
-            grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=epoch)
+            grad_norm=grad_norm, memory_bytes=peak_memory_bytes(device), epoch=batches.epoch(step))
         keeper.log(metrics)
         print0(line)
 
@@ -267,10 +302,9 @@ def main():
     print0(f"peak memory: {peak_memory_bytes(device) / 2**20:,.0f} MiB | train time: {progress['train_s'] / 60:.2f}m")
     get_report().log("Midtraining", {
         "config": settings, "curves": str(manager.checkpoint_dir / "metrics.jsonl"),
-        "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": len(mixture), "steps": step,
+        "metrics": {"bpb of conversations": progress["val_bpb"]}, "conversations": num_conversations, "steps": step,
         "tokens": progress["tokens"], "training minutes": progress["train_s"] / 60})
-    if loader:
-        loader.close()
+    batches.close()
     compute_cleanup()
     keeper.close()
 

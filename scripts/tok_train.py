@@ -43,9 +43,9 @@ def check_settings():
     """What would fail only after minutes of training fails now."""
     if trainer not in TOKENIZER_KINDS:
         raise UserError(f"--trainer={trainer} is unknown, needed: {' or '.join(TOKENIZER_KINDS)}")
-    for name in ("max_chars", "buffer_size"):
-        if globals()[name] < 1:
-            raise UserError(f"--{name}={globals()[name]} must be at least 1")
+    for name, low, high in (("max_chars", 1, 2**63), ("buffer_size", 1, 2**31), ("vocab_size", 265, 2**31)):
+        if not low <= globals()[name] <= high:
+            raise UserError(f"--{name}={globals()[name]}: need {low} to {high}", f"leave --{name} out for its default")
 
 
 def main():

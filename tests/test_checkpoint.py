@@ -75,6 +75,28 @@ def test_a_file_that_is_truncated_or_missing_makes_the_checkpoint_invisible(mana
     assert manager.last_step() == 20
 
 
+@pytest.mark.parametrize("change", [{"files": []}, {"model_config": None}, {"format_version": "one"}])
+def test_meta_data_that_is_none_makes_the_checkpoint_invisible(manager, saved, change):
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert manager.steps() == [10]
+
+
+def test_a_config_of_another_release_is_one_line(manager, saved):
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["model_config"]["experts"] = 8
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="model_config does not fit.*experts"):
+        manager.load_model(CPU, 20)
+
+
+def test_a_wrapped_compiled_model_is_saved_under_its_plain_names(manager):
+    model = tiny_model()
+    manager.save_model(torch.compile(model), 1)
+    assert manager.load_model(CPU, 1).state_dict().keys() == model.state_dict().keys()
+
+
 def test_damage_that_keeps_the_size_is_one_line(manager, saved):
     path = manager.checkpoint_dir / "step_000020" / "model.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)

@@ -125,6 +125,12 @@ def test_resume_is_exact(tokenizer, corpus, resume_at, crop):
     assert np.array_equal(np.stack(unbroken[resume_at:]), np.stack(resumed))
 
 
+def test_a_resumed_run_goes_on_when_its_text_has_become_less(tokenizer, corpus):
+    """Rows as far as the block had are not there any more: the next block, rather than a search without an end."""
+    state = {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 10**6}
+    assert len(rows_of(training_rows(tokenizer, get_spans(corpus, "train"), 32, state=state), 5)) == 5
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7, 11])
 def test_ranks_partition_a_step(world_size):
     parts = [list(range(10))[rank_slice(10, rank, world_size)] for rank in range(world_size)]

@@ -59,6 +59,7 @@ def test_jsonl_gives_back_its_texts(tmp_path, pack):
 def test_all_frames_of_a_compressed_file_are_read(tmp_path):
     frame = zstandard.ZstdCompressor().compress(jsonl(AWKWARD).encode())
     assert texts_of(write(tmp_path / "a.jsonl.zst", frame + frame)) == AWKWARD + AWKWARD
+    assert texts_of(write(tmp_path / "A.JSONL.ZST", frame)) == AWKWARD
 
 
 def test_jsonl_takes_what_editors_leave(tmp_path):

@@ -17,11 +17,12 @@ def cache_for(model, num_rows=1, **kwargs):
     return KVCache(model.config, num_rows, model.config.sequence_len, model.device, torch.float32, **kwargs)
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("shape", [dict(n_kv_head=4), dict(n_kv_head=2), dict(n_kv_head=1),
+                                   dict(n_kv_head=2, value_embeds=True)])
 @pytest.mark.parametrize("split", [(20,), (1,) * 20, (7, 13), (13, 1, 6), (1, 19)])
 @torch.no_grad()
-def test_cached_logits_equal_the_full_forward_for_any_split(split, n_kv_head):
-    model = tiny_model(n_kv_head=n_kv_head).eval()
+def test_cached_logits_equal_the_full_forward_for_any_split(split, shape):
+    model = tiny_model(**shape).eval()
     ids = torch.randint(0, 100, (2, 20))
     cache, parts, start = cache_for(model, num_rows=2, length=4), [], 0
     for T in split:

@@ -241,9 +241,10 @@ def test_a_wrong_setting_is_named(settings, message, tmp_path):
 
 
 def test_what_transformers_cannot_express_is_refused(folder):
-    config = {"n_layer": 2, "n_head": 4, "sliding_window": None}
+    config = {"n_layer": 2, "n_head": 4, "value_embeds": False}
     export_hf.check_expressible(config)  # a switch that is off
-    with pytest.raises(UserError, match="cannot express sliding_window=128 of this checkpoint"):
-        export_hf.check_expressible(config | {"sliding_window": 128})
-    assert set(export_hf.EXPRESSIBLE) == set(export_hf.GPTConfig.__dataclass_fields__)  # a new field: express or refuse
+    with pytest.raises(UserError, match="cannot express value_embeds=True of this checkpoint"):
+        export_hf.check_expressible(config | {"value_embeds": True})
+    known = {*export_hf.EXPRESSIBLE, "value_embeds"}
+    assert known == set(export_hf.GPTConfig.__dataclass_fields__)  # a new field: express or refuse
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 500

@@ -14,6 +14,7 @@ from nanochat.gpt import (
     _chunk_loss_and_grad,
     _chunk_loss_and_grad_eager,
     _ShortAttention,
+    norm,
 )
 from nanochat.precision import get_autocast_ctx
 from scripts.export_hf import hf_weights
@@ -43,7 +44,7 @@ def test_odd_depth_runs():
 
 def test_init_sets_every_parameter_and_buffer():
     with torch.device("meta"):
-        model = GPT(GPTConfig(16, 70, 2, 2, 2, 32))
+        model = GPT(GPTConfig(16, 70, 2, 2, 2, 32, value_embeds=True))
     model.to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(math.nan)
@@ -178,11 +179,33 @@ def test_flops_per_token_of_d20():
     assert model.estimate_flops() == 6 * (393_216_000 + 83_886_080) + 629_145_600
 
 
+@torch.no_grad()
+def test_value_embeddings_start_as_if_they_were_not_there_and_cost_no_flops():
+    plain, model = tiny_model(n_kv_head=2), tiny_model(n_kv_head=2, value_embeds=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert model.estimate_flops() == plain.estimate_flops()
+    ids, tables = torch.randint(0, 100, (2, 9)), model.transformer.value_embeds
+    assert [table.weight.shape for table in tables] == [(128, 32)] * 2  # the padded vocabulary, 2 heads of 16
+    assert not torch.allclose(model(ids), plain(ids))
+    for table in tables:
+        table.weight.zero_()
+    torch.testing.assert_close(model(ids), plain(ids))
+
+
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match="n_embd=65"):
         GPT(GPTConfig(n_embd=65))
     with pytest.raises(ValueError, match="33 tokens exceed the rotary table of 32"):
         tiny_model()(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("shape", [(1, 768), (3, 1, 2, 32), (5, 17), (2, 1), (0, 64)])
+def test_the_norm_of_few_rows_on_a_cpu_is_torchs(shape, dtype, rtol):
+    x = (3 * torch.randn(shape)).to(dtype)
+    expected = F.rms_norm(x.double(), shape[-1:], eps=2**-23)
+    torch.testing.assert_close(norm(x).double(), expected, rtol=rtol, atol=0)
+    torch.testing.assert_close(norm(x.requires_grad_()).double(), expected, rtol=2 * rtol, atol=0)
 
 
 def test_attention_of_short_rows_is_torchs():

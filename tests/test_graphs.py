@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 
 @pytest.fixture
 def engine(tokenizer):
-    return Engine(tiny_model(tokenizer.get_vocab_size(), 96, n_layer=6).eval(), tokenizer)
+    return Engine(tiny_model(tokenizer.get_vocab_size(), 96, n_layer=6, value_embeds=True).eval(), tokenizer)
 
 
 def decode(engine, record, num_rows=5):

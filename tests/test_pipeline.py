@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,11 +78,11 @@ def test_optional_evaluations_off_still_save_and_resume():
 
 
 def test_a_run_with_a_head_start_resumes_without_another(capsys):
-    run_stage("base", model_tag="counted", head_start=True)
+    run_stage("base", model_tag="counted", value_embeds=True, head_start=True)
     assert "head start: 160/160" in capsys.readouterr().out
     unbroken, plain = curve("base", "counted"), curve("base")
     assert unbroken[0]["val/bpb"] < plain[0]["val/bpb"] - 0.5
-    run_stage("base", model_tag="counted", resume_from_step=2)  # and with the same rates, although nothing is said
+    run_stage("base", model_tag="counted", value_embeds=True, resume_from_step=2)  # at the same rates, unsaid
     out = capsys.readouterr().out
     assert curve("base", "counted") == unbroken
     assert "head start:" not in out and "learning rates: embedding 0.01, head 0.0003" in out
@@ -143,8 +144,9 @@ def test_base_loss_scores_both_splits(monkeypatch, capsys):
     (dict(model_tag="d1", resume_from_step=77), "no whole checkpoint of step 77"),
     (dict(model_tag="d1", resume_from_step=4, num_iterations=3), "at step 4, the run ends at 3"),
     (dict(model_tag="d1", resume_from_step=4, max_seq_len=32), "--max_seq_len=32, but the run.*has 64"),
-    (dict(depth=0), "depth=0: need 1 or more"), (dict(eval_tokens=0), "eval_tokens=0 evaluates nothing"),
-    (dict(max_seq_len=0), "max_seq_len=0: need 1 or more"),
+    (dict(depth=0), "depth=0: need 1 or more"), (dict(eval_tokens=0), "eval_tokens=0: need 1 or more, or -1"),
+    (dict(keep_last=0), "keep_last=0: need 1 or more, or -1"), (dict(matrix_lr=-0.02), "matrix_lr=-0.02: need 0 or"),
+    (dict(warmdown_ratio=1.5), "warmdown_ratio=1.5: need 0 to 1"),
 ])
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UserError, match=message):
@@ -174,8 +176,24 @@ def test_kill_at_random_moments_loses_nothing(tmp_path):
     assert kills == 10 and curve("base", "killed") == curve("base", "unbroken")
 
 
-def test_a_run_that_cannot_start_moves_no_checkpoints():
-    run_stage("base", model_tag="kept")
-    with pytest.raises(UserError):
-        run_stage("base", model_tag="kept", data="/nowhere")
-    assert CheckpointManager(get_checkpoint_dir("base", "kept")).steps() == [2, 4]
+@pytest.mark.parametrize("stage, wrong", [
+    ("base", dict(data="/nowhere")), ("mid", dict(run="mine")), ("rl", dict(temperature=0.0)), ("rl", dict(top_k=-1)),
+    ("rl", dict(num_samples=1))])
+def test_a_run_that_cannot_start_moves_no_checkpoints(stage, wrong, monkeypatch):
+    def no_login(**kwargs):
+        raise OSError("no login")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=no_login))
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        run_stage(stage, **wrong)
+    assert CheckpointManager(get_checkpoint_dir(stage, "d1")).steps() == [2, 4]
+
+
+@pytest.mark.parametrize("stage, source", [("mid", "base"), ("sft", "mid")])
+def test_a_stage_is_resumed_without_the_one_it_began_with(stage, source):
+    folder = get_checkpoint_dir(source, "d1").parent
+    away, unbroken = folder.rename(folder.with_name("away")), curve(stage)
+    try:
+        run_stage(stage, resume_from_step=2)
+    finally:
+        away.rename(folder)
+    assert curve(stage) == unbroken

@@ -42,6 +42,7 @@ def test_the_users_environment_is_kept():
 
 def test_steprun_without_arguments_prints_help_and_a_wrong_step_is_named():
     assert any("base_model" in line for line in dry_run("steprun.sh"))
+    assert dry_run("steprun.sh", "--help") == dry_run("steprun.sh")
     done = subprocess.run(["bash", "steprun.sh", "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown step 'nonsense'" in done.stderr
 

@@ -274,8 +274,8 @@ def test_a_tokenizer_from_ranks_equals_the_trained_one():
 @pytest.mark.parametrize("kwargs", [
     {"vocab_size": 255}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "many"}, {"vocab_size": None},
     {"buffer_size": 0}, {"buffer_size": -5}, {"buffer_size": 1.5}, {"num_threads": 0}, {"num_threads": 10**6},
-    {"pattern": "(unclosed"}, {"texts": [1, 2]}, {"texts": ["ok", None]}, {"texts": [b"bytes"]}, {"texts": 7},
-    {"texts": "one string"}, {"texts": ["lone surrogate \ud800"]},
+    {"pattern": "(unclosed"}, {"pattern": 5}, {"texts": [1, 2]}, {"texts": ["ok", None]}, {"texts": [b"bytes"]},
+    {"texts": 7}, {"texts": "one string"}, {"texts": ["lone surrogate \ud800"]},
     {"texts": ["ab" * 50], "pattern": r"(a|b|ab)*(?>c)"},  # the regex engine gives up on this text
 ], ids=str)
 def test_a_bad_training_argument_is_a_value_error(kwargs):

@@ -281,6 +281,8 @@ def test_stopping_finishes_what_is_under_way(engine, tokenizer, threads):
     thread.stop(grace_s=30)
     thread.join(30)
     assert not thread.is_alive()
+    with pytest.raises(QueueFull):  # nobody would ever answer it
+        thread.submit("m", [make_choice(tokenizer)])
     assert [event.finish_reason for _, event in events if event.finish_reason] == ["length"] * 2
 
 

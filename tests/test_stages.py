@@ -157,10 +157,10 @@ def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypat
         return real(engine, task, step)
     rows, real = [], chat_rl.roll_out
     monkeypatch.setattr(chat_rl, "roll_out", roll_out)
-    run_stage("rl", num_iterations=1, examples_per_step=2 * len(GSM8K(split="train")), num_samples=1, eval_every=-1,
+    run_stage("rl", num_iterations=1, examples_per_step=2 * len(GSM8K(split="train")), num_samples=2, eval_every=-1,
               temperature=1.0, top_k=0)
     answers = {}
     for row in rows:
         answers.setdefault(tuple(row.prompt), []).append(tuple(row.tokens))
-    assert all(len(sampled) == 2 for sampled in answers.values())
-    assert sum(len(set(sampled)) == 2 for sampled in answers.values()) > len(answers) / 2
+    assert all(len(sampled) == 4 for sampled in answers.values())
+    assert sum(len(set(sampled)) == 4 for sampled in answers.values()) > len(answers) / 2

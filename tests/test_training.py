@@ -192,14 +192,14 @@ def test_a_lost_connection_asks_to_stop_unless_nohup_ignores_it():
 
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, {})
+    log = MetricsLog(path)
     for step in range(6):
         log.log({"step": step, "val/bpb": 0})
         log.log({"step": step + 1, "train/loss": 0})
     log.close()
     with open(path, "a", encoding="utf-8") as f:
         f.write('{"step": 6, "val')  # a line that a crash cut short
-    log = MetricsLog(path, {}, step=4)
+    log = MetricsLog(path, step=4)
     log.log({"step": 4, "val/bpb": 1})
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -242,7 +242,7 @@ def test_a_run_is_saved_when_it_is_time(tmp_path):
 
 
 def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
-    log = MetricsLog(tmp_path / "metrics.jsonl", {})
+    log = MetricsLog(tmp_path / "metrics.jsonl")
     log._file.close()
     log._file = open("/dev/full", "a", encoding="utf-8")
     log.log({"step": 1, "train/loss": 2.0})

@@ -1,10 +1,11 @@
 //! rustbpe: trains a byte-level BPE tokenizer and applies it.
 //!
 //! `split` cuts text into words, `words` counts them in parallel, `train` learns merges from the counts, `encode`
-//! applies them; `loss` has another purpose, training on a CPU. None of these knows Python; `py` is the extension module.
+//! applies them; `loss` and `norm` have another purpose, a model on a CPU. None of these knows Python; `py` is the extension module.
 
 mod encode;
 mod loss;
+mod norm;
 mod py;
 mod split;
 mod train;

@@ -2,7 +2,8 @@
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
 use crate::encode::Encoder;
-use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Rows};
+use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Logit, Rows};
+use crate::norm;
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::learn_tokens;
 use crate::words::{count_words, Batch};
@@ -60,6 +61,17 @@ fn text(value: &Any<'_>) -> Result<PyBackedStr> {
     Ok(string.clone().try_into()?) // a lone surrogate is a UnicodeEncodeError, which is a ValueError
 }
 
+/// The split pattern: as given, or GPT-4's with numbers of two digits.
+fn split_pattern(value: Option<&Any<'_>>) -> Result<String> {
+    match value {
+        None => Ok(DEFAULT_PATTERN.to_string()),
+        Some(value) => match value.extract::<String>() {
+            Ok(pattern) => Ok(pattern),
+            Err(_) => Err(format!("pattern must be a str, but is {value}").into()),
+        },
+    }
+}
+
 fn texts(values: &Any<'_>) -> Result<Vec<PyBackedStr>> {
     let values = iterate(values)?;
     values.map(|value| text(&value?)).collect()
@@ -100,8 +112,8 @@ impl Tokenizer {
     /// A trained tokenizer from `get_mergeable_ranks()` and `get_pattern()`.
     #[staticmethod]
     #[pyo3(signature = (ranks, pattern=None))]
-    fn from_ranks(py: Python<'_>, ranks: &Any<'_>, pattern: Option<&str>) -> Result<Self> {
-        let pattern = pattern.unwrap_or(DEFAULT_PATTERN).to_string();
+    fn from_ranks(py: Python<'_>, ranks: &Any<'_>, pattern: Option<&Any<'_>>) -> Result<Self> {
+        let pattern = split_pattern(pattern)?;
         let splitter = Splitter::new(&pattern)?;
         let ranks: Vec<(Vec<u8>, u64)> =
             ranks.extract().map_err(|error| format!("ranks must be a list of (bytes, int): {error}"))?;
@@ -119,13 +131,13 @@ impl Tokenizer {
         iterator: &Any<'_>,
         vocab_size: &Any<'_>,
         buffer_size: Option<&Any<'_>>,
-        pattern: Option<&str>,
+        pattern: Option<&Any<'_>>,
         num_threads: Option<&Any<'_>>,
     ) -> Result<()> {
         let vocab_size = integer("vocab_size", vocab_size, 256, 1 << 31)?;
         let buffer_size = buffer_size.map_or(Ok(8192), |value| integer("buffer_size", value, 1, 1 << 31))?;
         let num_threads = thread_count(num_threads)?;
-        let pattern = pattern.unwrap_or(DEFAULT_PATTERN).to_string();
+        let pattern = split_pattern(pattern)?;
         let splitter = Splitter::new(&pattern)?;
         let mut stream = Some(iterate(iterator)?.unbind());
         let next_batch = |batch: &mut Batch| Python::attach(|py| fill(py, &mut stream, batch, buffer_size));
@@ -247,8 +259,25 @@ fn capped_cross_entropy(
     Ok(())
 }
 
+/// RMSNorm of the rows of x (rows, width), in bfloat16 or float32, to y; the addresses of contiguous tensors, as above.
+#[pyfunction]
+fn rms_norm(x: usize, y: usize, is_bfloat16: bool, rows: usize, width: usize, eps: f32) {
+    fn norm<L: Logit>(x: usize, y: usize, size: usize, width: usize, eps: f32) {
+        // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
+        let (x, y) = unsafe {
+            (std::slice::from_raw_parts(x as *const L, size), std::slice::from_raw_parts_mut(y as *mut L, size))
+        };
+        norm::rms_norm(x, y, width, eps);
+    }
+    match (rows * width, is_bfloat16) {
+        (0, _) => {}
+        (size, true) => norm::<Bf16>(x, y, size, width, eps),
+        (size, false) => norm::<f32>(x, y, size, width, eps),
+    }
+}
+
 #[pymodule(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::{capped_cross_entropy, Tokenizer};
+    use super::{capped_cross_entropy, rms_norm, Tokenizer};
 }
