@@ -32,7 +32,7 @@ from nanochat.precision import (
     packed_linear,
     packs,
 )
-from rustbpe import capped_cross_entropy, rms_norm
+from rustbpe import capped_cross_entropy, one_token_attention, rms_norm
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -78,13 +78,18 @@ class GPTConfig:
 # Pieces
 
 
+def _suits_native(x):
+    """Whether the native extension can do it: inference on a CPU, and not while torch looks for what to compile."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and not x.requires_grad and not torch.compiler.is_compiling()
+
+
 def norm(x):
     """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
-    if x.device.type == "cpu" and x.numel() <= FEW_NUMBERS and not (x.requires_grad or torch.compiler.is_compiling()):
-        if x.is_contiguous() and x.dtype in (torch.bfloat16, torch.float32):
-            y, width = torch.empty_like(x), x.size(-1)
-            rms_norm(x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, x.numel() // width, width, NORM_EPS)
-            return y
+    if x.numel() <= FEW_NUMBERS and x.is_contiguous() and _suits_native(x):
+        y, width = torch.empty_like(x), x.size(-1)
+        rms_norm(x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, x.numel() // width, width, NORM_EPS)
+        return y
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
@@ -125,6 +130,19 @@ class _ShortAttention(torch.autograd.Function):
         return (scores @ k).view(shape), (scores.mT @ q).view(shape), (P.mT @ grad).view(shape)
 
 
+def _one_token_attention(q, k, v, last):
+    """`attention` for T = 1 on a CPU: of a longer cache, k and v may be parts."""
+    B, H_kv, S, D = k.shape
+    lengths = [S] * B if last is None else (last[:, 0] + 1).tolist()
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):
+        k, v = k.contiguous(), v.contiguous()
+    addresses = (tensor.data_ptr() for tensor in (q, k, v, out))
+    one_token_attention(*addresses, q.dtype == torch.bfloat16, lengths, (q.size(1), H_kv, D), k.stride()[:2],
+                        torch.get_num_threads())
+    return out
+
+
 def attention(q, k, v, last=None):
     """
     Causal attention: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D). `last` (B, T) is the last key that each
@@ -134,6 +152,8 @@ def attention(q, k, v, last=None):
     if last is not None and T == 1 and q.is_cuda and HAS_TRITON:
         from nanochat.kernels import decode_attention
         return decode_attention(q, k, v, last)
+    if T == 1 and _suits_native(q):
+        return _one_token_attention(q, k, v, last)
     mask = None if last is None else (torch.arange(S, device=q.device) <= last[:, :, None])[:, None]  # (B, 1, T, S)
     causal = mask is None and T > 1
     half = q.dtype in (torch.bfloat16, torch.float16)

@@ -224,7 +224,7 @@ def test_records_come_back_in_order_with_their_letters_whole():
 def test_an_error_on_one_rank_ends_the_evaluation_on_all(monkeypatch):
     """The first all-reduce says how many ranks failed: this one did not, another one did."""
     monkeypatch.setattr(common, "all_reduce_sum", lambda failed: failed + 1)
-    with pytest.raises(RuntimeError, match="failed on another rank"):
+    with pytest.raises(UserError, match="failed on another rank"):
         gather_records(lambda: [], "cpu")
 
 

@@ -208,6 +208,20 @@ def test_the_norm_of_few_rows_on_a_cpu_is_torchs(shape, dtype, rtol):
     torch.testing.assert_close(norm(x.requires_grad_()).double(), expected, rtol=2 * rtol, atol=0)
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("B, H, H_kv, S, D", [(1, 4, 4, 1, 16), (3, 4, 2, 70, 32), (2, 6, 1, 600, 128),
+                                              (5, 3, 3, 9, 6)])
+def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol):
+    q = torch.randn(B, 1, H, D).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, B, H_kv, S + 5, D).to(dtype)[:, :, :, :S]  # parts of a cache that is longer
+    for last in (None, torch.randint(0, S, (B, 1))):
+        mask = None if last is None else (torch.arange(S) <= last)[:, None, None]
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
+        out = gpt.attention(q, k, v, last)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
+
+
 def test_attention_of_short_rows_is_torchs():
     """In training on a CPU in bfloat16; here in float64, where both may be compared, with gradients."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@
 //! 65,536 numbers, both are looked up.
 
 /// Numbers as the matrix product leaves them: float32, or bfloat16, the upper half of one.
-pub trait Logit: Copy + Send {
+pub trait Logit: Copy + Send + Sync {
     fn to_f32(self) -> f32;
     fn from_f32(x: f32) -> Self;
 }
@@ -41,7 +41,7 @@ impl Logit for Bf16 {
 
 /// exp(x) for -87 < x < 88, to a few units in the last place: 2^n times a polynomial in what is left, |r| <= ln(2) / 2.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: added, it leaves the nearest integer in the lowest bits
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
@@ -105,7 +105,7 @@ unsafe fn rows_avx2<L: Logit>(rows: Rows<L>, cap: f32) {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
+pub fn has_avx2() -> bool {
     std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma")
 }
 

@@ -1,6 +1,7 @@
 //! The Python module: argument checks, conversions, and the GIL released around all real work.
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
+use crate::attention::{attend, Shape, Tensors};
 use crate::encode::Encoder;
 use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Logit, Rows};
 use crate::norm;
@@ -276,8 +277,53 @@ fn rms_norm(x: usize, y: usize, is_bfloat16: bool, rows: usize, width: usize, ep
     }
 }
 
+/// Attention of one token a row: q and out (rows, heads, dim); k and v with the first lengths[row] positions of each
+/// row and key head, in bfloat16 or float32; the addresses of tensors, as above. sizes: (heads, key heads, dim),
+/// strides: numbers from a row, and from a key head, to the next.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn one_token_attention(
+    py: Python<'_>,
+    q: usize,
+    k: usize,
+    v: usize,
+    out: usize,
+    is_bfloat16: bool,
+    lengths: Vec<usize>,
+    sizes: (usize, usize, usize),
+    strides: (usize, usize),
+    num_threads: usize,
+) {
+    let run = if is_bfloat16 { attend_to_addresses::<Bf16> } else { attend_to_addresses::<f32> };
+    let ((heads, kv_heads, dim), (row_stride, head_stride)) = (sizes, strides);
+    let shape = Shape { heads, kv_heads, row_stride, head_stride, dim };
+    py.detach(|| run([q, k, v, out], &lengths, shape, num_threads));
+}
+
+fn attend_to_addresses<L: Logit>(addresses: [usize; 4], lengths: &[usize], shape: Shape, num_threads: usize) {
+    let [q, k, v, out] = addresses;
+    let (size, longest) = (lengths.len() * shape.heads * shape.dim, lengths.iter().max().copied().unwrap_or(0));
+    if size == 0 {
+        return;
+    }
+    // up to the end of the last row's last head
+    let cached =
+        (lengths.len() - 1) * shape.row_stride + (shape.kv_heads - 1) * shape.head_stride + longest * shape.dim;
+    // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
+    let tensors = unsafe {
+        Tensors {
+            q: std::slice::from_raw_parts(q as *const L, size),
+            k: std::slice::from_raw_parts(k as *const L, cached),
+            v: std::slice::from_raw_parts(v as *const L, cached),
+            out: std::slice::from_raw_parts_mut(out as *mut L, size),
+            first: 0,
+        }
+    };
+    attend(tensors, lengths, shape, num_threads);
+}
+
 #[pymodule(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::{capped_cross_entropy, rms_norm, Tokenizer};
+    use super::{capped_cross_entropy, one_token_attention, rms_norm, Tokenizer};
 }
