@@ -129,7 +129,7 @@ class Service:
         except QueueFull:
             if self.trouble:  # it began while the request was read
                 raise HTTPException(503, self.trouble, {"Retry-After": "5"}) from None
-            raise HTTPException(429, "Too many requests are waiting; try again soon", {"Retry-After": "2"}) from None
+            raise HTTPException(429, "Too many requests are waiting", {"Retry-After": "2"}) from None
         self.prompt_tokens.inc(sum(len(choice.prompt) for choice in choices))
         beat = asyncio.create_task(_beat(call.queue))
         try:

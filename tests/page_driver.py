@@ -6,7 +6,8 @@ A browser on the chat page, for the tests: finds Chromium, opens the page and sp
         chat.turns()          # [("user", "Hello"), ("assistant", "Hello there.")]
 
 Leaving `open_page` fails when the page broke its content security policy, asked another host for anything, or wrote
-an error to the console. (What Chromium itself writes about a response of 4xx or 5xx is no error of the page.)
+an error to the console. (What Chromium itself writes about a response of 4xx or 5xx is no error of the page.) The
+fixtures at the end are what a test module takes by `browser, server, chat = FIXTURES`.
 """
 
 import os
@@ -14,6 +15,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
+from page_server import PageServer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WATCH_CSP = """window.violations = [];
@@ -94,3 +96,24 @@ class Chat:
     def reload(self):
         self.page.reload()
         self.page.wait_for_selector("#model option", state="attached")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def server():
+    with PageServer() as server:
+        yield server
+
+
+@pytest.fixture
+def chat(browser, server):
+    with open_page(browser, server) as chat:
+        yield chat
+
+
+FIXTURES = browser, server, chat
