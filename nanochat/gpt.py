@@ -86,7 +86,7 @@ def _suits_native(x):
 
 def norm(x):
     """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
-    if x.numel() <= FEW_NUMBERS and x.is_contiguous() and _suits_native(x):
+    if _suits_native(x) and x.numel() <= FEW_NUMBERS and x.is_contiguous():
         y, width = torch.empty_like(x), x.size(-1)
         rms_norm(x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, x.numel() // width, width, NORM_EPS)
         return y
