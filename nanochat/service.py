@@ -101,16 +101,21 @@ class Service:
 
     # -- requests
 
-    def resolve(self, model):
-        """The lane of a model by its name, its stage, or none at all: (name, lane of the first device)."""
-        if self.trouble:
-            raise HTTPException(503, self.trouble, {"Retry-After": "5"})
+    def find_name(self, model):
+        """The name of a model asked for by its name, its stage, or not at all."""
         name = model or self.names[0]
         if name not in self.names:
             name = next((n for n in self.names if n.split("-")[0] == model), None)
         if name is None:
             message = f"The model {model!r} is not served here; there is: {', '.join(self.names)}"
             raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
+        return name
+
+    def resolve(self, model):
+        """(name of a model, its lane on the first device)."""
+        if self.trouble:
+            raise HTTPException(503, self.trouble, {"Retry-After": "5"})
+        name = self.find_name(model)
         return name, self.threads[0].lanes[name]
 
     def _deliver(self, events):

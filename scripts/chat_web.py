@@ -158,9 +158,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
 
     @app.get("/v1/models/{name}")
     def model(name: str):
-        if name not in service.names:
-            raise HTTPException(404, f"The model {name!r} is not served here")
-        return model_card(service, name)
+        return model_card(service, service.find_name(name))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http_request: Request):

@@ -83,6 +83,7 @@ def test_refusals_have_openai_s_shape_and_the_right_status(client):
     unknown = chat(client, model="gpt-9")
     assert unknown.status_code == 404 and unknown.json()["error"]["param"] == "model"
     assert client.get("/v1/models/gpt-9").status_code == 404
+    assert client.get(f"/v1/models/{MODEL.split('-')[0]}").json()["id"] == MODEL
     assert client.get("/nothing").json()["error"]["type"] == "not_found_error"
     assert client.get("/v1/chat/completions").status_code == 405
     bad_json = client.post("/v1/chat/completions", content=b"{bad", headers={"content-type": "application/json"})
