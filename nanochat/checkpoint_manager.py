@@ -226,7 +226,14 @@ class CheckpointManager:
                 if CheckpointManager(d).steps() and not re.search(MOVED_ASIDE, d.name)]
         if steps:
             return UserError(f"no whole checkpoint of step {step} in {self.checkpoint_dir}",
-                             f"there are the steps {', '.join(map(str, steps))}; without a step the last one is taken")
+                             f"there are the steps {', '.join(map(str, steps))}; without a step the last one is "
+                             "taken, in training by --resume_from_step=-2")
+        aside = [d for d in self.checkpoint_dir.parent.glob(f"{self.checkpoint_dir.name}.old*")
+                 if re.search(MOVED_ASIDE, d.name) and CheckpointManager(d).steps()]
+        if aside:  # a new run ended before its first save
+            newest = max(aside, key=lambda folder: int(folder.name.rpartition(".old")[2]))
+            return UserError(f"no checkpoint in {self.checkpoint_dir}; those of the run before it are in {newest}",
+                             f"--model_tag={newest.name} takes them")
         return UserError(f"no checkpoint in {self.checkpoint_dir}",
                          f"the {stage} models here are {', '.join(sorted(tags))}" if tags else
                          f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")

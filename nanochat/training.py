@@ -274,6 +274,9 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
     """
     if resume_from_step == -1:
         return 0, None
+    if resume_from_step < -2:
+        raise UserError(f"--resume_from_step={resume_from_step}: need a step, -2 for the latest checkpoint, or -1 for "
+                        "a new run", "--resume_from_step=-2")
     step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
     if "settings" not in meta:
         raise UserError(f"step {step} in {manager.checkpoint_dir} holds a model alone and cannot be resumed",

@@ -175,6 +175,8 @@ def test_a_new_run_moves_the_old_one_aside(manager):
     moved = manager.move_aside()
     assert CheckpointManager(moved).steps() == [1] and manager.steps() == []
     assert manager.move_aside() is None
+    with pytest.raises(UserError, match=f"those of the run before it are in {moved}"):
+        manager.load_meta()
 
 
 def test_a_second_run_is_refused_while_the_first_one_lives(manager):
