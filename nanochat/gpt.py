@@ -152,7 +152,7 @@ def attention(q, k, v, last=None):
     if last is not None and T == 1 and q.is_cuda and HAS_TRITON:
         from nanochat.kernels import decode_attention
         return decode_attention(q, k, v, last)
-    if T == 1 and _suits_native(q):
+    if T == 1 and _suits_native(q) and q.dtype == k.dtype == v.dtype:  # which the extension could not see
         return _one_token_attention(q, k, v, last)
     mask = None if last is None else (torch.arange(S, device=q.device) <= last[:, :, None])[:, None]  # (B, 1, T, S)
     causal = mask is None and T > 1

@@ -219,6 +219,8 @@ def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol
         expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
         out = gpt.attention(q, k, v, last)
         assert out.dtype == dtype
+        with pytest.raises(RuntimeError, match="dtype"):  # as torch says it
+            gpt.attention(q, k.half(), v.half(), last)
         torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
 
 
