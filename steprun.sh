@@ -89,7 +89,11 @@ if [ "$*" = all ]; then set -- $STEPS; fi
 for name in "$@"; do
     case " $STEPS " in
         *" $name "*) ;;
-        *) echo "error: unknown step '$name'" >&2; echo "hint: choose from $STEPS, or all of them: bash steprun.sh all" >&2; exit 2 ;;
+        *)
+            echo "error: unknown step '$name'" >&2
+            echo "hint: choose from $STEPS, or all of them: bash steprun.sh all" >&2
+            exit 2
+            ;;
     esac
 done
 echo "# machine: $MACHINE, processes: $NPROC, depth: $DEPTH"

@@ -162,7 +162,7 @@ def compute_init(device_type="", seed=42):
 
 
 def compute_cleanup():
-    """Leave the process group, if `compute_init` joined one: all ranks at once, the first to leave may pull it away."""
+    """Leave the process group, if `compute_init` joined one, all ranks at once: else one may abort (dev/LOG.md)."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

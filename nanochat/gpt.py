@@ -46,7 +46,7 @@ ROPE_BASE = 10000.0
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
 NORM_EPS = torch.finfo(torch.float32).eps
-FEW_NUMBERS = 2**17  # up to here a CPU's time for a norm is that of beginning torch's six operations
+FEW_NUMBERS = 2**16  # up to here a norm of the extension, on one thread, is faster than torch's on two (dev/LOG.md)
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 

@@ -22,7 +22,7 @@ BLOCKS = {"python_start": "python", "python_end": "text", "output_start": "pytho
 
 
 class QueueFull(Exception):
-    """As many choices wait as may wait."""
+    """No choice is taken: as many wait as may wait, or the thread is to end."""
 
 
 @dataclass(eq=False)

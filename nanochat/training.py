@@ -28,10 +28,12 @@ MIN_STEPS = 700  # a run of few tokens takes smaller batches rather than fewer s
 # The settings of all scripts by what they may be: (least, most, whether -1 may stand for none, all or derived)
 RANGES = {
     (1, math.inf, False): "depth max_seq_len head_dim num_epochs examples_per_step max_new_tokens rollout_rows "
-                          "eval_samples batch_tokens",
+                          "eval_samples batch_tokens max_chars",
     (1, math.inf, True): "num_iterations total_batch_size device_batch_size lesson_rows eval_every eval_tokens "
-                         "eval_examples sample_every save_every keep_last max_per_task",
+                         "eval_examples sample_every save_every keep_last max_per_task doc_cap",
     (2, math.inf, False): "num_samples",  # the answers to a question are compared with each other
+    (265, 2**31, False): "vocab_size",  # at least the bytes and the special tokens
+    (1, 2**31, False): "buffer_size",
     (0, math.inf, True): "target_flops target_param_data_ratio",
     (0, math.inf, False): "embedding_lr unembedding_lr value_lr matrix_lr weight_decay warmup_iters init_lr_frac "
                           "question_lr_frac question_steps identity_epochs smoltalk_size spelling_size "

@@ -139,7 +139,7 @@ def count_lessons(num_questions):
 
 
 # What a step trains on, in one of two ways. `next(step)` gives this rank's (inputs, targets, weights or None), and the
-# step's number of targets and of tokens; rates are multiplied by `lr_frac(step)`.
+# step's number of targets and of tokens; rates are multiplied by `lr_frac(step)`; `place(step)` is for error messages.
 
 
 class PackedRows:
@@ -167,6 +167,9 @@ class PackedRows:
 
     def state(self):
         return self.loader.state()
+
+    def place(self, step):
+        return f"the mixture, {self.state()}"
 
     def epoch(self, step):
         return self.loader.state()["epoch"]
@@ -199,6 +202,9 @@ class Lessons:
 
     def state(self):
         return None
+
+    def place(self, step):
+        return f"the lessons of step {step}"
 
     def epoch(self, step):
         return step // self.steps_per_epoch
@@ -281,7 +287,7 @@ def main():
         set_rates(optimizers, lr_factor)
         (inputs, targets, weights), num_targets, step_tokens = batches.next(step)
         loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
-        loss = check_finite(loss, step, f"the mixture, {batches.state() or f'the lessons of step {step}'}", manager)
+        loss = check_finite(loss, step, batches.place(step), manager)
         grad_norm = optimizer_step(model, optimizers, scaler)
         synchronize(device)
         dt_s = time.perf_counter() - start

@@ -14,6 +14,7 @@ from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataset import iter_texts
 from nanochat.report import get_report
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
+from nanochat.training import check_settings
 
 data: str | None = None           # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
 max_chars: int = 2_000_000_000    # stop after this many characters
@@ -39,18 +40,11 @@ def cap_texts(texts, max_chars, doc_cap, counts):
             return
 
 
-def check_settings():
-    """What would fail only after minutes of training fails now."""
-    if trainer not in TOKENIZER_KINDS:
-        raise UserError(f"--trainer={trainer} is unknown, needed: {' or '.join(TOKENIZER_KINDS)}")
-    for name, low, high in (("max_chars", 1, 2**63), ("buffer_size", 1, 2**31), ("vocab_size", 265, 2**31)):
-        if not low <= globals()[name] <= high:
-            raise UserError(f"--{name}={globals()[name]}: need {low} to {high}", f"leave --{name} out for its default")
-
-
 def main():
     settings = get_settings(globals())
-    check_settings()
+    check_settings(settings)  # what would fail only after minutes of training fails now
+    if trainer not in TOKENIZER_KINDS:
+        raise UserError(f"--trainer={trainer} is unknown, needed: {' or '.join(TOKENIZER_KINDS)}")
 
     # train
     counts = {"documents": 0, "characters": 0, "bytes": 0}

@@ -68,6 +68,19 @@ def test_a_data_dir_that_is_no_folder_is_named(monkeypatch, tmp_path):
         get_data_dir()
 
 
+@pytest.mark.parametrize("main", [lambda: torch.empty(2**55), lambda: [0] * 2**60])
+def test_memory_that_runs_out_is_one_line(main, capsys):
+    with pytest.raises(SystemExit):
+        run_script(main)
+    told = capsys.readouterr().err
+    assert "error: out of memory" in told and "--depth" in told
+
+
+def test_an_error_of_our_own_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        run_script(lambda: torch.ones(2) @ torch.ones(3))
+
+
 def test_run_script_prints_a_users_mistake_without_traceback(capsys):
     def main():
         raise UserError("--depth=0 is too small", "--depth=4")

@@ -4,7 +4,7 @@
 use crate::loss::{exp, has_avx2, Logit};
 
 const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
-const WORK_OF_A_THREAD: usize = 1 << 18; // numbers of k: below, to start another thread takes longer than it saves
+const WORK_OF_A_THREAD: usize = 1 << 19; // numbers of k: with less, another thread brings nothing (dev/LOG.md)
 
 /// How k and v hold positions of `dim` numbers: row r's position p for key head h is at r * row_stride + h *
 /// head_stride + p * dim. There are `heads` queries a row for `kv_heads` key heads.

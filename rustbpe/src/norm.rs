@@ -1,5 +1,5 @@
 //! RMSNorm without a weight, for the few rows that a model decodes at once on a CPU: torch takes half a dozen passes,
-//! and as many times the few microseconds that it takes to begin one, for what is done here while a row is in registers.
+//! and as many times the few microseconds that it takes to begin one, for what is done here while a row is in the cache.
 
 use crate::loss::Logit;
 
