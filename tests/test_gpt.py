@@ -211,7 +211,8 @@ def test_the_norm_of_few_rows_on_a_cpu_is_torchs(shape, dtype, rtol):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("B, H, H_kv, S, D", [(1, 4, 4, 1, 16), (3, 4, 2, 70, 32), (2, 6, 1, 600, 128),
                                               (5, 3, 3, 9, 6)])
-def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol):
+def test_attention_of_one_token_on_a_cpu_is_torchs(monkeypatch, B, H, H_kv, S, D, dtype, atol):
+    monkeypatch.setattr(gpt, "HAS_AMX", False)
     q = torch.randn(B, 1, H, D).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, B, H_kv, S + 5, D).to(dtype)[:, :, :, :S]  # parts of a cache that is longer
     for last in (None, torch.randint(0, S, (B, 1))):
