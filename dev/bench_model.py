@@ -35,7 +35,7 @@ decode_batches: str = "1,8,64"      # rows decoded at once
 decode_tokens: int = 24             # steps timed
 prompt_tokens: int = 256            # length of the prompt
 repeats: int = 5                    # the best of so many
-compile: bool | None = None         # torch.compile for training; None = on GPUs
+compile: bool | None = None         # torch.compile for training on a GPU; None = if Triton is there
 
 
 def best_of(function, device, warmup=1):
@@ -76,7 +76,7 @@ def bench_train(device):
             model = GPT.create(GPTConfig.from_depth(depth, V, seq), device)
             if get_precision(device.type) == "fp8":
                 model.use_fp8()
-            if compile or (compile is None and device.type == "cuda"):
+            if compiles(device, compile):
                 model.compile()
             optimizers = model.setup_optimizers()
             inputs, targets = shift(torch.randint(0, V, (rows, seq + 1)).numpy())

@@ -18,7 +18,8 @@ import torch
 
 from nanochat.common import Ema, UserError, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
 from nanochat.dataloader import to_device, token_documents
-from nanochat.precision import get_autocast_ctx
+from nanochat.gpt import LOGIT_CAP, HeadLoss, chunk_loss_and_grad_eager, norm
+from nanochat.precision import active_dtype, get_autocast_ctx
 from nanochat.training import set_rates
 
 MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
@@ -83,6 +84,7 @@ def fit_pairs(model, pairs, seed, steps=STEPS):
     step's contexts.
     """
     optimizer = model.setup_optimizers()[0]
+    del optimizer.param_groups[2:]  # value embeddings, which the blocks would use
     roots = np.sqrt(pairs.totals)
     num_contexts = min(CONTEXTS, np.count_nonzero(roots))
     rng, smooth_loss = np.random.default_rng(seed), Ema()
@@ -100,16 +102,32 @@ def fit_pairs(model, pairs, seed, steps=STEPS):
 
 
 def _add_gradients(model, pairs, contexts, weights):
-    """Add the gradient of the weighted losses of contexts (R,); returns their sum as a tensor."""
+    """
+    Add the gradient of the weighted losses of contexts (R,), times CONTEXTS, since 16 bits want a number near 1 and
+    Adam looks at no scale; returns the sum of the losses as a tensor.
+    """
     rows, next_ids, shares = pairs.soft_targets(contexts)
-    inputs, rows, next_ids, shares, weights = (
-        to_device(array, model.device) for array in (contexts[:, None], rows, next_ids, shares, np.float32(weights)))
-    with get_autocast_ctx(model.device):
-        logits = model(inputs).squeeze(1)  # (R, V), float32
-    expected = torch.zeros_like(weights).index_add_(0, rows, shares * logits[rows, next_ids])
-    loss = (weights * (logits.logsumexp(dim=1) - expected)).sum()
-    (loss * CONTEXTS).backward()  # Adam looks at no scale, and 16 bits want one near 1
-    return loss.detach()
+    _, firsts = np.unique(rows, return_index=True)
+    targets = next_ids[firsts]  # the loss takes one target a row, and what the shares differ from that
+    shares[firsts] -= 1
+    contexts, targets, rows, next_ids, shares, weights = (to_device(array, model.device) for array in (
+        contexts, targets, rows, next_ids, shares, np.float32(CONTEXTS * weights)))
+
+    def losses_and_grad(logits, targets, weights):  # (R,) and (R, V): see chunk_loss_and_grad
+        t = torch.tanh(logits[rows, next_ids].float() / LOGIT_CAP)
+        losses, grad = chunk_loss_and_grad_eager(logits, targets, weights)
+        share = weights[rows] * shares
+        losses.index_add_(0, rows, share * t, alpha=-LOGIT_CAP)
+        grad[rows, next_ids] -= (share * (1 - t * t)).to(grad.dtype)
+        return losses, grad
+
+    with get_autocast_ctx(model.device):  # what the trunk does, but for blocks that add nothing
+        x = model.transformer.wte(contexts)
+        x = norm(norm(x.to(active_dtype(x))))
+    weight = model.lm_head.weight[: model.config.vocab_size]
+    loss = HeadLoss.apply(x, weight, targets, weights, len(x), losses_and_grad, slice(None))
+    loss.backward()
+    return loss.detach() / CONTEXTS
 
 
 def start_from_pairs(model, tokenizer, spans, seed):

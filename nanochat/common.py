@@ -314,9 +314,9 @@ def barrier():
 
 
 def compiles(device, setting=None):
-    """Whether to torch.compile: as set; None = on GPUs, where it pays, if Triton is there for it."""
-    if setting is not None:
-        return setting
+    """Whether to torch.compile: never on a CPU, which has native.py, else as set; None = if Triton is there for it."""
+    if device.type == "cpu" or setting is not None:
+        return device.type != "cpu" and setting
     return device.type == "cuda" and HAS_TRITON
 
 

@@ -19,11 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nanochat import native
 from nanochat.adamw import DistAdamW
 from nanochat.common import HAS_TRITON, IGNORE, ceil_div
 from nanochat.muon import DistMuon
 from nanochat.precision import (
-    HAS_AMX,
     active_dtype,
     float8_linear,
     get_precision,
@@ -33,7 +33,6 @@ from nanochat.precision import (
     packed_linear,
     packs,
 )
-from rustbpe import capped_cross_entropy, one_token_attention, rms_norm
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -47,7 +46,6 @@ ROPE_BASE = 10000.0
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
 NORM_EPS = torch.finfo(torch.float32).eps
-FEW_NUMBERS = 2**16  # up to here a norm of the extension, on one thread, is faster than torch's on two (dev/LOG.md)
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
 
@@ -79,19 +77,15 @@ class GPTConfig:
 # Pieces
 
 
-def _suits_native(x):
-    """Whether the native extension can do it: inference on a CPU, and not while torch looks for what to compile."""
-    fits = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
-    return fits and not x.requires_grad and not torch.compiler.is_compiling()
-
-
 def norm(x):
     """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
-    if _suits_native(x) and x.numel() <= FEW_NUMBERS and x.is_contiguous():
-        y, width = torch.empty_like(x), x.size(-1)
-        rms_norm(x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, x.numel() // width, width, NORM_EPS)
-        return y
+    if native.suits(x):
+        return native.norm(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
+
+
+def relu_square(x):
+    return native.relu_square(x) if native.suits(x) else F.relu(x).square()
 
 
 def rotary_table(length, head_dim, device):
@@ -107,41 +101,11 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
 
-class _ShortAttention(torch.autograd.Function):
-    """
-    Causal attention for training on a CPU in bfloat16: the scores of a short row fit in memory, and plain batched
-    products take half the time of torch's fused kernels there (dev/LOG.md). q, k, v (B, H, T, D) -> (B, H, T, D).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-        P = torch.baddbmm(future.expand(B * H, T, T), q, k.mT, alpha=D**-0.5).softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, P)
-        return (P @ v).view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, P = ctx.saved_tensors
-        shape, grad = grad.shape, grad.reshape(q.shape)
-        dP = grad @ v.mT
-        scores = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.size(-1) ** -0.5)
-        return (scores @ k).view(shape), (scores.mT @ q).view(shape), (P.mT @ grad).view(shape)
-
-
-def _one_token_attention(q, k, v, last):
-    """`attention` for T = 1 on a CPU: of a longer cache, k and v may be parts."""
-    B, H_kv, S, D = k.shape
-    lengths = [S] * B if last is None else (last[:, 0] + 1).tolist()
-    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    if k.stride() != v.stride() or k.stride()[2:] != (D, 1):
-        k, v = k.contiguous(), v.contiguous()
-    addresses = (tensor.data_ptr() for tensor in (q, k, v, out))
-    one_token_attention(*addresses, q.dtype == torch.bfloat16, lengths, (q.size(1), H_kv, D), k.stride()[:2],
-                        torch.get_num_threads())
-    return out
+def rotary_norm(x, cos, sin):
+    """x (B, T, H, D), rotated by its positions and normalised -> (B, H, T, D)."""
+    if native.suits(x):
+        return native.rotary_norm(x, cos, sin, NORM_EPS)
+    return norm(apply_rotary(x.transpose(1, 2), cos, sin))
 
 
 def attention(q, k, v, last=None):
@@ -153,15 +117,14 @@ def attention(q, k, v, last=None):
     if last is not None and T == 1 and q.is_cuda and HAS_TRITON:
         from nanochat.kernels import decode_attention
         return decode_attention(q, k, v, last)
-    native = T == 1 and not HAS_AMX and _suits_native(q)  # where there is AMX, torch's is 1.2 to 3 times as fast
-    if native and q.dtype == k.dtype == v.dtype:  # which the extension could not see
-        return _one_token_attention(q, k, v, last)
+    if T == 1 and not q.requires_grad and native.suits(q) and q.dtype == k.dtype == v.dtype:
+        return native.one_token_attention(q, k, v, last)
     mask = None if last is None else (torch.arange(S, device=q.device) <= last[:, :, None])[:, None]  # (B, 1, T, S)
     causal = mask is None and T > 1
     half = q.dtype in (torch.bfloat16, torch.float16)
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape and T <= SHORT_T
-    if short and causal and q.requires_grad:
-        return _ShortAttention.apply(q, k, v)
+    short = q.dtype == torch.bfloat16 and q.shape == k.shape and T <= SHORT_T
+    if short and causal and q.requires_grad and native.suits(q):
+        return native.ShortAttention.apply(q, k, v)
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -218,12 +181,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, store=None, value_embed=None):
         B, T, C = x.shape
         if self.qkv is None:  # (B, T, heads * D) -> (B, heads, T, D)
-            q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (self.c_q(x), self.c_k(x), self.c_v(x)))
-            q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+            q, k, v = (y.view(B, T, -1, self.head_dim) for y in (self.c_q(x), self.c_k(x), self.c_v(x)))
+            q, k, v = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin), v.transpose(1, 2)
         else:  # q and k as one, too: so few numbers take no time, starting to work on them does
             kv_heads = self.c_k.out_features // self.head_dim
-            qkv = packed_linear(x, self.qkv).view(B, T, -1, self.head_dim).transpose(1, 2)
-            qk, v = norm(apply_rotary(qkv[:, :-kv_heads], cos, sin)), qkv[:, -kv_heads:]
+            qkv = packed_linear(x, self.qkv).view(B, T, -1, self.head_dim)
+            qk, v = rotary_norm(qkv[:, :, :-kv_heads], cos, sin), qkv[:, :, -kv_heads:].transpose(1, 2)
             q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
         if value_embed is not None:
             v = v + value_embed.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -241,7 +204,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_square(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -263,7 +226,7 @@ class Block(nn.Module):
 # Loss: head, cap and cross-entropy over chunks of rows, so that B * T * V logits never exist at once
 
 
-def _chunk_loss_and_grad(logits, targets, weights):
+def chunk_loss_and_grad(logits, targets, weights):
     """
     Per-row loss (n,), times weights (n,), and its gradient by the raw logits (n, V), for targets (n,).
     The cap bounds what goes into exp at e^15, so no maximum has to be subtracted first.
@@ -278,7 +241,7 @@ def _chunk_loss_and_grad(logits, targets, weights):
     return loss, (p * (1 - t * t)).to(logits.dtype)
 
 
-def _chunk_loss_and_grad_eager(logits, targets, weights):
+def chunk_loss_and_grad_eager(logits, targets, weights):
     """
     The same without a compiler; the gradient takes the place of the logits. On a CPU the native extension does it in
     one pass over each row, elsewhere torch in pieces, for it makes several float32 copies.
@@ -287,21 +250,19 @@ def _chunk_loss_and_grad_eager(logits, targets, weights):
     losses = torch.empty(len(logits), device=logits.device)
     assert (targets.dtype, weights.dtype) == (torch.int64, torch.float32)
     assert len(targets) == len(weights) == len(logits)
-    if logits.device.type == "cpu" and logits.dtype != torch.float16:
-        addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
-        bfloat16, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()
-        capped_cross_entropy(*addresses, bfloat16, *logits.shape, LOGIT_CAP, threads)
+    if native.suits(logits):
+        native.capped_cross_entropy(logits, targets, weights, losses, LOGIT_CAP)
         return losses, logits
     rows = max(1, EAGER_PIECE // logits.size(1))
     pieces = zip(*(x.split(rows) for x in (logits, targets, weights, losses)), strict=True)
     for logits_piece, targets_piece, weights_piece, losses_piece in pieces:
-        loss, gradient = _chunk_loss_and_grad(logits_piece, targets_piece, weights_piece)
+        loss, gradient = chunk_loss_and_grad(logits_piece, targets_piece, weights_piece)
         logits_piece.copy_(gradient)
         losses_piece.copy_(loss)
     return losses, logits
 
 
-class _HeadLoss(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
     """
     sum of weights * cross-entropy(cap(x W'), targets) over the rows. The gradients by x and W are made in the forward
     pass, chunk by chunk while the logits are at hand; the backward pass only scales them.
@@ -362,7 +323,7 @@ class GPT(nn.Module):
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
-        self._chunk_fn = _chunk_loss_and_grad_eager
+        self._chunk_fn = chunk_loss_and_grad_eager
         self._decode_block = Block.forward
 
     # -- initialisation
@@ -423,14 +384,12 @@ class GPT(nn.Module):
 
     def compile(self):
         """
-        Compile the blocks for training, and the loss except on a CPU. The module and its parameter names stay as they
-        are. All blocks share what the first one compiles to: as fast as the trunk in one piece, and a d20 starts 20 s
-        earlier.
+        Compile the blocks and the loss for training on a GPU. The module and its parameter names stay as they are. All
+        blocks share what the first one compiles to: as fast as the trunk in one piece, and a d20 starts 20 s earlier.
         """
         for block in self.transformer.h:  # static shapes: one or two batch sizes occur, kernels for any are slower
             block.compile(dynamic=False)
-        if self.device.type != "cpu":
-            self._chunk_fn = torch.compile(_chunk_loss_and_grad, dynamic=False)
+        self._chunk_fn = torch.compile(chunk_loss_and_grad, dynamic=False)
 
     def compile_decoding(self):
         """Compile the step of one token per row, as graphs.py records it, of a model in the compute dtype on a GPU."""
@@ -495,11 +454,11 @@ class GPT(nn.Module):
             return torch.cat(losses).view(shape)
         counted = targets != IGNORE
         row_weights = counted.float() if weights is None else counted * weights.flatten()
-        eager = self._chunk_fn is _chunk_loss_and_grad_eager  # compiled code wants the same shape every time
+        eager = self._chunk_fn is chunk_loss_and_grad_eager  # compiled code wants the same shape every time
         used = counted.nonzero()[:, 0] if eager else slice(None)
         with torch.autocast(x.device.type, enabled=False):
             weight = self.lm_head.weight[: self.config.vocab_size]
-            total = _HeadLoss.apply(x, weight, targets.clamp(min=0), row_weights, rows, self._chunk_fn, used)
+            total = HeadLoss.apply(x, weight, targets.clamp(min=0), row_weights, rows, self._chunk_fn, used)
         return total if reduction == "sum" else total / counted.sum().clamp(min=1)
 
     def chunk_rows(self):

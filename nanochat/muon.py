@@ -72,7 +72,7 @@ class DistMuon(torch.optim.Optimizer):
 
     named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
     weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
-    compile: whether to compile the update on a GPU; None = yes. On a CPU, where products take the time, it never is.
+    compile: whether to compile the update on a GPU; None = yes.
     """
 
     def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):
@@ -89,8 +89,7 @@ class DistMuon(torch.optim.Optimizer):
         if self.dtype == torch.float16:
             self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
-        compiled = device.type != "cpu" and compiles(device, compile)
-        self._update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
+        self._update = torch.compile(muon_update, dynamic=False) if compiles(device, compile) else muon_update
 
     @staticmethod
     def _my_part(group):

@@ -21,18 +21,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 CHOICES = (*DTYPES, "int8")
 
 
-def _cpu_has(feature):
-    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
-
-
-HAS_AMX = _cpu_has("amx_tile")
-
-
 def _has_native_bf16(device_type):
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     if device_type == "cpu":  # elsewhere a bf16 product is emulated: 200 times slower than float32 on an AVX2 machine
-        return HAS_AMX or _cpu_has("avx512_bf16")
+        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return False  # Apple: float32 is the safe choice; ask for bfloat16 by name
 
 

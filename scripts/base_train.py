@@ -94,7 +94,7 @@ save_every: int = 1000                   # steps between checkpoints (one is als
 keep_last: int = 2                       # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1               # step to go on from; -2 = the latest checkpoint, -1 = start anew
 model_tag: str | None = None             # folder of the checkpoints; None = d<depth>
-compile: bool | None = None              # torch.compile; None = on GPUs only, where it pays
+compile: bool | None = None              # torch.compile on a GPU; None = if Triton is there
 
 LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
 # settings that a resumed run cannot change

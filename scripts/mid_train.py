@@ -103,7 +103,7 @@ eval_tokens: int = 2097152           # tokens of held-out conversations to score
 save_every: int = 500                # steps between checkpoints (one is also saved before every evaluation)
 keep_last: int = 2                   # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1           # step to go on from; -2 = the latest checkpoint, -1 = start anew
-compile: bool | None = None          # torch.compile; None = on GPUs only, where it pays
+compile: bool | None = None          # torch.compile on a GPU; None = if Triton is there
 
 FIXED = ("seed", "lesson_rows", "question_steps", "question_share")  # settings that a resumed run cannot change
 

@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from nanochat.bigrams import count_pairs, fit_pairs, pays
+from nanochat.bigrams import CONTEXTS, _add_gradients, count_pairs, fit_pairs, pays
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
 from tests.ranks import on_ranks
@@ -69,6 +70,27 @@ def nats_per_pair(model, pairs):
     with torch.no_grad():
         log_p = model(torch.arange(VOCAB)[:, None]).squeeze(1).log_softmax(dim=1)
     return -sum(n * log_p[a, b].item() for (a, b), n in counted(pairs).items()) / pairs.totals.sum()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_gradient_is_that_of_the_cross_entropy_with_soft_targets(monkeypatch, precision):
+    monkeypatch.setenv("NANOCHAT_PRECISION", precision)
+    pairs, model = count_pairs(documents(), BOS, VOCAB), fresh_model()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    contexts, weights = np.array([7, BOS, 3]), np.array([0.2, 0.5, 0.3])
+    loss = _add_gradients(model, pairs, contexts, weights)
+    ours = [p.grad.clone() / CONTEXTS for p in (model.transformer.wte.weight, model.lm_head.weight)]
+    model.zero_grad()
+    shares = torch.zeros(3, VOCAB)
+    rows, next_ids, values = pairs.soft_targets(contexts)
+    shares[rows, next_ids] = torch.from_numpy(values)
+    logits = model(torch.from_numpy(contexts)[:, None]).squeeze(1)  # through blocks that add nothing
+    expected = (F.cross_entropy(logits, shares, reduction="none") * torch.from_numpy(weights)).sum()
+    expected.backward()
+    tolerance = 1e-5 if precision == "float32" else 0.02
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for grad, parameter in zip(ours, (model.transformer.wte.weight, model.lm_head.weight), strict=True):
+        torch.testing.assert_close(grad, parameter.grad[: len(grad)], atol=tolerance / 10, rtol=tolerance)
 
 
 def test_the_fit_comes_close_to_what_the_counts_allow():

@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt
+from nanochat import gpt, native
 from nanochat.gpt import (
     GPT,
     IGNORE,
     GPTConfig,
-    _chunk_loss_and_grad,
-    _chunk_loss_and_grad_eager,
-    _ShortAttention,
+    chunk_loss_and_grad,
+    chunk_loss_and_grad_eager,
     norm,
 )
 from nanochat.precision import get_autocast_ctx
@@ -86,17 +85,17 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, voca
     logits[0, 0], logits[-1, -1] = 1e30, -1e30
     targets, weights = torch.randint(vocab, (rows,)), torch.rand(rows)
     weights[rows // 2] = 0.0
-    losses, gradient = _chunk_loss_and_grad(logits.float(), targets, weights)
-    cpu_losses, cpu_gradient = _chunk_loss_and_grad_eager(logits.clone(), targets, weights)
+    losses, gradient = chunk_loss_and_grad(logits.float(), targets, weights)
+    cpu_losses, cpu_gradient = chunk_loss_and_grad_eager(logits.clone(), targets, weights)
     assert torch.allclose(cpu_losses, losses, rtol=1e-5, atol=1e-6)
     assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
 
 
 def test_the_cpus_loss_of_many_logits_which_is_looked_up_has_the_bits_of_the_loss_of_few():
     logits, targets, weights = torch.randn(40, 30_001).bfloat16() * 9, torch.randint(30_001, (40,)), torch.rand(40)
-    whole = _chunk_loss_and_grad_eager(logits.clone(), targets, weights)
+    whole = chunk_loss_and_grad_eager(logits.clone(), targets, weights)
     eights = zip(*(x.split(8) for x in (logits.clone(), targets, weights)), strict=True)
-    parts = [_chunk_loss_and_grad_eager(*eight) for eight in eights]
+    parts = [chunk_loss_and_grad_eager(*eight) for eight in eights]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
 
 
@@ -104,7 +103,7 @@ def test_the_cpus_loss_of_many_logits_which_is_looked_up_has_the_bits_of_the_los
 def test_the_cpus_loss_hides_no_nan(dtype, vocab):
     logits = torch.zeros(3, vocab, dtype=dtype)
     logits[1, 7] = torch.nan
-    losses, gradient = _chunk_loss_and_grad_eager(logits, torch.tensor([1, 2, 3]), torch.ones(3))
+    losses, gradient = chunk_loss_and_grad_eager(logits, torch.tensor([1, 2, 3]), torch.ones(3))
     assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()
 
 
@@ -112,14 +111,14 @@ def test_the_loss_in_pieces_equals_the_whole(monkeypatch):
     """As on a GPU without a compiler; on a CPU float16 takes this way."""
     monkeypatch.setattr(gpt, "EAGER_PIECE", 150)  # three rows of 50; the last piece is short
     logits, targets, weights = torch.randn(7, 50).half(), torch.randint(50, (7,)), torch.rand(7)
-    expected = _chunk_loss_and_grad(logits, targets, weights)
-    for ours, whole in zip(_chunk_loss_and_grad_eager(logits.clone(), targets, weights), expected, strict=True):
+    expected = chunk_loss_and_grad(logits, targets, weights)
+    for ours, whole in zip(chunk_loss_and_grad_eager(logits.clone(), targets, weights), expected, strict=True):
         assert torch.equal(ours, whole)
 
 
 def test_the_cpus_loss_refuses_a_target_outside_the_vocabulary():
     with pytest.raises(ValueError, match="vocabulary of 50"):
-        _chunk_loss_and_grad_eager(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
+        chunk_loss_and_grad_eager(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
 
 
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(monkeypatch):
@@ -199,20 +198,34 @@ def test_bad_shapes_are_named():
         tiny_model()(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-@pytest.mark.parametrize("shape", [(1, 768), (3, 1, 2, 32), (5, 17), (2, 1), (0, 64)])
-def test_the_norm_of_few_rows_on_a_cpu_is_torchs(shape, dtype, rtol):
-    x = (3 * torch.randn(shape)).to(dtype)
-    expected = F.rms_norm(x.double(), shape[-1:], eps=2**-23)
-    torch.testing.assert_close(norm(x).double(), expected, rtol=rtol, atol=0)
-    torch.testing.assert_close(norm(x.requires_grad_()).double(), expected, rtol=2 * rtol, atol=0)
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 32), (5, 3, 2, 34), (2, 1, 1, 2), (0, 4, 1, 64), (3, 700, 4, 64)])
+def test_row_ops_on_a_cpu_and_their_gradients_are_those_of_torch(shape, dtype, tol):
+    """Norm, ReLU^2, and the norm of rotated rows, which are part of a wider tensor and have angles of their own."""
+    B, T, H, D = shape
+    x = torch.randn(B, T, H + 1, D).to(dtype)[:, :, :H].requires_grad_()
+    angle = torch.rand(max(B, 1), 1, T, D // 2)
+    angles = torch.stack((angle.cos(), angle.sin()))
+    plain = [lambda x: F.rms_norm(x, x.shape[-1:], eps=2**-23), lambda x: F.relu(x).square(),
+             lambda x: F.rms_norm(gpt.apply_rotary(x.transpose(1, 2), *angles.double()), x.shape[-1:], eps=2**-23)]
+    ours = [norm, gpt.relu_square, lambda x: gpt.rotary_norm(x, *angles)]
+    for op, reference in zip(ours, plain, strict=True):
+        out, exact = op(x), x.detach().double().requires_grad_()
+        expected = reference(exact)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=tol, rtol=tol)
+        assert torch.equal(op(x.detach()), out)
+        grad = torch.randn(out.shape).transpose(0, 1).contiguous().transpose(0, 1).to(dtype)  # in another order
+        for result, start in ((out, grad), (expected, grad.double())):
+            result.backward(start)
+        torch.testing.assert_close(x.grad.double(), exact.grad, atol=8 * tol, rtol=tol)
+        x.grad = None
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("B, H, H_kv, S, D", [(1, 4, 4, 1, 16), (3, 4, 2, 70, 32), (2, 6, 1, 600, 128),
                                               (5, 3, 3, 9, 6)])
-def test_attention_of_one_token_on_a_cpu_is_torchs(monkeypatch, B, H, H_kv, S, D, dtype, atol):
-    monkeypatch.setattr(gpt, "HAS_AMX", False)
+def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol):
     q = torch.randn(B, 1, H, D).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, B, H_kv, S + 5, D).to(dtype)[:, :, :, :S]  # parts of a cache that is longer
     for last in (None, torch.randint(0, S, (B, 1))):
@@ -225,13 +238,18 @@ def test_attention_of_one_token_on_a_cpu_is_torchs(monkeypatch, B, H, H_kv, S, D
         torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
 
 
-def test_attention_of_short_rows_is_torchs():
-    """In training on a CPU in bfloat16; here in float64, where both may be compared, with gradients."""
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_attention_of_short_rows_is_torchs_with_its_gradients(dtype, atol):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(_ShortAttention.apply(q, k, v), expected)
-    assert torch.autograd.gradcheck(_ShortAttention.apply, (q, k, v))
+    q, k, v = (torch.randn(2, 3, 77, 16).to(dtype).requires_grad_() for _ in range(3))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, expected = native.ShortAttention.apply(q, k, v), F.scaled_dot_product_attention(*exact, is_causal=True)
+    grad = torch.randn(out.shape).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2 * atol, rtol=0)
 
 
 def test_training_in_16_bits_takes_the_gradients_of_32(monkeypatch):

@@ -16,17 +16,20 @@ ROOMS = {
     "loss_eval": ["common", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "download", "precision"],
-    "dataloader": ["common", "dataset"], "kernels": [], "gpt": ["common", "precision", "adamw", "muon", "kernels"],
+    "dataloader": ["common", "dataset"], "kernels": [], "native": [],
+    "gpt": ["common", "precision", "adamw", "muon", "kernels", "native"],
     "sampling": ["common"], "graphs": [], "engine": ["common", "execution", "graphs", "precision", "sampling"],
     "serving": ["common", "engine"], "protocol": [],
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "precision", "gpt", "tokenizer"],
-    "training": ["common", "precision", "dataloader"], "bigrams": ["common", "precision", "dataloader", "training"],
+    "training": ["common", "precision", "dataloader"],
+    "bigrams": ["common", "precision", "dataloader", "gpt", "training"],
 }
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 560, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
+    "nanochat/gpt.py": 525, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
+    "nanochat/bigrams.py": 145,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 380, "nanochat/common.py": 370,
     "nanochat/configurator.py": 145, "nanochat/precision.py": 185, "nanochat/core_eval.py": 330,
@@ -40,7 +43,7 @@ BUDGETS = {
     "tasks/common.py": 255, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1225, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
-TOTALS = {"nanochat": 6820, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 10900}  # Python of a whole room
+TOTALS = {"nanochat": 6900, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 10900}  # Python of a whole room
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
 
@@ -102,7 +105,7 @@ def test_other_files_stay_within_their_budget(name):
 
 def test_the_rust_crate_stays_under_its_budget():
     sources = [p for p in (ROOT / "rustbpe" / "src").glob("*.rs")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 1800
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 2100
 
 
 def test_importing_everything_does_nothing(tmp_path):

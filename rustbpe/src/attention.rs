@@ -2,9 +2,10 @@
 //! layer. torch's kernel is made for many queries and takes three times as long for one.
 
 use crate::loss::{exp, has_avx2, Logit};
+use crate::rowwise::dot;
+use crate::threads::for_each;
 
-const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
-const WORK_OF_A_THREAD: usize = 1 << 19; // numbers of k: with less, another thread brings nothing (dev/LOG.md)
+const WORK_OF_A_PART: usize = 1 << 16; // numbers of k
 
 /// How k and v hold positions of `dim` numbers: row r's position p for key head h is at r * row_stride + h *
 /// head_stride + p * dim. There are `heads` queries a row for `kv_heads` key heads.
@@ -27,17 +28,6 @@ pub struct Tensors<'a, L> {
 }
 
 #[inline(always)]
-fn dot<L: Logit>(a: &[f32], b: &[L]) -> f32 {
-    let mut sums = [0f32; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum = a.mul_add(b.to_f32(), *sum);
-        }
-    }
-    sums.iter().sum()
-}
-
-#[inline(always)]
 fn attend_generic<L: Logit>(t: Tensors<L>, lengths: &[usize], shape: Shape) {
     let Shape { heads, kv_heads, row_stride, head_stride, dim } = shape;
     let (mut scores, mut sums) = (Vec::new(), vec![0f32; dim]);
@@ -51,11 +41,12 @@ fn attend_generic<L: Logit>(t: Tensors<L>, lengths: &[usize], shape: Shape) {
             *score = dot(&q, k); // a loop, not a closure, which would not be compiled for AVX2
         }
         let largest = scores.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-        let mut total = 0f32;
+        for score in &mut scores {
+            *score = exp((*score - largest).max(-80.0)); // in a loop of its own, eight at a time
+        }
+        let total = scores.iter().sum::<f32>();
         sums.fill(0.0);
-        for (score, v) in scores.iter().zip(v.chunks_exact(dim)) {
-            let p = exp((score - largest).max(-80.0));
-            total += p;
+        for (p, v) in scores.iter().zip(v.chunks_exact(dim)) {
             for (sum, v) in sums.iter_mut().zip(v) {
                 *sum = p.mul_add(v.to_f32(), *sum);
             }
@@ -82,18 +73,10 @@ fn attend_dispatched<L: Logit>(t: Tensors<L>, lengths: &[usize], shape: Shape) {
 
 /// out = softmax(q k' / sqrt(dim)) v for every row and head, over the first lengths[row] positions.
 pub fn attend<L: Logit>(t: Tensors<L>, lengths: &[usize], shape: Shape, num_threads: usize) {
-    let work = lengths.iter().sum::<usize>() * shape.heads * shape.dim;
-    let num_threads = num_threads.min(work / WORK_OF_A_THREAD).max(1);
-    let pairs = (lengths.len() * shape.heads).div_ceil(num_threads);
+    let pairs = WORK_OF_A_PART.div_ceil(1 + shape.dim * lengths.iter().max().copied().unwrap_or(0));
     let (k, v, share) = (t.k, t.v, pairs * shape.dim);
-    std::thread::scope(|scope| {
-        let mut shares = t.q.chunks(share).zip(t.out.chunks_mut(share)).enumerate();
-        let mine = shares.next();
-        for (i, (q, out)) in shares {
-            scope.spawn(move || attend_dispatched(Tensors { q, k, v, out, first: i * pairs }, lengths, shape));
-        }
-        if let Some((_, (q, out))) = mine {
-            attend_dispatched(Tensors { q, k, v, out, first: 0 }, lengths, shape);
-        }
+    let parts = t.q.chunks(share).zip(t.out.chunks_mut(share)).enumerate();
+    for_each(parts, num_threads, |(i, (q, out))| {
+        attend_dispatched(Tensors { q, k, v, out, first: i * pairs }, lengths, shape)
     });
 }

@@ -7,6 +7,8 @@
 //! out of the softmax, and exp(-2c s) <= 1 needs no maximum to be subtracted first. Of logits in bfloat16, which has
 //! 65,536 numbers, both are looked up.
 
+use crate::threads::for_each;
+
 /// Numbers as the matrix product leaves them: float32, or bfloat16, the upper half of one.
 pub trait Logit: Copy + Send + Sync {
     fn to_f32(self) -> f32;
@@ -68,6 +70,7 @@ pub struct Rows<'a, L> {
     pub losses: &'a mut [f32],
 }
 
+const WORK_OF_A_PART: usize = 1 << 18; // logits
 const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
 
 /// losses[i] = weights[i] * cross-entropy(row i, targets[i]), and each row of logits becomes its gradient.
@@ -137,13 +140,11 @@ fn share_out<L: Logit>(rows: Rows<L>, num_threads: usize, work: impl Fn(Rows<L>)
     if count == 0 {
         return;
     }
-    let (width, share, work) = (rows.logits.len() / count, count.div_ceil(num_threads), &work);
-    std::thread::scope(|scope| {
-        let parts = rows.logits.chunks_mut(share * width).zip(rows.targets.chunks(share));
-        let parts = parts.zip(rows.weights.chunks(share)).zip(rows.losses.chunks_mut(share));
-        for (((logits, targets), weights), losses) in parts {
-            scope.spawn(move || work(Rows { logits, targets, weights, losses }));
-        }
+    let (width, share) = (rows.logits.len() / count, (WORK_OF_A_PART * count).div_ceil(rows.logits.len()));
+    let parts = rows.logits.chunks_mut(share * width).zip(rows.losses.chunks_mut(share));
+    let parts = parts.zip(rows.targets.chunks(share)).zip(rows.weights.chunks(share));
+    for_each(parts, num_threads, |(((logits, losses), targets), weights)| {
+        work(Rows { logits, targets, weights, losses })
     });
 }
 

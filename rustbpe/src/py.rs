@@ -4,7 +4,7 @@
 use crate::attention::{attend, Shape, Tensors};
 use crate::encode::Encoder;
 use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Logit, Rows};
-use crate::norm;
+use crate::rowwise::{self, Op, Task};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::learn_tokens;
 use crate::words::{count_words, Batch};
@@ -260,21 +260,40 @@ fn capped_cross_entropy(
     Ok(())
 }
 
-/// RMSNorm of the rows of x (rows, width), in bfloat16 or float32, to y; the addresses of contiguous tensors, as above.
+/// Row by row, in bfloat16 or float32: 'norm' (value: eps), after a rotation where `angles` has its cosines and sines,
+/// 'relu_square', or 'causal_softmax' (value: the scale). tensors: x and the result; or x (of causal_softmax, the result),
+/// the gradient by the result, and the gradient by x. Each is an address, as above, and strides; their sizes are (batch,
+/// tokens, heads, width), those of the angles, in float32, (batch, tokens, 1, width / 2).
 #[pyfunction]
-fn rms_norm(x: usize, y: usize, is_bfloat16: bool, rows: usize, width: usize, eps: f32) {
-    fn norm<L: Logit>(x: usize, y: usize, size: usize, width: usize, eps: f32) {
-        // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
-        let (x, y) = unsafe {
-            (std::slice::from_raw_parts(x as *const L, size), std::slice::from_raw_parts_mut(y as *mut L, size))
-        };
-        norm::rms_norm(x, y, width, eps);
-    }
-    match (rows * width, is_bfloat16) {
-        (0, _) => {}
-        (size, true) => norm::<Bf16>(x, y, size, width, eps),
-        (size, false) => norm::<f32>(x, y, size, width, eps),
-    }
+#[pyo3(signature = (op, tensors, sizes, is_bfloat16, num_threads, value=0.0, angles=None))]
+#[allow(clippy::too_many_arguments)]
+fn row_op(
+    py: Python<'_>,
+    op: &str,
+    tensors: Vec<(usize, [usize; 3])>,
+    sizes: [usize; 4],
+    is_bfloat16: bool,
+    num_threads: usize,
+    value: f32,
+    angles: Option<[(usize, [usize; 3]); 2]>,
+) -> Result<()> {
+    let rows = |(address, strides)| rowwise::Rows { address, strides };
+    let (x, dy, out) = match tensors[..] {
+        [x, out] => (rows(x), None, rows(out)),
+        [x, dy, out] => (rows(x), Some(rows(dy)), rows(out)),
+        _ => return Err(format!("{} tensors: need 2, or 3 for the gradient", tensors.len()).into()),
+    };
+    let op = match (op, angles) {
+        ("norm", None) => Op::Norm { eps: value },
+        ("norm", Some([cos, sin])) => Op::RotaryNorm { eps: value, cos: rows(cos), sin: rows(sin) },
+        ("relu_square", None) => Op::ReluSquare,
+        ("causal_softmax", None) if sizes[1] <= sizes[3] => Op::CausalSoftmax { scale: value },
+        _ => return Err(format!("there is no {op} of this kind").into()),
+    };
+    let task = Task { op, x, dy, out, sizes: [sizes[0], sizes[1], sizes[2]], width: sizes[3] };
+    let run = if is_bfloat16 { rowwise::run::<Bf16> } else { rowwise::run::<f32> };
+    py.detach(|| unsafe { run(task, num_threads) }); // sound if the caller keeps to the contract
+    Ok(())
 }
 
 /// Attention of one token a row: q and out (rows, heads, dim); k and v with the first lengths[row] positions of each
@@ -325,5 +344,5 @@ fn attend_to_addresses<L: Logit>(addresses: [usize; 4], lengths: &[usize], shape
 #[pymodule(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::{capped_cross_entropy, one_token_attention, rms_norm, Tokenizer};
+    use super::{capped_cross_entropy, one_token_attention, row_op, Tokenizer};
 }

@@ -156,3 +156,13 @@ fn the_gradient_is_the_slope_of_the_loss() {
         }
     }
 }
+
+#[test]
+fn every_part_is_done_once_on_any_number_of_threads() {
+    for num_threads in 1..5 {
+        let mut done = [0; 100];
+        crate::threads::for_each(done.iter_mut(), num_threads, |count| *count += 1);
+        assert_eq!(done, [1; 100]);
+    }
+    crate::threads::for_each(0..0, 2, |_| unreachable!());
+}
