@@ -8,9 +8,8 @@ any number of ranks work, and a single rank runs the same code.
 
 import torch
 
+from nanochat import native
 from nanochat.common import all_gather, ceil_div, rank, reduce_scatter_sum, world_size
-
-CHUNK = 2**18  # elements: on a CPU the update walks a tensor in pieces whose temporaries stay in the cache
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
@@ -71,10 +70,9 @@ class DistAdamW(torch.optim.Optimizer):
         grad = reduce_scatter_sum(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
         shard = self._my_shard(p)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
-        chunk = CHUNK if p.device.type == "cpu" else max(1, shard.numel())
-        pieces = zip(*(t.split(chunk) for t in (shard, grad, state["exp_avg"], state["exp_avg_sq"])), strict=True)
-        for piece in pieces:
-            adamw_update(*piece, state["step"], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        update = native.adamw_update if p.device.type == "cpu" else adamw_update
+        update(shard, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"],
+               group["eps"], group["weight_decay"])
         if ranks > 1:
             p.copy_(all_gather(shard)[: p.numel()].view_as(p))
 

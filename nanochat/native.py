@@ -1,6 +1,6 @@
 """
 The native extension's operations for a model on a CPU, as torch functions: one pass over each row where torch takes
-many, so that nothing has to be compiled. Their sources are rustbpe/src/rowwise.rs, attention.rs and loss.rs.
+many, so that nothing has to be compiled. Their sources are rustbpe/src/rowwise.rs, attention.rs, loss.rs and adamw.rs.
 """
 
 import torch
@@ -108,3 +108,10 @@ def capped_cross_entropy(logits, targets, weights, losses, cap):
     addresses = (tensor.data_ptr() for tensor in (logits, targets, weights, losses))
     bfloat16, threads = logits.dtype == torch.bfloat16, torch.get_num_threads()
     rustbpe.capped_cross_entropy(*addresses, bfloat16, *logits.shape, cap, threads)
+
+
+def adamw_update(param, grad, exp_avg, exp_avg_sq, *settings):
+    """adamw.adamw_update on contiguous float32 tensors of one size."""
+    tensors = param, grad, exp_avg, exp_avg_sq
+    assert all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() == param.numel() for t in tensors)
+    rustbpe.adamw_update([t.data_ptr() for t in tensors], param.numel(), *settings, torch.get_num_threads())

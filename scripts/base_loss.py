@@ -14,7 +14,6 @@ from nanochat.dataset import get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
-from nanochat.sampling import Sampling
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import check_settings
 
@@ -45,7 +44,6 @@ def main():
     # Init
     settings = get_settings(globals())
     check_settings(settings, needed=("device_batch_size",))
-    Sampling(temperature)  # a wrong one is refused before the scoring, not after it
     ddp_rank, _, ddp_world_size, device = compute_init(device_type)
     model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)
     token_bytes = get_token_bytes(device, tokenizer)

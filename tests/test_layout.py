@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
     "common": [], "configurator": [], "execution": [], "curves": [],
-    "precision": ["common"], "adamw": ["common"], "muon": ["common", "precision"],
+    "precision": ["common"], "native": [], "adamw": ["common", "native"], "muon": ["common", "precision"],
     "loss_eval": ["common", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "download", "precision"],
-    "dataloader": ["common", "dataset"], "kernels": [], "native": [],
+    "dataloader": ["common", "dataset"], "kernels": [],
     "gpt": ["common", "precision", "adamw", "muon", "kernels", "native"],
     "sampling": ["common"], "graphs": [], "engine": ["common", "execution", "graphs", "precision", "sampling"],
     "serving": ["common", "engine"], "protocol": [],

@@ -1,6 +1,7 @@
 //! The Python module: argument checks, conversions, and the GIL released around all real work.
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
+use crate::adamw::{self, Rates, State};
 use crate::attention::{attend, Shape, Tensors};
 use crate::encode::Encoder;
 use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Logit, Rows};
@@ -341,8 +342,48 @@ fn attend_to_addresses<L: Logit>(addresses: [usize; 4], lengths: &[usize], shape
     attend(tensors, lengths, shape, num_threads);
 }
 
+/// One step of AdamW on `size` float32 numbers: the addresses, as above, of the parameters, their gradient, and its
+/// running means, plain and squared; all but the gradient change. `step` counts from 1.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn adamw_update(
+    py: Python<'_>,
+    addresses: [usize; 4],
+    size: usize,
+    step: i32,
+    lr: f64,
+    betas: (f64, f64),
+    eps: f64,
+    weight_decay: f64,
+    num_threads: usize,
+) {
+    let (beta1, beta2) = betas;
+    let rates = Rates {
+        lr: (lr / (1.0 - beta1.powi(step))) as f32,
+        decay: (1.0 - lr * weight_decay) as f32,
+        beta1: beta1 as f32,
+        beta2: beta2 as f32,
+        correction2: (1.0 - beta2.powi(step)) as f32,
+        eps: eps as f32,
+    };
+    let [param, grad, exp_avg, exp_avg_sq] = addresses;
+    if size == 0 {
+        return;
+    }
+    // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
+    let state = unsafe {
+        State {
+            param: std::slice::from_raw_parts_mut(param as *mut f32, size),
+            grad: std::slice::from_raw_parts(grad as *const f32, size),
+            exp_avg: std::slice::from_raw_parts_mut(exp_avg as *mut f32, size),
+            exp_avg_sq: std::slice::from_raw_parts_mut(exp_avg_sq as *mut f32, size),
+        }
+    };
+    py.detach(|| adamw::update(state, rates, num_threads));
+}
+
 #[pymodule(name = "rustbpe")]
 mod module {
     #[pymodule_export]
-    use super::{capped_cross_entropy, one_token_attention, row_op, Tokenizer};
+    use super::{adamw_update, capped_cross_entropy, one_token_attention, row_op, Tokenizer};
 }
