@@ -125,7 +125,7 @@ def _add_gradients(model, pairs, contexts, weights):
         x = model.transformer.wte(contexts)
         x = norm(norm(x.to(active_dtype(x))))
     weight = model.lm_head.weight[: model.config.vocab_size]
-    loss = HeadLoss.apply(x, weight, targets, weights, len(x), losses_and_grad, slice(None))
+    loss = HeadLoss.apply(x, weight, targets, weights, CONTEXTS, losses_and_grad, slice(None))
     loss.backward()
     return loss.detach() / CONTEXTS
 
