@@ -70,7 +70,8 @@ class DistAdamW(torch.optim.Optimizer):
         grad = reduce_scatter_sum(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
         shard = self._my_shard(p)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
-        update = native.adamw_update if p.device.type == "cpu" else adamw_update
+        fits = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
+        update = native.adamw_update if fits else adamw_update
         update(shard, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"],
                group["eps"], group["weight_decay"])
         if ranks > 1:

@@ -109,7 +109,7 @@ def _add_gradients(model, pairs, contexts, weights):
     rows, next_ids, shares = pairs.soft_targets(contexts)
     _, firsts = np.unique(rows, return_index=True)
     targets = next_ids[firsts]  # the loss takes one target a row, and what the shares differ from that
-    shares[firsts] -= 1
+    shares[firsts] -= 1  # which is what its gradient lacks
     contexts, targets, rows, next_ids, shares, weights = (to_device(array, model.device) for array in (
         contexts, targets, rows, next_ids, shares, np.float32(CONTEXTS * weights)))
 
@@ -125,6 +125,7 @@ def _add_gradients(model, pairs, contexts, weights):
         x = model.transformer.wte(contexts)
         x = norm(norm(x.to(active_dtype(x))))
     weight = model.lm_head.weight[: model.config.vocab_size]
+    # in one chunk, since the pairs are numbered over all rows
     loss = HeadLoss.apply(x, weight, targets, weights, CONTEXTS, losses_and_grad, slice(None))
     loss.backward()
     return loss.detach() / CONTEXTS

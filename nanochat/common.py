@@ -314,10 +314,10 @@ def barrier():
 
 
 def compiles(device, setting=None):
-    """Whether to torch.compile: never on a CPU, which has native.py, else as set; None = if Triton is there for it."""
-    if device.type == "cpu" or setting is not None:
-        return device.type != "cpu" and setting
-    return device.type == "cuda" and HAS_TRITON
+    """Whether to torch.compile: never on a CPU, which has native.py; else as set; None = on a GPU that has Triton."""
+    if device.type == "cpu":
+        return False
+    return setting if setting is not None else device.type == "cuda" and HAS_TRITON
 
 
 def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):

@@ -491,7 +491,7 @@ class GPT(nn.Module):
                          momentum=0.95, compile=None, value_lr=None):
         """
         [DistAdamW for tables and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
-        compile: whether Muon compiles its update; None = on GPUs. value_lr: of value embeddings; None = embedding_lr.
+        compile: whether Muon compiles its update: see DistMuon. value_lr: of value embeddings; None = embedding_lr.
         """
         def named(pattern):
             return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]

@@ -72,7 +72,7 @@ class DistMuon(torch.optim.Optimizer):
 
     named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
     weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
-    compile: whether to compile the update on a GPU; None = yes.
+    compile: whether to compile the update on a GPU; None = if Triton is there.
     """
 
     def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):

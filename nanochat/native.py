@@ -4,6 +4,7 @@ many, so that nothing has to be compiled. Their sources are rustbpe/src/rowwise.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 import rustbpe
 
@@ -16,13 +17,16 @@ def suits(x):
 def _row_op(name, tensors, value=0.0, angles=()):
     """rustbpe's row_op: from x (B, T, H, D) to the result, or from x and the gradient by that to the gradient by x."""
     x = tensors[0]
+    assert all(tensor.stride(-1) == 1 for tensor in (*tensors, *angles))
+    assert all(a.dtype == torch.float32 and len(a) in (1, len(x)) for a in angles)
     places = [(tensor.data_ptr(), tensor.stride()[:3]) for tensor in tensors]
+    # the angles of one row are those of every row
     angles = [(a.data_ptr(), (a.stride(0) if len(a) > 1 else 0, a.stride(2), 0)) for a in angles] or None
     rustbpe.row_op(name, places, x.shape, x.dtype == torch.bfloat16, torch.get_num_threads(), value, angles)
 
 
 class _RowOp(torch.autograd.Function):
-    """x (B, T, H, D) -> (B, H, T, D)."""
+    """x (B, T, H, D) -> (B, H, T, D); `of` leaves autograd out where it is not wanted."""
 
     @staticmethod
     def forward(ctx, x, name, value=0.0, *angles):
@@ -35,6 +39,7 @@ class _RowOp(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, *angles = ctx.saved_tensors
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -43,6 +48,7 @@ class _RowOp(torch.autograd.Function):
 
     @classmethod
     def of(cls, x, *settings):
+        x = x if x.stride(-1) == 1 else x.contiguous()
         return cls.apply(x, *settings) if x.requires_grad else cls.forward(None, x, *settings)
 
 
@@ -53,7 +59,7 @@ def norm(x, eps):
 
 def rotary_norm(x, cos, sin, eps):
     """x (B, T, H, D), turned by minus the angles of cos and sin (1 or B, 1, T, D / 2), and its norm -> (B, H, T, D)."""
-    return _RowOp.of(x, "norm", eps, cos, sin)
+    return _RowOp.of(x, "norm", eps, cos.float(), sin.float())  # a copy only where model.bfloat16() was called
 
 
 def relu_square(x):
@@ -63,7 +69,7 @@ def relu_square(x):
 class ShortAttention(torch.autograd.Function):
     """
     Causal attention for training: the scores of a short row fit in memory, and batched products take a third of the
-    time of torch's fused kernels in bfloat16 (dev/LOG.md). q, k (normalised) and v (B, H, T, D) -> (B, H, T, D).
+    time of torch's fused kernels in bfloat16 (dev/LOG.md). q, k, v (B, H, T, D) -> (B, H, T, D).
     """
 
     @staticmethod
@@ -76,6 +82,7 @@ class ShortAttention(torch.autograd.Function):
         return (P[:, :, 0] @ v).view(B, H, T, D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, P = ctx.saved_tensors
         shape, grad, dscores = grad.shape, grad.reshape(q.shape), torch.empty_like(P)

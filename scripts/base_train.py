@@ -98,7 +98,7 @@ compile: bool | None = None              # torch.compile on a GPU; None = if Tri
 
 LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
 # settings that a resumed run cannot change
-FIXED = ("seed", "data", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
+FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
 # -----------------------------------------------------------------------------
 

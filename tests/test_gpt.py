@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt, native
+from nanochat import gpt
 from nanochat.gpt import (
     GPT,
     IGNORE,
     GPTConfig,
     chunk_loss_and_grad,
     chunk_loss_and_grad_eager,
-    norm,
 )
 from nanochat.precision import get_autocast_ctx
 from scripts.export_hf import hf_weights
@@ -78,9 +77,8 @@ def plain_loss(model, x, y, reduction):
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])  # 2^-8 of a gradient of 1
-@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (3, 33, 2), (5, 1000, 8), (64, 4099, 3), (40, 30_001, 2)])
-def test_the_cpus_loss_and_gradient_equal_the_plain_ones(monkeypatch, rows, vocab, threads, dtype, atol):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+@pytest.mark.parametrize("rows, vocab", [(1, 1), (3, 33), (5, 1000), (64, 4099), (40, 30_001)])
+def test_the_cpus_loss_and_gradient_equal_the_plain_ones(rows, vocab, dtype, atol):
     logits = (torch.randn(rows, vocab) * 20).to(dtype)  # far into the cap, too
     logits[0, 0], logits[-1, -1] = 1e30, -1e30
     targets, weights = torch.randint(vocab, (rows,)), torch.rand(rows)
@@ -163,6 +161,13 @@ def test_logits_are_capped_float32_and_without_padding():
     assert 14.9 < logits.abs().max() <= 15
 
 
+def test_a_model_whose_buffers_were_cast_still_rotates():
+    model, ids = tiny_model(), torch.randint(0, 100, (1, 20))
+    expected = model(ids).detach()
+    model.cos, model.sin = model.cos.bfloat16(), model.sin.bfloat16()
+    torch.testing.assert_close(model(ids), expected, atol=0.05, rtol=0)
+
+
 def test_causality():
     model = tiny_model()
     x = torch.randint(0, 100, (1, 20))
@@ -196,60 +201,6 @@ def test_bad_shapes_are_named():
         GPT(GPTConfig(n_embd=65))
     with pytest.raises(ValueError, match="33 tokens exceed the rotary table of 32"):
         tiny_model()(torch.zeros(1, 33, dtype=torch.long))
-
-
-@pytest.mark.parametrize("dtype, tol", [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("shape", [(1, 1, 2, 32), (5, 3, 2, 34), (2, 1, 1, 2), (0, 4, 1, 64), (3, 700, 4, 64)])
-def test_row_ops_on_a_cpu_and_their_gradients_are_those_of_torch(shape, dtype, tol):
-    """Norm, ReLU^2, and the norm of rotated rows, which are part of a wider tensor and have angles of their own."""
-    B, T, H, D = shape
-    x = torch.randn(B, T, H + 1, D).to(dtype)[:, :, :H].requires_grad_()
-    angle = torch.rand(max(B, 1), 1, T, D // 2)
-    angles = torch.stack((angle.cos(), angle.sin()))
-    plain = [lambda x: F.rms_norm(x, x.shape[-1:], eps=2**-23), lambda x: F.relu(x).square(),
-             lambda x: F.rms_norm(gpt.apply_rotary(x.transpose(1, 2), *angles.double()), x.shape[-1:], eps=2**-23)]
-    ours = [norm, gpt.relu_square, lambda x: gpt.rotary_norm(x, *angles)]
-    for op, reference in zip(ours, plain, strict=True):
-        out, exact = op(x), x.detach().double().requires_grad_()
-        expected = reference(exact)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), expected, atol=tol, rtol=tol)
-        assert torch.equal(op(x.detach()), out)
-        grad = torch.randn(out.shape).transpose(0, 1).contiguous().transpose(0, 1).to(dtype)  # in another order
-        for result, start in ((out, grad), (expected, grad.double())):
-            result.backward(start)
-        torch.testing.assert_close(x.grad.double(), exact.grad, atol=8 * tol, rtol=tol)
-        x.grad = None
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-@pytest.mark.parametrize("B, H, H_kv, S, D", [(1, 4, 4, 1, 16), (3, 4, 2, 70, 32), (2, 6, 1, 600, 128),
-                                              (5, 3, 3, 9, 6)])
-def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol):
-    q = torch.randn(B, 1, H, D).to(dtype).transpose(1, 2)
-    k, v = torch.randn(2, B, H_kv, S + 5, D).to(dtype)[:, :, :, :S]  # parts of a cache that is longer
-    for last in (None, torch.randint(0, S, (B, 1))):
-        mask = None if last is None else (torch.arange(S) <= last)[:, None, None]
-        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
-        out = gpt.attention(q, k, v, last)
-        assert out.dtype == dtype
-        with pytest.raises(RuntimeError, match="dtype"):  # as torch says it
-            gpt.attention(q, k.half(), v.half(), last)
-        torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_attention_of_short_rows_is_torchs_with_its_gradients(dtype, atol):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 77, 16).to(dtype).requires_grad_() for _ in range(3))
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, expected = native.ShortAttention.apply(q, k, v), F.scaled_dot_product_attention(*exact, is_causal=True)
-    grad = torch.randn(out.shape).to(dtype)
-    out.backward(grad)
-    expected.backward(grad.double())
-    torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
-    for ours, theirs in zip((q, k, v), exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2 * atol, rtol=0)
 
 
 def test_training_in_16_bits_takes_the_gradients_of_32(monkeypatch):

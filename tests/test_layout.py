@@ -43,7 +43,7 @@ BUDGETS = {
     "tasks/common.py": 255, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1225, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
-TOTALS = {"nanochat": 6900, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 10900}  # Python of a whole room
+TOTALS = {"nanochat": 6900, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 11050}  # Python of a whole room
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
 
@@ -105,7 +105,7 @@ def test_other_files_stay_within_their_budget(name):
 
 def test_the_rust_crate_stays_under_its_budget():
     sources = [p for p in (ROOT / "rustbpe" / "src").glob("*.rs")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 2100
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in sources) < 2250
 
 
 def test_importing_everything_does_nothing(tmp_path):

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from nanochat.adamw import DistAdamW
+from nanochat.adamw import DistAdamW, adamw_update
 from nanochat.muon import DistMuon, Muon, muon_update, orthogonalize
 
 
-def test_adamw_equals_torch():
+@pytest.mark.parametrize("native", [True, False])
+def test_adamw_equals_torch(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr("nanochat.native.adamw_update", adamw_update)
     torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(600, 513))  # more than one chunk, and not a whole number of them
+    ours = torch.nn.Parameter(torch.randn(600, 513))  # more than one part, and not a whole number of them
     theirs = torch.nn.Parameter(ours.detach().clone())
     settings = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
     a = DistAdamW([dict(named_params=[("p", ours)], lr=0.01)], **settings)

@@ -79,8 +79,11 @@ def test_stopping_before_the_first_word_does_not_leave_two_questions(chat, serve
 def test_a_busy_or_loading_server_is_waited_for(chat, server, status):
     server.script = [Answer(status=status, headers=RETRY), Answer(["Now"])]
     chat.send("Hi")
-    chat.see("scripted error. Trying again in")
-    chat.button("Try now").click()
+    chat.see("scripted error. Trying again in 20 s.")
+    chat.button("Try now").focus()
+    chat.see("scripted error. Trying again in 19 s.")
+    assert chat.page.evaluate("document.activeElement.textContent") == "Try now"  # the countdown leaves it alone
+    chat.page.keyboard.press("Enter")
     chat.wait()
     assert chat.turns() == [["user", "Hi"], ["assistant", "Now"]] and len(server.requests) == 2
 

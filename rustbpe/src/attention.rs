@@ -18,7 +18,7 @@ pub struct Shape {
     pub dim: usize,
 }
 
-/// The tensors, or a thread's share of them: q and out (pairs of a row and a head, dim), from pair `first` on.
+/// The tensors, or a part of them: q and out (pairs of a row and a head, dim), from pair `first` on.
 pub struct Tensors<'a, L> {
     pub q: &'a [L],
     pub k: &'a [L],

@@ -62,7 +62,7 @@ fn terms(x: f32, cap: f32) -> (f32, f32) {
     (s, exp(-2.0 * cap * s))
 }
 
-/// Rows of one thread: their logits (overwritten by the gradient), targets, weights and losses.
+/// Rows, or a part of them: their logits (overwritten by the gradient), targets, weights and losses.
 pub struct Rows<'a, L> {
     pub logits: &'a mut [L],
     pub targets: &'a [i64],

@@ -262,9 +262,9 @@ fn capped_cross_entropy(
 }
 
 /// Row by row, in bfloat16 or float32: 'norm' (value: eps), after a rotation where `angles` has its cosines and sines,
-/// 'relu_square', or 'causal_softmax' (value: the scale). tensors: x and the result; or x (of causal_softmax, the result),
-/// the gradient by the result, and the gradient by x. Each is an address, as above, and strides; their sizes are (batch,
-/// tokens, heads, width), those of the angles, in float32, (batch, tokens, 1, width / 2).
+/// 'relu_square', or 'causal_softmax' (value: the scale). tensors: x and the result; or x (of causal_softmax, the
+/// result), the gradient by the result, and the gradient by x. Each is an address, as above, and strides; their sizes
+/// are (batch, tokens, heads, width), those of the angles, in float32, (batch, tokens, 1, width / 2).
 #[pyfunction]
 #[pyo3(signature = (op, tensors, sizes, is_bfloat16, num_threads, value=0.0, angles=None))]
 #[allow(clippy::too_many_arguments)]

@@ -1,6 +1,7 @@
-//! What stands between the products of a layer, on a CPU: RMSNorm without a weight, with rotary positions where they are
-//! wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes over memory for one, and as many times the
-//! few microseconds that it takes to begin a pass; here a row is done while it is in the cache.
+//! What stands between the products of a layer, on a CPU: RMSNorm without a weight, with rotary positions where they
+//! are wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes
+//! over memory for one, and as many times the few microseconds that it takes to begin a pass; here a row is done while it is
+//! in the cache.
 
 use crate::loss::{exp, Logit};
 use crate::threads::for_each;
@@ -46,9 +47,8 @@ pub enum Op {
         sin: Rows,
     },
     ReluSquare,
-    /// Of the first t + 1 numbers of row (b, t, h) times the scale, the others become 0. No maximum is subtracted first:
-    /// the product of normalised queries and keys, times the scale, is at most the root of their size. For the gradient,
-    /// x is the softmax.
+    /// Of the first t + 1 numbers of row (b, t, h) times the scale; the others become 0. For the gradient, x is the
+    /// softmax.
     CausalSoftmax {
         scale: f32,
     },
@@ -90,6 +90,21 @@ fn add_up(numbers: &[f32]) -> f32 {
         }
     }
     fold(sums) + rest
+}
+
+#[inline(always)]
+fn largest<L: Logit>(x: &[L]) -> f32 {
+    let (mut most, chunks) = ([f32::NEG_INFINITY; LANES], x.chunks_exact(LANES));
+    for (most, x) in most.iter_mut().zip(chunks.remainder()) {
+        *most = x.to_f32();
+    }
+    for chunk in chunks {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            let x = x.to_f32();
+            *most = if x > *most { x } else { *most };
+        }
+    }
+    most.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b))
 }
 
 /// The sum of the sums, by halves: one after the other, each addition would wait for the one before.
@@ -142,14 +157,23 @@ fn norm_row<L: Logit>(
 }
 
 #[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 {
+        0.0
+    } else {
+        x // NaN, too, which f32::max would hide
+    }
+}
+
+#[inline(always)]
 fn relu_square_row<L: Logit>(x: &[L], dy: Option<&[L]>, out: &mut [L]) {
     if let Some(dy) = dy {
         for ((out, x), dy) in out.iter_mut().zip(x).zip(dy) {
-            *out = L::from_f32(2.0 * x.to_f32().max(0.0) * dy.to_f32());
+            *out = L::from_f32(2.0 * relu(x.to_f32()) * dy.to_f32());
         }
     } else {
         for (out, x) in out.iter_mut().zip(x) {
-            let x = x.to_f32().max(0.0);
+            let x = relu(x.to_f32());
             *out = L::from_f32(x * x);
         }
     }
@@ -164,8 +188,9 @@ fn softmax_row<L: Logit>(x: &[L], dy: Option<&[L]>, out: &mut [L], scale: f32, g
             *out = L::from_f32(scale * p.to_f32() * (dy.to_f32() - mean));
         }
     } else {
+        let largest = largest(x);
         for (g, x) in g.iter_mut().zip(x) {
-            *g = exp((scale * x.to_f32()).clamp(-80.0, 80.0));
+            *g = exp((scale * (x.to_f32() - largest)).clamp(-80.0, 0.0));
         }
         let share = 1.0 / add_up(g);
         for (out, g) in out.iter_mut().zip(g) {
@@ -216,7 +241,7 @@ unsafe fn run_dispatched<L: Logit>(task: Task, tokens: Range<usize>) {
 /// Sound while the tensors hold the rows that the sizes say, `out` overlaps no other, and nobody else writes to them.
 pub unsafe fn run<L: Logit>(task: Task, num_threads: usize) {
     let tokens = task.sizes[0] * task.sizes[1];
-    let share = WORK_OF_A_PART.div_ceil(task.sizes[2] * task.width).max(1);
+    let share = WORK_OF_A_PART.div_ceil((task.sizes[2] * task.width).max(1));
     for_each(0..tokens.div_ceil(share), num_threads, |part| {
         run_dispatched::<L>(task, part * share..tokens.min((part + 1) * share))
     });

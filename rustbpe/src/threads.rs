@@ -3,6 +3,8 @@
 
 use std::sync::Mutex;
 
+const PARTS_OF_A_THREAD: usize = 8; // without OpenMP, to be worth a start
+
 /// The parts that are left, and what to do with one.
 struct Job<I, F> {
     parts: Mutex<I>,
@@ -22,19 +24,21 @@ impl<I: Iterator, F: Fn(I::Item)> Job<I, F> {
     }
 }
 
-/// work(part) for each part, on up to num_threads threads, the caller's among them.
+/// work(part) for each part, on up to num_threads threads, the caller's among them. As with torch's own operations, a
+/// process that has used several cannot do so again after a fork.
 pub fn for_each<I, F>(parts: I, num_threads: usize, work: F)
 where
     I: ExactSizeIterator + Send,
     F: Fn(I::Item) + Sync,
 {
-    let (num_threads, job) = (num_threads.min(parts.len()), Job { parts: Mutex::new(parts), work });
+    let (count, job) = (parts.len(), Job { parts: Mutex::new(parts), work });
+    // all threads, however few parts there are: OpenMP would end those left over, and torch would start them again
     #[cfg(target_os = "linux")]
-    if num_threads > 1 && openmp::run(&job, num_threads) {
+    if num_threads > 1 && count > 1 && openmp::run(&job, num_threads) {
         return;
     }
     std::thread::scope(|scope| {
-        for _ in 1..num_threads {
+        for _ in 1..num_threads.min(count / PARTS_OF_A_THREAD) {
             scope.spawn(|| job.run());
         }
         job.run();
@@ -51,7 +55,8 @@ mod openmp {
         fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void; // of the C library
     }
 
-    /// What a compiler makes of `#pragma omp parallel`; GNU's, LLVM's and Intel's libraries all have it.
+    /// What a compiler makes of `#pragma omp parallel`; GNU's, LLVM's and Intel's libraries all have it. Found is the
+    /// first that the process has loaded for all to see, which torch does with the one that it uses.
     type GompParallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
 
     extern "C" fn on_a_thread<I: Iterator, F: Fn(I::Item)>(job: *mut c_void) {
