@@ -52,9 +52,19 @@ class _RowOp(torch.autograd.Function):
         return cls.apply(x, *settings) if x.requires_grad else cls.forward(None, x, *settings)
 
 
+def _of_rows(x, name, value=0.0):
+    """norm or relu_square of x, whatever its shape."""
+    if x.requires_grad or not x.is_contiguous():
+        return _RowOp.of(x.reshape(1, -1, 1, x.size(-1)), name, value).view(x.shape)
+    out, width = torch.empty_like(x), x.size(-1)  # decoding does this often, with little else than the call itself
+    places, sizes = [(t.data_ptr(), (0, width, 0)) for t in (x, out)], (1, x.numel() // width, 1, width)
+    rustbpe.row_op(name, places, sizes, x.dtype == torch.bfloat16, torch.get_num_threads(), value)
+    return out
+
+
 def norm(x, eps):
     """RMSNorm of the last dimension, without a weight."""
-    return _RowOp.of(x.reshape(1, -1, 1, x.size(-1)), "norm", eps).view(x.shape)
+    return _of_rows(x, "norm", eps)
 
 
 def rotary_norm(x, cos, sin, eps):
@@ -63,7 +73,7 @@ def rotary_norm(x, cos, sin, eps):
 
 
 def relu_square(x):
-    return _RowOp.of(x.reshape(1, -1, 1, x.size(-1)), "relu_square").view(x.shape)
+    return _of_rows(x, "relu_square")
 
 
 class ShortAttention(torch.autograd.Function):

@@ -43,7 +43,7 @@ BUDGETS = {
     "tasks/common.py": 255, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1225, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
-TOTALS = {"nanochat": 6900, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 11050}  # Python of a whole room
+TOTALS = {"nanochat": 6920, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 11050}  # Python of a whole room
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
 
