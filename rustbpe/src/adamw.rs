@@ -1,4 +1,4 @@
-//! The update of AdamW on a CPU, in one pass over four tensors where torch takes nine.
+//! The update of AdamW on a CPU, in one pass over four tensors where torch takes eight.
 
 use crate::threads::for_each;
 

@@ -1,5 +1,5 @@
 //! Attention of one new token a row to the cached keys and values of that row, on a CPU: what decoding does in every
-//! layer. torch's kernel is made for many queries and takes three times as long for one.
+//! layer. torch's kernel is made for many queries and takes up to three times as long for one (dev/LOG.md).
 
 use crate::loss::{exp, has_avx2, Logit};
 use crate::rowwise::dot;

@@ -1,14 +1,14 @@
 //! What stands between the products of a layer, on a CPU: RMSNorm without a weight, with rotary positions where they
 //! are wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes
-//! over memory for one, and as many times the few microseconds that it takes to begin a pass; here a row is done while it is
-//! in the cache.
+//! over memory for one, and as many times the few microseconds that it takes to begin a pass; here a row is done while
+//! it is in the cache.
 
 use crate::loss::{exp, Logit};
 use crate::threads::for_each;
 use std::ops::Range;
 
 const LANES: usize = 32; // partial sums: enough that no addition waits for the one before
-const WORK_OF_A_PART: usize = 1 << 15; // numbers: enough that sharing them out takes no time (dev/LOG.md)
+const WORK_OF_A_PART: usize = 1 << 15; // numbers: small, so that a thread that is held up holds nobody else up
 
 /// Rows of numbers side by side in a tensor: row (b, t, h) begins at b * strides[0] + t * strides[1] + h * strides[2].
 #[derive(Clone, Copy)]
