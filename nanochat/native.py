@@ -78,8 +78,8 @@ def relu_square(x):
 
 class ShortAttention(torch.autograd.Function):
     """
-    Causal attention for training: the scores of a short row fit in memory, and batched products take a third of the
-    time of torch's fused kernels in bfloat16 (dev/LOG.md). q, k, v (B, H, T, D) -> (B, H, T, D).
+    Causal attention for training: the scores of a short row fit in memory, and up to 512 tokens batched products take
+    half the time of torch's fused kernels in bfloat16 (dev/LOG.md). q, k, v (B, H, T, D) -> (B, H, T, D).
     """
 
     @staticmethod
