@@ -7,6 +7,8 @@ learn it from a few examples at a time, at rates that the noise of rare tokens s
 So embedding and head are fitted to the counts first. Each step draws contexts at random and shows for each of them
 *all* that followed it anywhere, as one soft target: no noise but the draw, and rows of a single token.
 
+With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list.
+
 What it brings, and where: dev/LOG.md.
 """
 
@@ -18,15 +20,17 @@ import torch
 
 from nanochat.common import Ema, UserError, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
 from nanochat.dataloader import to_device, token_documents
-from nanochat.gpt import LOGIT_CAP, HeadLoss, chunk_loss_and_grad_eager, norm
-from nanochat.precision import active_dtype, get_autocast_ctx
+from nanochat.gpt import LOGIT_CAP, NO_PAIR, HeadLoss, chunk_loss_and_grad_eager, norm
+from nanochat.precision import get_autocast_ctx
 from nanochat.training import set_rates
 
 MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
 OFTEN = 256             # average occurrences per token beyond which training alone learns as much
 MAX_TOKENS = 2**25      # counted
-CONTEXTS = 1024         # a step
+CONTEXTS = 1024, 4096   # a step: a sixteenth of all, but no fewer and no more than these
+HEAD_LR = 0.008
 STEPS = 160
+LOSS_SCALE = 1024       # 16 bits want a gradient near 1, and Adam looks at no scale
 REPORTS = 4             # lines of progress
 
 
@@ -36,27 +40,46 @@ def pays(run_tokens, vocab_size):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Followers:
     """
-    How often which token follows which. The followers of token a and their counts are next_ids[s] and counts[s] with
-    s = slice(starts[a], starts[a + 1]); totals[a] is the sum of these counts.
+    How often which token follows which context. Context c < V is token c, the others are pairs of tokens, where c < V
+    is any other occurrence of the token. The followers of a context and their counts are next_ids[s] and counts[s] with
+    s = slice(starts[c], starts[c + 1]); totals[c] is the sum of these counts.
     """
-    starts: np.ndarray    # (V + 1,) int64
-    next_ids: np.ndarray  # (pairs,) int64
-    counts: np.ndarray    # (pairs,) int64
-    totals: np.ndarray    # (V,) int64
+    pairs: np.ndarray     # (P,) int64, ascending: a * V + b where b follows a
+    starts: np.ndarray    # (V + P + 1,) int64
+    next_ids: np.ndarray  # (N,) int64
+    counts: np.ndarray    # (N,) int64
+    totals: np.ndarray    # (V + P,) int64
+
+    def tokens(self, contexts):
+        """(token, the one before it or -1) of contexts, (R,) each."""
+        vocab_size = len(self.totals) - len(self.pairs)
+        pairs = np.concatenate((np.arange(-vocab_size, 0), self.pairs))[contexts]  # a token without one before it
+        before, tokens = np.divmod(pairs, vocab_size)
+        return tokens, before
 
     def soft_targets(self, contexts):
-        """For contexts (R,): (row, next token, its share of the row's followers) of every pair, (N,) each."""
+        """For contexts (R,): (row, next token, its share of the row's followers) of every follower, (N,) each."""
         lengths = self.starts[contexts + 1] - self.starts[contexts]
         rows = np.repeat(np.arange(len(contexts)), lengths)
-        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # offset from a place here to its pair
-        pairs = np.arange(len(rows)) + firsts[rows]
-        return rows, self.next_ids[pairs], (self.counts[pairs] / self.totals[contexts][rows]).astype(np.float32)
+        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # offset from a place here to its follower
+        places = np.arange(len(rows)) + firsts[rows]
+        return rows, self.next_ids[places], (self.counts[places] / self.totals[contexts][rows]).astype(np.float32)
 
 
-def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
-    """Pairs of neighbouring tokens in documents, (position, ids) each, which <|bos|> parts, up to max_tokens tokens."""
+def count_runs(numbers):
+    """(different numbers, ascending; how often each occurs). Sorts `numbers` in place."""
+    numbers.sort()
+    firsts = np.concatenate(([0], 1 + np.flatnonzero(numbers[1:] != numbers[:-1])))
+    return numbers[firsts], np.diff(firsts, append=len(numbers))
+
+
+def count_followers(documents, bos, vocab_size, num_pairs=0, max_tokens=MAX_TOKENS):
+    """
+    What follows each token, and each of the num_pairs most frequent pairs, in the first max_tokens tokens of documents,
+    (position, ids) each, which <|bos|> parts.
+    """
     pieces, total = [], 0
     for _, ids in documents:
         pieces += [np.array([bos], dtype=ids.dtype), ids]
@@ -67,51 +90,59 @@ def count_pairs(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
     del pieces
     if len(tokens) < 2:
         raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
-    keys = tokens[:-1].astype(np.int64)  # a pair as one number
-    keys *= vocab_size
-    keys += tokens[1:]
-    keys.sort()
-    firsts = np.concatenate(([0], 1 + np.flatnonzero(keys[1:] != keys[:-1])))
-    contexts, next_ids = np.divmod(keys[firsts], vocab_size)
-    starts = np.searchsorted(contexts, np.arange(vocab_size + 1))
-    return Pairs(starts, next_ids, np.diff(firsts, append=len(keys)), np.bincount(tokens[:-1], minlength=vocab_size))
+    contexts = tokens[:-1].astype(np.int64)
+    pairs = np.full(num_pairs, NO_PAIR)
+    if num_pairs:
+        neighbours = contexts[:-1] * vocab_size + contexts[1:]  # a pair as one number
+        found, counts = count_runs(neighbours.copy())
+        most = found[np.argsort(-counts, kind="stable")[:num_pairs]]
+        pairs[: len(most)] = np.sort(most)
+        places = torch.searchsorted(*map(torch.from_numpy, (pairs, neighbours))).numpy()  # on all cores
+        listed = np.append(pairs, NO_PAIR)[places] == neighbours
+        contexts[1:][listed] = vocab_size + places[listed]
+        del neighbours, places, listed
+    totals = np.bincount(contexts, minlength=vocab_size + num_pairs)
+    contexts *= vocab_size
+    contexts += tokens[1:]
+    found, counts = count_runs(contexts)
+    contexts, next_ids = np.divmod(found, vocab_size)
+    return Followers(pairs, np.searchsorted(contexts, np.arange(len(totals) + 1)), next_ids, counts, totals)
 
 
-def fit_pairs(model, pairs, seed, steps=STEPS):
+def fit_followers(model, followers, seed, steps=STEPS):
     """
-    Fit the embedding and the head of a new model to the counts. Contexts are drawn by the square root of their
+    Fit the embeddings and the head of a new model to the counts. Contexts are drawn by the square root of their
     frequency, so that rare ones are seen, and weighted by it, so that each counts as often as it occurs. Ranks share a
     step's contexts.
     """
-    optimizer = model.setup_optimizers()[0]
+    optimizer = model.setup_optimizers(unembedding_lr=HEAD_LR)[0]
     del optimizer.param_groups[2:]  # value embeddings, which the blocks would use
-    roots = np.sqrt(pairs.totals)
-    num_contexts = min(CONTEXTS, np.count_nonzero(roots))
+    roots = np.sqrt(followers.totals)
+    num_contexts = min(np.clip(len(roots) // 16, *CONTEXTS), np.count_nonzero(roots))
     rng, smooth_loss = np.random.default_rng(seed), Ema()
     for step in range(steps):
         contexts = rng.choice(len(roots), num_contexts, replace=False, p=roots / roots.sum())
         weights = roots[contexts] / roots[contexts].sum()
         mine = rank_slice(num_contexts, rank(), world_size())
-        loss = _add_gradients(model, pairs, contexts[mine], weights[mine])
+        loss = _add_gradients(model, followers, contexts[mine], weights[mine])
         set_rates([optimizer], lr_multiplier(step, steps, warmup_iters=0, warmdown_ratio=0.5))
         optimizer.step()
         model.zero_grad(set_to_none=True)
         smooth_loss.update(all_reduce_sum(loss).item())
         if (step + 1) % (steps // min(steps, REPORTS)) == 0:
-            print0(f"head start: {step + 1:03d}/{steps} | loss: {smooth_loss.value:.5f} nats per pair")
+            print0(f"head start: {step + 1:03d}/{steps} | loss: {smooth_loss.value:.5f} nats a token")
 
 
-def _add_gradients(model, pairs, contexts, weights):
+def _add_gradients(model, followers, contexts, weights):
     """
-    Add the gradient of the weighted losses of contexts (R,), times CONTEXTS, since 16 bits want a number near 1 and
-    Adam looks at no scale; returns the sum of the losses as a tensor.
+    Add the gradient of the weighted losses of contexts (R,), times LOSS_SCALE; returns their sum as a tensor.
     """
-    rows, next_ids, shares = pairs.soft_targets(contexts)
+    rows, next_ids, shares = followers.soft_targets(contexts)
     _, firsts = np.unique(rows, return_index=True)
     targets = next_ids[firsts]  # the loss takes one target a row, and what the shares differ from that
     shares[firsts] -= 1  # which is what its gradient lacks
-    contexts, targets, rows, next_ids, shares, weights = (to_device(array, model.device) for array in (
-        contexts, targets, rows, next_ids, shares, np.float32(CONTEXTS * weights)))
+    tokens, before, targets, rows, next_ids, shares, weights = (to_device(array, model.device) for array in (
+        *followers.tokens(contexts), targets, rows, next_ids, shares, np.float32(LOSS_SCALE * weights)))
 
     def losses_and_grad(logits, targets, weights):  # (R,) and (R, V): see chunk_loss_and_grad
         t = torch.tanh(logits[rows, next_ids].float() / LOGIT_CAP)
@@ -122,22 +153,24 @@ def _add_gradients(model, pairs, contexts, weights):
         return losses, grad
 
     with get_autocast_ctx(model.device):  # what the trunk does, but for blocks that add nothing
-        x = model.transformer.wte(contexts)
-        x = norm(norm(x.to(active_dtype(x))))
+        x = norm(model.embed(tokens, before))
     weight = model.lm_head.weight[: model.config.vocab_size]
-    # in one chunk, since the pairs are numbered over all rows
-    loss = HeadLoss.apply(x, weight, targets, weights, CONTEXTS, losses_and_grad, slice(None))
+    # in one chunk, since the followers are numbered over all rows
+    loss = HeadLoss.apply(x, weight, targets, weights, CONTEXTS[1], losses_and_grad, slice(None))
     loss.backward()
-    return loss.detach() / CONTEXTS
+    return loss.detach() / LOSS_SCALE
 
 
-def start_from_pairs(model, tokenizer, spans, seed):
-    """Count the pairs of tokens in the first documents of `spans` and fit a new model to them; returns the seconds."""
+def start_from_counts(model, tokenizer, spans, seed):
+    """Count in the first documents of `spans` what follows what, fit a new model to it; returns the seconds."""
     start = time.perf_counter()
-    documents = token_documents(tokenizer, spans, seed, epochs=1)
-    pairs = count_pairs(documents, tokenizer.get_bos_token_id(), tokenizer.get_vocab_size())
-    print0(f"head start: {pairs.totals.sum():,} pairs of tokens, {len(pairs.counts):,} different ones")
-    fit_pairs(model, pairs, seed)
+    documents, num_pairs = token_documents(tokenizer, spans, seed, epochs=1), model.config.pair_embeds
+    followers = count_followers(documents, tokenizer.get_bos_token_id(), tokenizer.get_vocab_size(), num_pairs)
+    print0(f"head start: {followers.totals.sum():,} tokens, {len(followers.counts):,} different ones after "
+           f"{np.count_nonzero(followers.totals):,} contexts")
+    if num_pairs:
+        model.pairs.copy_(torch.from_numpy(followers.pairs))
+    fit_followers(model, followers, seed)
     seconds = time.perf_counter() - start
     print0(f"head start: {seconds:.1f}s")
     return seconds

@@ -43,6 +43,7 @@ class KVCache:
         shape = (config.n_layer, num_rows, config.n_kv_head, min(length, max_length), config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.full((num_rows, 1 + shape[3]), -1, device=device)  # see gpt.tokens_before
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
@@ -82,6 +83,7 @@ class KVCache:
         self.reserve(length)
         for mine, theirs in ((self.k, source_cache.k), (self.v, source_cache.v)):
             mine[:, target, :, :length] = theirs[:, source, :, :length]
+        self.tokens[target, : 1 + length] = source_cache.tokens[source, : 1 + length]
         self.lengths[target] = length
 
     def reserve(self, length):
@@ -95,7 +97,8 @@ class KVCache:
         for old in (self.k, self.v):
             grown.append(old.new_zeros(*old.shape[:3], capacity, old.shape[4]))
             grown[-1][:, :, :, : old.size(3)] = old
-        self.k, self.v = grown  # both or, when memory runs out, none
+        tokens = torch.nn.functional.pad(self.tokens, (0, 1 + capacity - self.tokens.size(1)))
+        self.k, self.v, self.tokens = *grown, tokens  # all or, when memory runs out, none
 
 
 # -----------------------------------------------------------------------------

@@ -3,8 +3,8 @@ The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs a
 
 Rotary position embeddings, normalised queries and keys, ReLU^2 in the MLP, grouped-query attention on request, no
 biases, RMSNorm without parameters (one more after the embedding), untied output head, logits capped by
-15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. One
-switch goes beyond it, value embeddings, off by default.
+15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. Two
+switches go beyond it, value embeddings and pair embeddings, off by default.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
@@ -45,6 +45,7 @@ ROPE_BASE = 10000.0
 # (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
+NO_PAIR = 2**63 - 1      # greater than any pair of tokens
 NORM_EPS = torch.finfo(torch.float32).eps
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
@@ -58,14 +59,15 @@ class GPTConfig:
     n_kv_head: int = 6   # key and value heads; fewer than n_head = grouped-query attention, 1 = multi-query
     n_embd: int = 768
     value_embeds: bool = False  # every layer adds to a token's values a row of a table of its own: see GPT.__init__
+    pair_embeds: int = 0  # pairs of neighbouring tokens, the most frequent ones, that have an embedding of their own
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, value_embeds=False):
+    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):
         """The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim."""
         n_embd = 64 * depth
         fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
         n_head = min(fitting, key=lambda n: abs(n_embd / n - head_dim))
-        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd, value_embeds)
+        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd, **switches)
 
     @property
     def padded_vocab_size(self):
@@ -106,6 +108,16 @@ def rotary_norm(x, cos, sin):
     if native.suits(x):
         return native.rotary_norm(x, cos, sin, NORM_EPS)
     return norm(apply_rotary(x.transpose(1, 2), cos, sin))
+
+
+def tokens_before(tokens, idx, positions):
+    """
+    Store idx (B, T) at its positions (B, T) of a cache's tokens (rows, 1 + S), one place further on: the first place is
+    -1, no token. Returns the token before each of them, (B, T).
+    """
+    rows = torch.arange(len(idx), device=idx.device)[:, None]
+    tokens[rows, positions + 1] = idx
+    return tokens[rows, positions]
 
 
 def attention(q, k, v, last=None):
@@ -319,6 +331,12 @@ class GPT(nn.Module):
             # (modded-nanogpt's value embeddings; for values that bypass layers see arXiv 2410.17897)
             "value_embeds": nn.ModuleList(Embedding(config.padded_vocab_size, kv_dim) for _ in range(num_tables)),
         })
+        # what is added to the embedding of a token that follows a certain other one (n-gram embeddings, as in arXiv
+        # 2501.16975): a row for each of `pairs`, one number each, sorted, and one for all others, which stays zero
+        if config.pair_embeds:
+            rows = config.pair_embeds + 1
+            self.transformer["pair_embeds"] = Embedding(rows, config.n_embd, padding_idx=rows - 1)
+        self.register_buffer("pairs", torch.empty(config.pair_embeds, dtype=torch.long) if config.pair_embeds else None)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
@@ -355,6 +373,9 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
         for table in self.transformer.value_embeds:
             nn.init.zeros_(table.weight)
+        if self.pairs is not None:
+            nn.init.zeros_(self.transformer.pair_embeds.weight)
+            self.pairs = torch.full_like(self.pairs, NO_PAIR, device=self.device)
         self.set_rotary(self.config.sequence_len)
 
     def set_rotary(self, length):
@@ -403,18 +424,28 @@ class GPT(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
+    def embed(self, idx, before):
+        """idx (B, T), and for pair embeddings the token before each, -1 for none -> normalised embeddings (B, T, C)."""
+        x = self.transformer.wte(idx)
+        if self.pairs is not None:
+            pairs, none = before * self.config.vocab_size + idx, len(self.pairs)
+            places = torch.searchsorted(self.pairs, pairs).clamp_(max=none - 1)
+            x = x + self.transformer.pair_embeds(places.where(self.pairs[places] == pairs, none))
+        return norm(x.to(active_dtype(x)))
+
     def trunk(self, idx, kv_cache=None):
         """idx (B, T) -> the normalised residual stream (B, T, C) that the head reads."""
         T, blocks = idx.size(1), self.transformer.h
         if kv_cache is None:
             cos, sin, stores = self.cos[:, :, :T], self.sin[:, :, :T], [None] * len(blocks)
             run = Block.__call__  # where compile's work is called
+            before = F.pad(idx[:, :-1], (1, 0), value=-1)
         else:
             positions, stores = kv_cache.begin(T)  # (B, T), and a function per layer
             cos, sin = self.cos[0, 0][positions][:, None], self.sin[0, 0][positions][:, None]
             run = self._decode_block if kv_cache.fixed else Block.forward
-        x = self.transformer.wte(idx)
-        x = norm(x.to(active_dtype(x)))
+            before = None if self.pairs is None else tokens_before(kv_cache.tokens, idx, positions)
+        x = self.embed(idx, before)
         tables = self.transformer.value_embeds or [None] * len(blocks)
         for block, store, table in zip(blocks, stores, tables, strict=True):
             x = run(block, x, cos, sin, store, None if table is None else table(idx).to(x.dtype))
@@ -473,8 +504,7 @@ class GPT(nn.Module):
 
     def num_matrix_params(self):
         """Parameters that every token is multiplied with: all but the tables that it is looked up in."""
-        tables = [self.transformer.wte, *self.transformer.value_embeds]
-        return self.num_params() - sum(table.weight.numel() for table in tables)
+        return self.num_params() - sum(m.weight.numel() for m in self.modules() if isinstance(m, Embedding))
 
     def estimate_flops(self):
         """
@@ -491,14 +521,16 @@ class GPT(nn.Module):
                          momentum=0.95, compile=None, value_lr=None):
         """
         [DistAdamW for tables and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
-        compile: whether Muon compiles its update: see DistMuon. value_lr: of value embeddings; None = embedding_lr.
+        compile: whether Muon compiles its update: see DistMuon. value_lr: of value embeddings; None = embedding_lr,
+        which is that of pair embeddings, too.
         """
         def named(pattern):
             return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]
 
         scale, value_lr = (self.config.n_embd / 768) ** -0.5, embedding_lr if value_lr is None else value_lr
+        embeds = named("transformer.wte.weight") + named("transformer.pair_embeds.*")
         groups = [dict(named_params=named("lm_head.weight"), lr=unembedding_lr * scale),
-                  dict(named_params=named("transformer.wte.weight"), lr=embedding_lr * scale)]
+                  dict(named_params=embeds, lr=embedding_lr * scale)]
         if self.config.value_embeds:
             groups.append(dict(named_params=named("transformer.value_embeds.*"), lr=value_lr * scale))
         muon = DistMuon(named("transformer.h.*"), matrix_lr, momentum, weight_decay=weight_decay, compile=compile)

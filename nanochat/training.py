@@ -37,7 +37,7 @@ RANGES = {
     (0, math.inf, True): "target_flops target_param_data_ratio",
     (0, math.inf, False): "embedding_lr unembedding_lr value_lr matrix_lr weight_decay warmup_iters init_lr_frac "
                           "question_lr_frac question_steps identity_epochs smoltalk_size spelling_size "
-                          "spellingbee_size chain_size top_k temperature",
+                          "spellingbee_size chain_size pair_embeds top_k temperature",
     (0, 1, False): "warmdown_ratio final_lr_frac question_share",
 }
 

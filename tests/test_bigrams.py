@@ -1,4 +1,4 @@
-"""The head start: pairs are counted right, the fit comes close to what the counts allow, on any number of ranks."""
+"""The head start: followers are counted right, the fit comes close to what the counts allow, on any number of ranks."""
 
 from collections import Counter
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.bigrams import CONTEXTS, _add_gradients, count_pairs, fit_pairs, pays
+from nanochat.bigrams import LOSS_SCALE, _add_gradients, count_followers, fit_followers, pays
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
 from tests.ranks import on_ranks
 
-BOS, VOCAB = 31, 32
+BOS, VOCAB, PAIRS = 31, 32, 40
 
 
 def documents(count=40, length=50, seed=0):
@@ -25,23 +25,34 @@ def documents(count=40, length=50, seed=0):
         yield (0, 0, i), np.array(ids, dtype=np.int32)
 
 
-def counted(pairs):
-    return {(a, int(b)): int(n) for a in range(VOCAB) for s in [slice(pairs.starts[a], pairs.starts[a + 1])]
-            for b, n in zip(pairs.next_ids[s], pairs.counts[s], strict=True)}
+def counted(followers):
+    """{((token before or -1, token), next token): how often}"""
+    tokens, before = followers.tokens(np.arange(len(followers.totals)))
+    return {((int(before[c]), int(tokens[c])), int(b)): int(n) for c in range(len(tokens))
+            for s in [slice(followers.starts[c], followers.starts[c + 1])]
+            for b, n in zip(followers.next_ids[s], followers.counts[s], strict=True)}
 
 
+@pytest.mark.parametrize("num_pairs", [0, 7, VOCAB**2])
 @pytest.mark.parametrize("max_tokens", [10**6, 777])
-def test_pairs_are_counted_as_a_loop_would(max_tokens):
+def test_followers_are_counted_as_a_loop_would(max_tokens, num_pairs):
     stream = [int(token) for _, ids in documents() for token in (BOS, *ids)][:max_tokens]
-    expected = Counter(zip(stream[:-1], stream[1:], strict=True))
-    pairs = count_pairs(documents(), BOS, VOCAB, max_tokens)
-    assert counted(pairs) == expected
-    assert pairs.totals.tolist() == [sum(n for (a, _), n in expected.items() if a == token) for token in range(VOCAB)]
+    pairs = list(zip(stream[:-1], stream[1:], strict=True))
+    frequencies = sorted(Counter(pairs[:-1]).items(), key=lambda item: (-item[1], item[0]))  # with a follower
+    listed = {pair for pair, _ in frequencies[:num_pairs]}
+    contexts = [(-1, stream[0]), *(pair if pair in listed else (-1, pair[1]) for pair in pairs[:-1])]
+    expected = Counter(zip(contexts, stream[1:], strict=True))
+    followers = count_followers(documents(), BOS, VOCAB, num_pairs, max_tokens)
+    assert counted(followers) == expected
+    tokens, before = followers.tokens(np.arange(VOCAB + len(listed)))
+    for context, total in zip(zip(before, tokens, strict=True), followers.totals, strict=False):
+        assert total == sum(n for (c, _), n in expected.items() if c == context)
+    assert followers.totals.sum() == len(stream) - 1 and len(followers.pairs) == num_pairs
 
 
 def test_data_without_a_pair_is_named():
     with pytest.raises(UserError, match="the data holds no text"):
-        count_pairs([((0, 0, 0), np.array([], dtype=np.int32))], BOS, VOCAB)
+        count_followers([((0, 0, 0), np.array([], dtype=np.int32))], BOS, VOCAB)
 
 
 @pytest.mark.parametrize("run_tokens, vocab_size, expected", [
@@ -52,63 +63,84 @@ def test_a_short_run_with_a_large_vocabulary_gains(run_tokens, vocab_size, expec
 
 
 def test_soft_targets_are_shares_of_each_contexts_followers():
-    pairs = count_pairs(documents(), BOS, VOCAB)
-    contexts = np.array([7, BOS, 3])
-    rows, next_ids, shares = pairs.soft_targets(contexts)
+    followers = count_followers(documents(), BOS, VOCAB, PAIRS)
+    contexts = np.array([7, BOS, VOCAB + 2, 3])
+    rows, next_ids, shares = followers.soft_targets(contexts)
     assert np.allclose(np.bincount(rows, shares), 1)
     for row, token, share in zip(rows, next_ids, shares, strict=True):
-        a = int(contexts[row])
-        assert share == pytest.approx(counted(pairs)[a, int(token)] / pairs.totals[a])
+        context = tuple(int(part[0]) for part in followers.tokens(contexts[row: row + 1])[::-1])
+        assert share == pytest.approx(counted(followers)[context, int(token)] / followers.totals[contexts[row]])
 
 
-def fresh_model():
+def fresh_model(followers):
     torch.manual_seed(0)
-    return GPT.create(GPTConfig(8, VOCAB, n_layer=2, n_head=1, n_kv_head=1, n_embd=64), "cpu")
+    pairs = len(followers.pairs)
+    model = GPT.create(GPTConfig(8, VOCAB, n_layer=2, n_head=1, n_kv_head=1, n_embd=64, pair_embeds=pairs), "cpu")
+    if pairs:
+        model.pairs.copy_(torch.from_numpy(followers.pairs))
+    return model
 
 
-def nats_per_pair(model, pairs):
+def logits_after(model, followers, contexts):
+    """Through blocks that add nothing: (contexts, V)."""
+    tokens, before = map(torch.from_numpy, followers.tokens(contexts))
+    lone = before < 0  # a token at the start of a row
+    ids = torch.stack((torch.where(lone, tokens, before), tokens), dim=1)
+    logits = model(ids)
+    return torch.where(lone[:, None], logits[:, 0], logits[:, 1])
+
+
+def nats_a_token(model, followers):
+    contexts = np.flatnonzero(followers.totals)
     with torch.no_grad():
-        log_p = model(torch.arange(VOCAB)[:, None]).squeeze(1).log_softmax(dim=1)
-    return -sum(n * log_p[a, b].item() for (a, b), n in counted(pairs).items()) / pairs.totals.sum()
+        log_p = logits_after(model, followers, contexts).log_softmax(dim=1)
+    rows, next_ids, shares = followers.soft_targets(contexts)
+    return -np.sum(followers.totals[contexts][rows] * shares * log_p[rows, next_ids].numpy()) / followers.totals.sum()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_gradient_is_that_of_the_cross_entropy_with_soft_targets(monkeypatch, precision):
     monkeypatch.setenv("NANOCHAT_PRECISION", precision)
-    pairs, model = count_pairs(documents(), BOS, VOCAB), fresh_model()
+    followers = count_followers(documents(), BOS, VOCAB, PAIRS)
+    model = fresh_model(followers)
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)
-    contexts, weights = np.array([7, BOS, 3]), np.array([0.2, 0.5, 0.3])
-    loss = _add_gradients(model, pairs, contexts, weights)
-    ours = [p.grad.clone() / CONTEXTS for p in (model.transformer.wte.weight, model.lm_head.weight)]
+    parameters = (model.transformer.wte.weight, model.transformer.pair_embeds.weight, model.lm_head.weight)
+    contexts, weights = np.array([7, BOS, VOCAB + 2, VOCAB + PAIRS - 1, 3]), np.array([0.2, 0.3, 0.1, 0.1, 0.3])
+    loss = _add_gradients(model, followers, contexts, weights)
+    ours = [p.grad.clone() / LOSS_SCALE for p in parameters]
     model.zero_grad()
-    shares = torch.zeros(3, VOCAB)
-    rows, next_ids, values = pairs.soft_targets(contexts)
+    shares = torch.zeros(5, VOCAB)
+    rows, next_ids, values = followers.soft_targets(contexts)
     shares[rows, next_ids] = torch.from_numpy(values)
-    logits = model(torch.from_numpy(contexts)[:, None]).squeeze(1)  # through blocks that add nothing
+    logits = logits_after(model, followers, contexts)
     expected = (F.cross_entropy(logits, shares, reduction="none") * torch.from_numpy(weights)).sum()
     expected.backward()
     tolerance = 1e-5 if precision == "float32" else 0.02
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
-    for grad, parameter in zip(ours, (model.transformer.wte.weight, model.lm_head.weight), strict=True):
+    for grad, parameter in zip(ours, parameters, strict=True):
+        assert grad.any()
         torch.testing.assert_close(grad, parameter.grad[: len(grad)], atol=tolerance / 10, rtol=tolerance)
 
 
-def test_the_fit_comes_close_to_what_the_counts_allow():
-    pairs = count_pairs(documents(), BOS, VOCAB)
-    entropy = -sum(n * np.log(n / pairs.totals[a]) for (a, _), n in counted(pairs).items()) / pairs.totals.sum()
-    model = fresh_model()
+@pytest.mark.parametrize("num_pairs", [0, PAIRS])
+def test_the_fit_comes_close_to_what_the_counts_allow(num_pairs):
+    followers = count_followers(documents(), BOS, VOCAB, num_pairs)
+    rows, _, shares = followers.soft_targets(np.arange(len(followers.totals)))
+    entropy = -np.sum(followers.totals[rows] * shares * np.log(shares)) / followers.totals.sum()
+    model = fresh_model(followers)
     blocks = [p.clone() for p in model.transformer.h.parameters()]
-    assert nats_per_pair(model, pairs) == pytest.approx(np.log(VOCAB), abs=1e-4)
-    fit_pairs(model, pairs, seed=0)
-    assert entropy < nats_per_pair(model, pairs) < entropy + 0.02
+    assert nats_a_token(model, followers) == pytest.approx(np.log(VOCAB), abs=1e-4)
+    fit_followers(model, followers, seed=0)
+    assert entropy < nats_a_token(model, followers) < entropy + 0.02
     assert all(torch.equal(p, before) for p, before in zip(model.transformer.h.parameters(), blocks, strict=True))
     assert all(p.grad is None for p in model.parameters())
 
 
 def fit_and_save(out):
     rank, _, _, _ = compute_init("cpu")
-    model = fresh_model()
-    fit_pairs(model, count_pairs(documents(), BOS, VOCAB), seed=0, steps=10)
+    followers = count_followers(documents(), BOS, VOCAB, PAIRS)
+    model = fresh_model(followers)
+    fit_followers(model, followers, seed=0, steps=10)
     if rank == 0:
         torch.save(model.state_dict(), out)
     compute_cleanup()

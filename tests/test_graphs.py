@@ -12,7 +12,9 @@ from tests.tiny import tiny_model
 
 @pytest.fixture
 def engine(tokenizer):
-    return Engine(tiny_model(tokenizer.get_vocab_size(), 96, n_layer=6, value_embeds=True).eval(), tokenizer)
+    vocab_size = tokenizer.get_vocab_size()
+    model = tiny_model(vocab_size, 96, n_layer=6, value_embeds=True, pair_embeds=vocab_size**2 // 2)
+    return Engine(model.eval(), tokenizer)
 
 
 def decode(engine, record, num_rows=5):
