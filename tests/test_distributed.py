@@ -27,7 +27,7 @@ def train(out, load=None, steps=10, num_rows=7):
     """
     rank, _, world_size, _ = compute_init("cpu")
     torch.set_num_threads(1)
-    model = tiny_model(n_layer=3, value_embeds=True, pair_embeds=5000)
+    model = tiny_model(n_layer=3, value_embeds=True, pair_embeds=500)
     # Adam divides by the gradient: at a large rate, rounding in a tiny gradient would move its weight visibly
     optimizers = model.setup_optimizers(embedding_lr=0.003, weight_decay=0.1)
     first = 0
