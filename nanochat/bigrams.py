@@ -7,7 +7,8 @@ learn it from a few examples at a time, at rates that the noise of rare tokens s
 So embedding and head are fitted to the counts first. Each step draws contexts at random and shows for each of them
 *all* that followed it anywhere, as one soft target: no noise but the draw, and rows of a single token.
 
-With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list.
+With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list. In a
+run that sees much of the text that was counted they do harm: they have learned it by heart.
 
 What it brings, and where: dev/LOG.md.
 """

@@ -71,7 +71,7 @@ depth: int = 20                          # layers; width = 64 * depth and everyt
 max_seq_len: int = 2048                  # context length T in tokens
 head_dim: int = 128                      # size of an attention head; a tiny model wants more and smaller ones
 value_embeds: bool = False               # a table of values a layer: learns more from little text, but no export_hf
-pair_embeds: int = 0                     # as many pairs of tokens, the most frequent, get embeddings; likewise
+pair_embeds: int = 0                     # so many pairs of tokens, the most frequent, get embeddings: for a short run
 head_start: bool | None = None           # count what follows what first (nanochat/bigrams.py); None = where it pays
 # Horizon: the first that is > 0 decides
 num_iterations: int = -1                 # optimizer steps
