@@ -8,7 +8,7 @@ So embedding and head are fitted to the counts first. Each step draws contexts a
 *all* that followed it anywhere, as one soft target: no noise but the draw, and rows of a single token.
 
 With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list. In a
-run that sees much of the text that was counted they do harm: they have learned it by heart.
+run that sees much of the text that was counted they do harm, most likely since they know it by heart.
 
 What it brings, and where: dev/LOG.md.
 """
@@ -29,7 +29,7 @@ MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
 OFTEN = 256             # average occurrences per token beyond which training alone learns as much
 MAX_TOKENS = 2**25      # counted
 CONTEXTS = 1024, 4096   # a step: a sixteenth of all, but no fewer and no more than these
-HEAD_LR = 0.008
+HEAD_LR = 0.008         # Adam, output head, scaled with the width; the embeddings' is that of any new model
 STEPS = 160
 LOSS_SCALE = 1024       # 16 bits want a gradient near 1, and Adam looks at no scale
 REPORTS = 4             # lines of progress
@@ -89,7 +89,7 @@ def count_followers(documents, bos, vocab_size, num_pairs=0, max_tokens=MAX_TOKE
             break
     tokens = np.concatenate(pieces)[:max_tokens]
     del pieces
-    if len(tokens) < 2:
+    if len(tokens) < 3:  # a pair, and what follows it
         raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
     contexts = tokens[:-1].astype(np.int64)
     pairs = np.full(num_pairs, NO_PAIR)
@@ -135,9 +135,7 @@ def fit_followers(model, followers, seed, steps=STEPS):
 
 
 def _add_gradients(model, followers, contexts, weights):
-    """
-    Add the gradient of the weighted losses of contexts (R,), times LOSS_SCALE; returns their sum as a tensor.
-    """
+    """Add the gradient of the weighted losses of contexts (R,), times LOSS_SCALE; returns their sum as a tensor."""
     rows, next_ids, shares = followers.soft_targets(contexts)
     _, firsts = np.unique(rows, return_index=True)
     targets = next_ids[firsts]  # the loss takes one target a row, and what the shares differ from that

@@ -62,7 +62,7 @@ class GPTConfig:
     pair_embeds: int = 0  # pairs of neighbouring tokens, the most frequent ones, that have an embedding of their own
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):
+    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):  # value_embeds, pair_embeds
         """The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim."""
         n_embd = 64 * depth
         fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
@@ -425,7 +425,7 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def embed(self, idx, before):
-        """idx (B, T), and for pair embeddings the token before each, -1 for none -> normalised embeddings (B, T, C)."""
+        """idx (...) and, for pair embeddings, the token before each or -1 -> normalised embeddings (..., C)."""
         x = self.transformer.wte(idx)
         if self.pairs is not None:
             pairs, none = before * self.config.vocab_size + idx, len(self.pairs)
@@ -439,7 +439,7 @@ class GPT(nn.Module):
         if kv_cache is None:
             cos, sin, stores = self.cos[:, :, :T], self.sin[:, :, :T], [None] * len(blocks)
             run = Block.__call__  # where compile's work is called
-            before = F.pad(idx[:, :-1], (1, 0), value=-1)
+            before = None if self.pairs is None else F.pad(idx[:, :-1], (1, 0), value=-1)
         else:
             positions, stores = kv_cache.begin(T)  # (B, T), and a function per layer
             cos, sin = self.cos[0, 0][positions][:, None], self.sin[0, 0][positions][:, None]

@@ -50,9 +50,10 @@ def test_followers_are_counted_as_a_loop_would(max_tokens, num_pairs):
     assert followers.totals.sum() == len(stream) - 1 and len(followers.pairs) == num_pairs
 
 
-def test_data_without_a_pair_is_named():
+@pytest.mark.parametrize("ids", [[], [7]])
+def test_data_without_a_pair_is_named(ids):
     with pytest.raises(UserError, match="the data holds no text"):
-        count_followers([((0, 0, 0), np.array([], dtype=np.int32))], BOS, VOCAB)
+        count_followers([((0, 0, 0), np.array(ids, dtype=np.int32))], BOS, VOCAB, PAIRS)
 
 
 @pytest.mark.parametrize("run_tokens, vocab_size, expected", [
@@ -134,6 +135,7 @@ def test_the_fit_comes_close_to_what_the_counts_allow(num_pairs):
     assert entropy < nats_a_token(model, followers) < entropy + 0.02
     assert all(torch.equal(p, before) for p, before in zip(model.transformer.h.parameters(), blocks, strict=True))
     assert all(p.grad is None for p in model.parameters())
+    assert not num_pairs or not model.transformer.pair_embeds.weight[-1].any()  # the row of all other pairs
 
 
 def fit_and_save(out):
