@@ -7,18 +7,21 @@ learn it from a few examples at a time, at rates that the noise of rare tokens s
 So embedding and head are fitted to the counts first. Each step draws contexts at random and shows for each of them
 *all* that followed it anywhere, as one soft target: no noise but the draw, and rows of a single token.
 
-With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list. In a
-run that sees much of the text that was counted they do harm, most likely since they know it by heart.
+With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list. Most
+followers of a pair were seen a few times only, so these counts are smoothed. And what was fitted to them stays as it
+is: rows that go on learning, from the very text that was counted, make a longer run worse.
 
 What it brings, and where: dev/LOG.md.
 """
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from nanochat.adamw import DistAdamW
 from nanochat.common import Ema, UserError, all_reduce_sum, lr_multiplier, print0, rank, rank_slice, world_size
 from nanochat.dataloader import to_device, token_documents
 from nanochat.gpt import LOGIT_CAP, NO_PAIR, HeadLoss, chunk_loss_and_grad_eager, norm
@@ -29,7 +32,8 @@ MIN_RUN_TOKENS = 2**20  # of a run for which counting and fitting pays
 OFTEN = 256             # average occurrences per token beyond which training alone learns as much
 MAX_TOKENS = 2**25      # counted
 CONTEXTS = 1024, 4096   # a step: a sixteenth of all, but no fewer and no more than these
-HEAD_LR = 0.008         # Adam, output head, scaled with the width; the embeddings' is that of any new model
+HEAD_LR, EMBEDDING_LR = 0.008, 0.3  # Adam, scaled with the width
+DISCOUNT, DRAWS = 0.5, 16  # what the count of a pair's follower is reduced by, and what stands for it: see soft_targets
 STEPS = 160
 LOSS_SCALE = 1024       # 16 bits want a gradient near 1, and Adam looks at no scale
 REPORTS = 4             # lines of progress
@@ -53,6 +57,11 @@ class Followers:
     counts: np.ndarray    # (N,) int64
     totals: np.ndarray    # (V + P,) int64
 
+    @cached_property
+    def places(self):
+        """(N + 1,) of the sorted occurrences of all contexts, where those of each follower begin."""
+        return np.append(0, np.cumsum(self.counts))
+
     def tokens(self, contexts):
         """(token, the one before it or -1) of contexts, (R,) each."""
         vocab_size = len(self.totals) - len(self.pairs)
@@ -60,13 +69,28 @@ class Followers:
         before, tokens = np.divmod(pairs, vocab_size)
         return tokens, before
 
-    def soft_targets(self, contexts):
-        """For contexts (R,): (row, next token, its share of the row's followers) of every follower, (N,) each."""
-        lengths = self.starts[contexts + 1] - self.starts[contexts]
+    def soft_targets(self, contexts, draws):
+        """
+        What should follow the contexts (R,): (row, next token, share of the row), (N,) each; the shares of a row sum to
+        1, and a token may occur in it twice. Absolute discounting (Ney et al. 1994): each follower of a pair counts
+        DISCOUNT less than it was seen, and that goes to what follows its second token elsewhere: to as many occurrences
+        as a row of `draws` has, (R, D) uniform in [0, 1).
+        """
+        lengths, totals = self.starts[contexts + 1] - self.starts[contexts], self.totals[contexts]
         rows = np.repeat(np.arange(len(contexts)), lengths)
         firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # offset from a place here to its follower
-        places = np.arange(len(rows)) + firsts[rows]
-        return rows, self.next_ids[places], (self.counts[places] / self.totals[contexts][rows]).astype(np.float32)
+        seen = np.arange(len(rows)) + firsts[rows]
+
+        tokens, before = self.tokens(contexts)
+        pairs = np.flatnonzero((before >= 0) & (self.totals[tokens] > 0))
+        discount = np.zeros(len(contexts))
+        discount[pairs] = DISCOUNT
+        shares, rest = (self.counts[seen] - discount[rows]) / totals[rows], discount * lengths / totals
+        of, times = tokens[pairs, None], draws.shape[1]
+        occurrences = self.places[self.starts[of]] + (draws[pairs] * self.totals[of]).astype(np.int64)
+        drawn = np.searchsorted(self.places, occurrences.ravel(), side="right") - 1
+        return (np.append(rows, np.repeat(pairs, times)), self.next_ids[np.append(seen, drawn)],
+                np.append(shares, np.repeat(rest[pairs] / times, times)).astype(np.float32))
 
 
 def count_runs(numbers):
@@ -116,8 +140,11 @@ def fit_followers(model, followers, seed, steps=STEPS):
     frequency, so that rare ones are seen, and weighted by it, so that each counts as often as it occurs. Ranks share a
     step's contexts.
     """
-    optimizer = model.setup_optimizers(unembedding_lr=HEAD_LR)[0]
-    del optimizer.param_groups[2:]  # value embeddings, which the blocks would use
+    tables, scale = [("embedding", model.transformer.wte.weight)], (model.config.n_embd / 768) ** -0.5
+    if model.pairs is not None:
+        tables.append(("pair_embeds", model.pair_embeds.requires_grad_()))
+    optimizer = DistAdamW([dict(named_params=[("head", model.lm_head.weight)], lr=HEAD_LR * scale),
+                           dict(named_params=tables, lr=EMBEDDING_LR * scale)])
     roots = np.sqrt(followers.totals)
     num_contexts = min(np.clip(len(roots) // 16, *CONTEXTS), np.count_nonzero(roots))
     rng, smooth_loss = np.random.default_rng(seed), Ema()
@@ -125,18 +152,21 @@ def fit_followers(model, followers, seed, steps=STEPS):
         contexts = rng.choice(len(roots), num_contexts, replace=False, p=roots / roots.sum())
         weights = roots[contexts] / roots[contexts].sum()
         mine = rank_slice(num_contexts, rank(), world_size())
-        loss = _add_gradients(model, followers, contexts[mine], weights[mine])
+        draws = rng.random((num_contexts, DRAWS), dtype=np.float32)
+        loss = _add_gradients(model, followers, contexts[mine], weights[mine], draws[mine])
         set_rates([optimizer], lr_multiplier(step, steps, warmup_iters=0, warmdown_ratio=0.5))
         optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         smooth_loss.update(all_reduce_sum(loss).item())
         if (step + 1) % (steps // min(steps, REPORTS)) == 0:
             print0(f"head start: {step + 1:03d}/{steps} | loss: {smooth_loss.value:.5f} nats a token")
+    if model.pairs is not None:
+        model.pair_embeds.requires_grad_(False)
 
 
-def _add_gradients(model, followers, contexts, weights):
+def _add_gradients(model, followers, contexts, weights, draws):
     """Add the gradient of the weighted losses of contexts (R,), times LOSS_SCALE; returns their sum as a tensor."""
-    rows, next_ids, shares = followers.soft_targets(contexts)
+    rows, next_ids, shares = followers.soft_targets(contexts, draws)
     _, firsts = np.unique(rows, return_index=True)
     targets = next_ids[firsts]  # the loss takes one target a row, and what the shares differ from that
     shares[firsts] -= 1  # which is what its gradient lacks
@@ -148,7 +178,8 @@ def _add_gradients(model, followers, contexts, weights):
         losses, grad = chunk_loss_and_grad_eager(logits, targets, weights)
         share = weights[rows] * shares
         losses.index_add_(0, rows, share * t, alpha=-LOGIT_CAP)
-        grad[rows, next_ids] -= (share * (1 - t * t)).to(grad.dtype)
+        places = rows * grad.size(1) + next_ids
+        grad.view(-1).index_add_(0, places, (share * (1 - t * t)).to(grad.dtype), alpha=-1)
         return losses, grad
 
     with get_autocast_ctx(model.device):  # what the trunk does, but for blocks that add nothing

@@ -332,11 +332,11 @@ class GPT(nn.Module):
             "value_embeds": nn.ModuleList(Embedding(config.padded_vocab_size, kv_dim) for _ in range(num_tables)),
         })
         # what is added to the embedding of a token that follows a certain other one (n-gram embeddings, as in arXiv
-        # 2501.16975): a row for each of `pairs`, one number each, sorted, and one for all others, which stays zero
-        if config.pair_embeds:
-            rows = config.pair_embeds + 1
-            self.transformer["pair_embeds"] = Embedding(rows, config.n_embd, padding_idx=rows - 1)
-        self.register_buffer("pairs", torch.empty(config.pair_embeds, dtype=torch.long) if config.pair_embeds else None)
+        # 2501.16975): a row for each of `pairs`, one number each, sorted, and one for all others, which stays zero.
+        # They come from counts (bigrams.py), and training leaves them as they are: buffers
+        num_pairs = config.pair_embeds
+        self.register_buffer("pairs", torch.empty(num_pairs, dtype=torch.long) if num_pairs else None)
+        self.register_buffer("pair_embeds", torch.empty(num_pairs + 1, config.n_embd) if num_pairs else None)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
@@ -374,8 +374,8 @@ class GPT(nn.Module):
         for table in self.transformer.value_embeds:
             nn.init.zeros_(table.weight)
         if self.pairs is not None:
-            nn.init.zeros_(self.transformer.pair_embeds.weight)
             self.pairs = torch.full_like(self.pairs, NO_PAIR, device=self.device)
+            self.pair_embeds = torch.zeros_like(self.pair_embeds, device=self.device)
         self.set_rotary(self.config.sequence_len)
 
     def set_rotary(self, length):
@@ -430,7 +430,8 @@ class GPT(nn.Module):
         if self.pairs is not None:
             pairs, none = before * self.config.vocab_size + idx, len(self.pairs)
             places = torch.searchsorted(self.pairs, pairs).clamp_(max=none - 1)
-            x = x + self.transformer.pair_embeds(places.where(self.pairs[places] == pairs, none))
+            rows = places.where(self.pairs[places] == pairs, none)
+            x = x + F.embedding(rows, self.pair_embeds, padding_idx=none)
         return norm(x.to(active_dtype(x)))
 
     def trunk(self, idx, kv_cache=None):
@@ -521,16 +522,14 @@ class GPT(nn.Module):
                          momentum=0.95, compile=None, value_lr=None):
         """
         [DistAdamW for tables and head, DistMuon for the blocks]; Adam's rates scale with 1 / sqrt(C / 768).
-        compile: whether Muon compiles its update: see DistMuon. value_lr: of value embeddings; None = embedding_lr,
-        which is that of pair embeddings, too.
+        compile: whether Muon compiles its update: see DistMuon. value_lr: of value embeddings; None = embedding_lr.
         """
         def named(pattern):
             return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]
 
         scale, value_lr = (self.config.n_embd / 768) ** -0.5, embedding_lr if value_lr is None else value_lr
-        embeds = named("transformer.wte.weight") + named("transformer.pair_embeds.*")
         groups = [dict(named_params=named("lm_head.weight"), lr=unembedding_lr * scale),
-                  dict(named_params=embeds, lr=embedding_lr * scale)]
+                  dict(named_params=named("transformer.wte.weight"), lr=embedding_lr * scale)]
         if self.config.value_embeds:
             groups.append(dict(named_params=named("transformer.value_embeds.*"), lr=value_lr * scale))
         muon = DistMuon(named("transformer.h.*"), matrix_lr, momentum, weight_decay=weight_decay, compile=compile)

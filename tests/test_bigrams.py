@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.bigrams import LOSS_SCALE, _add_gradients, count_followers, fit_followers, pays
+from nanochat.bigrams import DISCOUNT, LOSS_SCALE, _add_gradients, count_followers, fit_followers, pays
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
 from tests.ranks import on_ranks
@@ -63,14 +63,35 @@ def test_a_short_run_with_a_large_vocabulary_gains(run_tokens, vocab_size, expec
     assert pays(run_tokens, vocab_size) == expected
 
 
-def test_soft_targets_are_shares_of_each_contexts_followers():
+def soft_table(followers, contexts, times=5000):
+    """The shares of contexts (R,) as (R, V)."""
+    table = np.zeros((len(contexts), VOCAB), dtype=np.float32)
+    draws = (np.arange(times) + 0.5) / times  # every follower of a token in proportion
+    rows, next_ids, shares = followers.soft_targets(contexts, np.tile(draws, (len(contexts), 1)))
+    np.add.at(table, (rows, next_ids), shares)
+    return table
+
+
+def test_soft_targets_are_discounted_shares_of_each_contexts_followers():
     followers = count_followers(documents(), BOS, VOCAB, PAIRS)
-    contexts = np.array([7, BOS, VOCAB + 2, 3])
-    rows, next_ids, shares = followers.soft_targets(contexts)
-    assert np.allclose(np.bincount(rows, shares), 1)
-    for row, token, share in zip(rows, next_ids, shares, strict=True):
-        context = tuple(int(part[0]) for part in followers.tokens(contexts[row: row + 1])[::-1])
-        assert share == pytest.approx(counted(followers)[context, int(token)] / followers.totals[contexts[row]])
+    counts = counted(followers)
+    contexts = np.array([7, BOS, VOCAB + 2, 3, VOCAB + PAIRS - 1])
+    for shares, token, before in zip(soft_table(followers, contexts), *followers.tokens(contexts), strict=True):
+        seen, lone = (np.array([counts.get(((b, token), after), 0) for after in range(VOCAB)]) for b in (before, -1))
+        discounts = DISCOUNT * (seen > 0) * (before >= 0)
+        expected = (seen - discounts + discounts.sum() * lone / lone.sum()) / seen.sum()
+        assert np.allclose(shares, expected, atol=1e-3)
+        assert np.allclose(shares, seen / seen.sum()) == (before < 0)
+
+
+def test_a_pair_whose_second_token_is_always_in_pairs_keeps_its_counts():
+    followers = count_followers(documents(), BOS, VOCAB, VOCAB**2)
+    lone = followers.tokens(np.arange(VOCAB + VOCAB**2))[1] < 0
+    pair = VOCAB + np.flatnonzero(followers.totals[VOCAB:])[-1]
+    assert not followers.totals[:BOS][followers.tokens(np.array([pair]))[0]].any() and lone[:VOCAB].all()
+    seen = slice(followers.starts[pair], followers.starts[pair + 1])
+    shares = soft_table(followers, np.array([pair]))[0][followers.next_ids[seen]]
+    assert np.allclose(shares, followers.counts[seen] / followers.totals[pair])
 
 
 def fresh_model(followers):
@@ -95,8 +116,8 @@ def nats_a_token(model, followers):
     contexts = np.flatnonzero(followers.totals)
     with torch.no_grad():
         log_p = logits_after(model, followers, contexts).log_softmax(dim=1)
-    rows, next_ids, shares = followers.soft_targets(contexts)
-    return -np.sum(followers.totals[contexts][rows] * shares * log_p[rows, next_ids].numpy()) / followers.totals.sum()
+    totals = followers.totals[contexts, None]
+    return -np.sum(totals * soft_table(followers, contexts) * log_p.numpy()) / totals.sum()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -105,14 +126,14 @@ def test_the_gradient_is_that_of_the_cross_entropy_with_soft_targets(monkeypatch
     followers = count_followers(documents(), BOS, VOCAB, PAIRS)
     model = fresh_model(followers)
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)
-    parameters = (model.transformer.wte.weight, model.transformer.pair_embeds.weight, model.lm_head.weight)
+    parameters = (model.transformer.wte.weight, model.pair_embeds.requires_grad_(), model.lm_head.weight)
     contexts, weights = np.array([7, BOS, VOCAB + 2, VOCAB + PAIRS - 1, 3]), np.array([0.2, 0.3, 0.1, 0.1, 0.3])
-    loss = _add_gradients(model, followers, contexts, weights)
+    draws = np.tile((np.arange(30) + 0.5) / 30, (5, 1))  # what soft_table takes: so that followers come twice
+    loss = _add_gradients(model, followers, contexts, weights, draws)
     ours = [p.grad.clone() / LOSS_SCALE for p in parameters]
-    model.zero_grad()
-    shares = torch.zeros(5, VOCAB)
-    rows, next_ids, values = followers.soft_targets(contexts)
-    shares[rows, next_ids] = torch.from_numpy(values)
+    for p in parameters:
+        p.grad = None
+    shares = torch.from_numpy(soft_table(followers, contexts, 30))
     logits = logits_after(model, followers, contexts)
     expected = (F.cross_entropy(logits, shares, reduction="none") * torch.from_numpy(weights)).sum()
     expected.backward()
@@ -126,8 +147,10 @@ def test_the_gradient_is_that_of_the_cross_entropy_with_soft_targets(monkeypatch
 @pytest.mark.parametrize("num_pairs", [0, PAIRS])
 def test_the_fit_comes_close_to_what_the_counts_allow(num_pairs):
     followers = count_followers(documents(), BOS, VOCAB, num_pairs)
-    rows, _, shares = followers.soft_targets(np.arange(len(followers.totals)))
-    entropy = -np.sum(followers.totals[rows] * shares * np.log(shares)) / followers.totals.sum()
+    contexts = np.flatnonzero(followers.totals)
+    shares = soft_table(followers, contexts)
+    entropy = -np.sum(followers.totals[contexts, None] * shares * np.log(np.maximum(shares, 1e-9)))
+    entropy /= followers.totals.sum()
     model = fresh_model(followers)
     blocks = [p.clone() for p in model.transformer.h.parameters()]
     assert nats_a_token(model, followers) == pytest.approx(np.log(VOCAB), abs=1e-4)
@@ -135,7 +158,9 @@ def test_the_fit_comes_close_to_what_the_counts_allow(num_pairs):
     assert entropy < nats_a_token(model, followers) < entropy + 0.02
     assert all(torch.equal(p, before) for p, before in zip(model.transformer.h.parameters(), blocks, strict=True))
     assert all(p.grad is None for p in model.parameters())
-    assert not num_pairs or not model.transformer.pair_embeds.weight[-1].any()  # the row of all other pairs
+    if num_pairs:
+        assert model.pair_embeds[:-1].any() and not model.pair_embeds[-1].any()  # the row of all other pairs
+        assert not model.pair_embeds.requires_grad and model.pair_embeds.grad is None
 
 
 def fit_and_save(out):
@@ -154,4 +179,5 @@ def test_any_number_of_ranks_fits_the_same(tmp_path):
     one = torch.load(tmp_path / "1.pt")
     for ranks in (2, 3):
         other = torch.load(tmp_path / f"{ranks}.pt")
-        assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+        # Adam divides by the gradient: where that is tiny, its rounding shows
+        assert all(torch.allclose(one[name], other[name], atol=2e-3) for name in one)

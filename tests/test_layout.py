@@ -23,13 +23,13 @@ ROOMS = {
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "precision", "gpt", "tokenizer"],
     "training": ["common", "precision", "dataloader"],
-    "bigrams": ["common", "precision", "dataloader", "gpt", "training"],
+    "bigrams": ["common", "precision", "dataloader", "adamw", "gpt", "training"],
 }
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
     "nanochat/gpt.py": 550, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
-    "nanochat/bigrams.py": 180,
+    "nanochat/bigrams.py": 206,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 380, "nanochat/common.py": 370,
     "nanochat/configurator.py": 145, "nanochat/precision.py": 185, "nanochat/core_eval.py": 330,
@@ -43,7 +43,7 @@ BUDGETS = {
     "tasks/common.py": 255, "tasks/evaluate.py": 200, "tasks/spellingbee.py": 300,
     "nanochat/ui.html": 1225, "tests/test_rustbpe.py": 330, "speedrun.sh": 130, "run1000.sh": 60,
 }
-TOTALS = {"nanochat": 6970, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 11050}  # Python of a whole room
+TOTALS = {"nanochat": 7000, "scripts": 2500, "tasks": 1100, "dev": 2050, "tests": 11050}  # Python of a whole room
 DEFAULT_BUDGET = {"nanochat": 140, "scripts": 140, "tasks": 120, "tests": 300, "dev": 600}
 
 

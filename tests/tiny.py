@@ -14,4 +14,6 @@ def tiny_model(vocab_size=100, sequence_len=32, n_layer=2, n_head=4, n_kv_head=4
         for p in model.parameters():
             if not p.any():
                 p.normal_(std=0.3 / n_embd**0.5 * 4)
+        if model.pairs is not None:
+            model.pair_embeds[:-1].normal_()
     return model
