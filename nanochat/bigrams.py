@@ -9,14 +9,13 @@ So embedding and head are fitted to the counts first. Each step draws contexts a
 
 With pair embeddings the same is done for the most frequent pairs of tokens, of which the model then keeps a list. Most
 followers of a pair were seen a few times only, so these counts are smoothed. And what was fitted to them stays as it
-is: rows that go on learning, from the very text that was counted, make a longer run worse.
+is: rows that went on learning, from the very text that was counted, gained next to nothing and took time and memory.
 
 What it brings, and where: dev/LOG.md.
 """
 
 import time
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +32,8 @@ OFTEN = 256             # average occurrences per token beyond which training al
 MAX_TOKENS = 2**25      # counted
 CONTEXTS = 1024, 4096   # a step: a sixteenth of all, but no fewer and no more than these
 HEAD_LR, EMBEDDING_LR = 0.008, 0.3  # Adam, scaled with the width
-DISCOUNT, DRAWS = 0.5, 16  # what the count of a pair's follower is reduced by, and what stands for it: see soft_targets
+DISCOUNT = 0.5          # of the count of each follower of a pair
+DRAWS = 16              # occurrences of the pair's second token, in a step, that stand for the rest
 STEPS = 160
 LOSS_SCALE = 1024       # 16 bits want a gradient near 1, and Adam looks at no scale
 REPORTS = 4             # lines of progress
@@ -56,11 +56,8 @@ class Followers:
     next_ids: np.ndarray  # (N,) int64
     counts: np.ndarray    # (N,) int64
     totals: np.ndarray    # (V + P,) int64
-
-    @cached_property
-    def places(self):
-        """(N + 1,) of the sorted occurrences of all contexts, where those of each follower begin."""
-        return np.append(0, np.cumsum(self.counts))
+    after: np.ndarray     # what follows each occurrence of token 0 anywhere, then of token 1, ...; empty without pairs
+    firsts: np.ndarray    # (V + 1,) int64: where in `after` those of each token begin
 
     def tokens(self, contexts):
         """(token, the one before it or -1) of contexts, (R,) each."""
@@ -73,24 +70,21 @@ class Followers:
         """
         What should follow the contexts (R,): (row, next token, share of the row), (N,) each; the shares of a row sum to
         1, and a token may occur in it twice. Absolute discounting (Ney et al. 1994): each follower of a pair counts
-        DISCOUNT less than it was seen, and that goes to what follows its second token elsewhere: to as many occurrences
+        DISCOUNT less than it was seen, and that goes to what follows its second token anywhere: to as many occurrences
         as a row of `draws` has, (R, D) uniform in [0, 1).
         """
         lengths, totals = self.starts[contexts + 1] - self.starts[contexts], self.totals[contexts]
         rows = np.repeat(np.arange(len(contexts)), lengths)
-        firsts = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # offset from a place here to its follower
-        seen = np.arange(len(rows)) + firsts[rows]
+        offsets = self.starts[contexts] - (np.cumsum(lengths) - lengths)  # from a place here to its follower
+        seen = np.arange(len(rows)) + offsets[rows]
 
         tokens, before = self.tokens(contexts)
-        pairs = np.flatnonzero((before >= 0) & (self.totals[tokens] > 0))
-        discount = np.zeros(len(contexts))
-        discount[pairs] = DISCOUNT
-        shares, rest = (self.counts[seen] - discount[rows]) / totals[rows], discount * lengths / totals
-        of, times = tokens[pairs, None], draws.shape[1]
-        occurrences = self.places[self.starts[of]] + (draws[pairs] * self.totals[of]).astype(np.int64)
-        drawn = np.searchsorted(self.places, occurrences.ravel(), side="right") - 1
-        return (np.append(rows, np.repeat(pairs, times)), self.next_ids[np.append(seen, drawn)],
-                np.append(shares, np.repeat(rest[pairs] / times, times)).astype(np.float32))
+        discount, pairs, times = DISCOUNT * (before >= 0), np.flatnonzero(before >= 0), draws.shape[1]
+        shares, rest = (self.counts[seen] - discount[rows]) / totals[rows], discount * lengths / totals / times
+        first, end = self.firsts[tokens[pairs, None]], self.firsts[tokens[pairs, None] + 1]
+        drawn = self.after[first + (draws[pairs] * (end - first)).astype(np.int64)]
+        return (np.append(rows, np.repeat(pairs, times)), np.append(self.next_ids[seen], drawn),
+                np.append(shares, np.repeat(rest[pairs], times)).astype(np.float32))
 
 
 def count_runs(numbers):
@@ -116,7 +110,7 @@ def count_followers(documents, bos, vocab_size, num_pairs=0, max_tokens=MAX_TOKE
     if len(tokens) < 3:  # a pair, and what follows it
         raise UserError("the data holds no text", "check --data, or run: python -m nanochat.dataset -n 8")
     contexts = tokens[:-1].astype(np.int64)
-    pairs = np.full(num_pairs, NO_PAIR)
+    pairs, after, firsts = np.full(num_pairs, NO_PAIR), tokens[:0], np.zeros(vocab_size + 1, dtype=np.int64)
     if num_pairs:
         neighbours = contexts[:-1] * vocab_size + contexts[1:]  # a pair as one number
         found, counts = count_runs(neighbours.copy())
@@ -126,12 +120,15 @@ def count_followers(documents, bos, vocab_size, num_pairs=0, max_tokens=MAX_TOKE
         listed = np.append(pairs, NO_PAIR)[places] == neighbours
         contexts[1:][listed] = vocab_size + places[listed]
         del neighbours, places, listed
+        after = tokens[1:][np.argsort(tokens[:-1], kind="stable")]
+        firsts = np.append(0, np.cumsum(np.bincount(tokens[:-1], minlength=vocab_size)))
     totals = np.bincount(contexts, minlength=vocab_size + num_pairs)
     contexts *= vocab_size
     contexts += tokens[1:]
     found, counts = count_runs(contexts)
     contexts, next_ids = np.divmod(found, vocab_size)
-    return Followers(pairs, np.searchsorted(contexts, np.arange(len(totals) + 1)), next_ids, counts, totals)
+    starts = np.searchsorted(contexts, np.arange(len(totals) + 1))
+    return Followers(pairs, starts, next_ids, counts, totals, after, firsts)
 
 
 def fit_followers(model, followers, seed, steps=STEPS):
