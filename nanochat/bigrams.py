@@ -137,11 +137,11 @@ def fit_followers(model, followers, seed, steps=STEPS):
     frequency, so that rare ones are seen, and weighted by it, so that each counts as often as it occurs. Ranks share a
     step's contexts.
     """
-    tables, scale = [("embedding", model.transformer.wte.weight)], (model.config.n_embd / 768) ** -0.5
+    tables = [("embedding", model.transformer.wte.weight)]
     if model.pairs is not None:
         tables.append(("pair_embeds", model.pair_embeds.requires_grad_()))
-    optimizer = DistAdamW([dict(named_params=[("head", model.lm_head.weight)], lr=HEAD_LR * scale),
-                           dict(named_params=tables, lr=EMBEDDING_LR * scale)])
+    optimizer = DistAdamW([dict(named_params=[("head", model.lm_head.weight)], lr=HEAD_LR * model.adam_scale),
+                           dict(named_params=tables, lr=EMBEDDING_LR * model.adam_scale)])
     roots = np.sqrt(followers.totals)
     num_contexts = min(np.clip(len(roots) // 16, *CONTEXTS), np.count_nonzero(roots))
     rng, smooth_loss = np.random.default_rng(seed), Ema()

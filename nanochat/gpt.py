@@ -518,6 +518,11 @@ class GPT(nn.Module):
 
     # -- optimizers
 
+    @property
+    def adam_scale(self):
+        """What Adam's rates are multiplied with: they are given for a width of 768."""
+        return (self.config.n_embd / 768) ** -0.5
+
     def setup_optimizers(self, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
                          momentum=0.95, compile=None, value_lr=None):
         """
@@ -527,7 +532,7 @@ class GPT(nn.Module):
         def named(pattern):
             return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]
 
-        scale, value_lr = (self.config.n_embd / 768) ** -0.5, embedding_lr if value_lr is None else value_lr
+        scale, value_lr = self.adam_scale, embedding_lr if value_lr is None else value_lr
         groups = [dict(named_params=named("lm_head.weight"), lr=unembedding_lr * scale),
                   dict(named_params=named("transformer.wte.weight"), lr=embedding_lr * scale)]
         if self.config.value_embeds:

@@ -28,7 +28,7 @@ ROOMS = {
 
 # Lines with comments and blank lines. Raising one is a reviewed change that says why in dev/LOG.md.
 BUDGETS = {
-    "nanochat/gpt.py": 550, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
+    "nanochat/gpt.py": 554, "nanochat/engine.py": 470, "nanochat/tokenizer.py": 395, "nanochat/dataloader.py": 350,
     "nanochat/bigrams.py": 203,
     "nanochat/dataset.py": 235, "nanochat/documents.py": 190, "nanochat/download.py": 310, "nanochat/adamw.py": 120,
     "nanochat/muon.py": 190, "nanochat/checkpoint_manager.py": 380, "nanochat/common.py": 370,
