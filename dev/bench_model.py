@@ -99,8 +99,6 @@ def bench_decode(device):
     dtype = get_precision_dtype(device.type)
     config = GPTConfig.from_depth(decode_depth, 65536, 2048)
     model = GPT.create(config, device).eval()
-    if get_precision(device.type) == "int8":
-        model.use_int8()
     model.to_compute_dtype()
     if compiles(device):
         model.compile_decoding()

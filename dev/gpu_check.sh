@@ -26,7 +26,7 @@ trap 'rm -rf "$base"' EXIT
 python3 -m dev.gen_synthetic_data --out="$NANOCHAT_DATA_DIR"
 python3 -m scripts.tok_train --vocab_size=4096
 python3 -m scripts.base_train --depth=12 --max_seq_len=512 --total_batch_size=65536 --num_iterations=100 \
-    --value_embeds=True --pair_embeds=8192
+    --value_embeds=True
 python3 -m scripts.mid_train --num_iterations=50
 python3 -m scripts.chat_sft --num_iterations=20
 python3 -m scripts.chat_rl --num_iterations=4 --eval_examples=64

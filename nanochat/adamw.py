@@ -8,8 +8,9 @@ any number of ranks work, and a single rank runs the same code.
 
 import torch
 
-from nanochat import native
-from nanochat.common import all_gather, ceil_div, rank, reduce_scatter_sum, world_size
+from nanochat import cpu_kernels
+from nanochat.common import ceil_div
+from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
@@ -71,7 +72,7 @@ class DistAdamW(torch.optim.Optimizer):
         shard = self._my_shard(p)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
         fits = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
-        update = native.adamw_update if fits else adamw_update
+        update = cpu_kernels.adamw_update if fits else adamw_update
         update(shard, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"],
                group["eps"], group["weight_decay"])
         if ranks > 1:

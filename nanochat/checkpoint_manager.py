@@ -24,9 +24,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import FailedElsewhere, UserError, barrier, get_base_dir, get_dist_info, print0, run_together
+from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.distributed import FailedElsewhere, barrier, run_together
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.precision import get_precision, precision_note
+from nanochat.precision import precision_note
 from nanochat.tokenizer import get_tokenizer
 
 FORMAT_VERSION = 1
@@ -292,17 +293,14 @@ class CheckpointManager:
 def load_checkpoint(stage, device, model_tag=None, step=None):
     """
     (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: evaluation mode, parameters
-    stored in the compute dtype, so that decoding never casts, or packed for int8. Default: the latest step of the
-    newest model.
+    stored in the compute dtype, so that decoding never casts. Default: the latest step of the newest model.
     """
     manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
     step, meta = manager.load_meta(step)
-    note = precision_note(torch.device(device).type, int8=True)
+    note = precision_note(torch.device(device).type)
     if note:
         print0(f"note: {note}")
     model = manager.load_model(device, step).eval().requires_grad_(False)
-    if get_precision(model.device.type) == "int8":
-        model.use_int8()
     return model.to_compute_dtype(), manager.load_tokenizer(step), meta
 
 
@@ -341,6 +339,9 @@ def _upgrade(meta, folder):
     if meta["format_version"] > FORMAT_VERSION:
         raise UserError(f"{folder} has checkpoint format {meta['format_version']}, this nanochat reads up to "
                         f"{FORMAT_VERSION}", "update nanochat: git pull && uv sync")
+    if meta["model_config"].pop("pair_embeds", 0):
+        raise UserError(f"{folder} needs pair embeddings (pair_embeds), which this nanochat no longer has",
+                        "load another model, or use the nanochat that trained this one")
     return meta
 
 

@@ -243,126 +243,16 @@ def get_peak_flops(device, dtype):
 
 
 # -----------------------------------------------------------------------------
-# Collectives, all of them: with one rank each is the identity
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def all_reduce_sum(tensor):
-    """Sum over ranks, in place; returns the tensor."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
-
-
-def reduce_scatter_sum(full):
-    """(world * n, ...) on every rank -> this rank's (n, ...) of the sum over ranks."""
-    if world_size() == 1:
-        return full
-    shard = torch.empty_like(full[: full.size(0) // world_size()])
-    dist.reduce_scatter_tensor(shard, full, op=dist.ReduceOp.SUM)
-    return shard
-
-
-def all_gather(shard):
-    """This rank's (n, ...) -> (world * n, ...) of all ranks, in rank order."""
-    if world_size() == 1:
-        return shard
-    full = shard.new_empty(world_size() * shard.size(0), *shard.shape[1:])
-    dist.all_gather_into_tensor(full, shard.contiguous())
-    return full
-
-
-def gather_objects(items):
-    """The lists of all ranks joined, in rank order, on every rank; for small picklable things."""
-    if world_size() == 1:
-        return items
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-class FailedElsewhere(UserError):
-    """Another rank failed at what all ranks do together."""
-
-
-def run_together(function, device):
-    """function() on every rank; an error on one becomes an error on all, so that none waits in the next collective."""
-    result = failure = None
-    try:
-        result = function()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        failure = error
-    if all_reduce_sum(torch.tensor(float(failure is not None), device=device)).item() > 0:
-        raise failure or FailedElsewhere("it failed on another rank")
-    return result
-
-
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
-# -----------------------------------------------------------------------------
-# Schedules, compilation, batch arithmetic
+# Compilation, arithmetic
 
 
 def compiles(device, setting=None):
-    """Whether to torch.compile: never on a CPU, which has native.py; else as set; None = on a GPU that has Triton."""
+    """Whether to torch.compile: never on a CPU, which has cpu_kernels.py; None = on a GPU with Triton."""
     if device.type == "cpu":
         return False
     return setting if setting is not None else device.type == "cuda" and HAS_TRITON
 
 
-def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):
-    """
-    The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps, constant 1,
-    then a linear fall over the last warmdown_ratio of the run, to final_frac at step = num_iterations.
-    """
-    warmdown_iters = round(warmdown_ratio * num_iterations)
-    if step < warmup_iters:
-        return (step + 1) / warmup_iters
-    if step <= num_iterations - warmdown_iters:
-        return 1.0
-    progress = max(0.0, (num_iterations - step) / warmdown_iters)  # 1 -> 0
-    return progress + (1 - progress) * final_frac
-
-
-# Losses are summed and divided by the step's global token count, so ranks may have different numbers of rows, and
-# any split of a step into ranks and micro-batches gives the same gradient.
-
-
-def rank_slice(num_rows, ddp_rank, ddp_world_size):
-    """This rank's part of a step's rows, as a slice; parts differ by one row at most."""
-    return slice(num_rows * ddp_rank // ddp_world_size, num_rows * (ddp_rank + 1) // ddp_world_size)
-
-
 def ceil_div(a, b):
     """a / b, rounded up."""
     return -(-a // b)
-
-
-class Ema:
-    """Exponential moving average without the start-up bias; `value` is None before the first update."""
-
-    def __init__(self, decay=0.9, total=0.0, weight=0.0):
-        self.decay, self.total, self.weight = decay, total, weight
-
-    def update(self, x):
-        self.total = self.decay * self.total + (1 - self.decay) * x
-        self.weight = self.decay * self.weight + (1 - self.decay)
-        return self.value
-
-    def state(self):
-        """What `Ema(*state)` goes on from."""
-        return [self.decay, self.total, self.weight]
-
-    @property
-    def value(self):
-        return self.total / self.weight if self.weight else None

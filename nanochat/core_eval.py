@@ -29,16 +29,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import (
-    UserError,
-    barrier,
-    gather_objects,
-    get_base_dir,
-    get_data_dir,
-    get_dist_info,
-    rank,
-    world_size,
-)
+from nanochat.common import UserError, get_base_dir, get_data_dir, get_dist_info
+from nanochat.distributed import barrier, gather_objects, rank, world_size
 from nanochat.download import download_file, hold_lock
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"

@@ -6,7 +6,6 @@ step. Rows come and go between steps, and each has its own sampling settings, ra
 `Engine.generate` and `Engine.generate_batch` run it to the end for evaluations, RL and the command line; a server
 feeds it as requests arrive. A row's text does not depend on its neighbours, but for rounding: several rows are
 multiplied in another order than one, which in 16 bits can change a sampled token, and rarely even the likeliest one.
-(In int8 they share a scale, too: see precision.py.)
 
 Shapes: B rows, T new tokens, S cached positions, H heads, D head size, L layers, V vocabulary.
 """
@@ -22,8 +21,8 @@ from functools import partial
 import torch
 
 from nanochat.common import UserError
+from nanochat.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
 from nanochat.execution import use_calculator
-from nanochat.graphs import WARM_UP, CudaRecorder, StepGraphs
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.sampling import Sampling, sample_rows, top_logprobs
 
@@ -43,7 +42,6 @@ class KVCache:
         shape = (config.n_layer, num_rows, config.n_kv_head, min(length, max_length), config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.tokens = torch.full((num_rows, 1 + shape[3]), -1, device=device)  # see gpt.tokens_before
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
@@ -83,7 +81,6 @@ class KVCache:
         self.reserve(length)
         for mine, theirs in ((self.k, source_cache.k), (self.v, source_cache.v)):
             mine[:, target, :, :length] = theirs[:, source, :, :length]
-        self.tokens[target, : 1 + length] = source_cache.tokens[source, : 1 + length]
         self.lengths[target] = length
 
     def reserve(self, length):
@@ -97,8 +94,7 @@ class KVCache:
         for old in (self.k, self.v):
             grown.append(old.new_zeros(*old.shape[:3], capacity, old.shape[4]))
             grown[-1][:, :, :, : old.size(3)] = old
-        tokens = torch.nn.functional.pad(self.tokens, (0, 1 + capacity - self.tokens.size(1)))
-        self.k, self.v, self.tokens = *grown, tokens  # all or, when memory runs out, none
+        self.k, self.v = grown  # both or, when memory runs out, none
 
 
 # -----------------------------------------------------------------------------

@@ -3,8 +3,8 @@ The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs a
 
 Rotary position embeddings, normalised queries and keys, ReLU^2 in the MLP, grouped-query attention on request, no
 biases, RMSNorm without parameters (one more after the embedding), untied output head, logits capped by
-15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. Two
-switches go beyond it, value embeddings and pair embeddings, off by default.
+15 tanh(x / 15). This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. One
+switch goes beyond it, value embeddings, off by default.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
@@ -19,16 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat import native
+from nanochat import cpu_kernels
 from nanochat.adamw import DistAdamW
 from nanochat.common import HAS_TRITON, IGNORE, ceil_div
 from nanochat.muon import DistMuon
 from nanochat.precision import (
     active_dtype,
     float8_linear,
-    get_precision,
     get_precision_dtype,
-    int8_pack,
     pack,
     packed_linear,
     packs,
@@ -45,7 +43,6 @@ ROPE_BASE = 10000.0
 # (github.com/pytorch/pytorch/pull/155958), and prompts come in all of them
 EAGER_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 EAGER_PIECE = 2**26  # logits that torch works on at once without a compiler: 256 MB of float32
-NO_PAIR = 2**63 - 1      # greater than any pair of tokens
 NORM_EPS = torch.finfo(torch.float32).eps
 SHORT_T = 1024       # tokens a row up to which a CPU's attention keeps its (T, T) scores
 
@@ -59,10 +56,9 @@ class GPTConfig:
     n_kv_head: int = 6   # key and value heads; fewer than n_head = grouped-query attention, 1 = multi-query
     n_embd: int = 768
     value_embeds: bool = False  # every layer adds to a token's values a row of a table of its own: see GPT.__init__
-    pair_embeds: int = 0  # pairs of neighbouring tokens, the most frequent ones, that have an embedding of their own
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):  # value_embeds, pair_embeds
+    def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):  # value_embeds
         """The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim."""
         n_embd = 64 * depth
         fitting = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
@@ -81,13 +77,13 @@ class GPTConfig:
 
 def norm(x):
     """RMSNorm without a weight, with float32's epsilon (2^-23) whatever the dtype."""
-    if native.suits(x):
-        return native.norm(x, NORM_EPS)
+    if cpu_kernels.suits(x):
+        return cpu_kernels.norm(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
 def relu_square(x):
-    return native.relu_square(x) if native.suits(x) else F.relu(x).square()
+    return cpu_kernels.relu_square(x) if cpu_kernels.suits(x) else F.relu(x).square()
 
 
 def rotary_table(length, head_dim, device):
@@ -105,19 +101,9 @@ def apply_rotary(x, cos, sin):
 
 def rotary_norm(x, cos, sin):
     """x (B, T, H, D), rotated by its positions and normalised -> (B, H, T, D)."""
-    if native.suits(x):
-        return native.rotary_norm(x, cos, sin, NORM_EPS)
+    if cpu_kernels.suits(x):
+        return cpu_kernels.rotary_norm(x, cos, sin, NORM_EPS)
     return norm(apply_rotary(x.transpose(1, 2), cos, sin))
-
-
-def tokens_before(tokens, idx, positions):
-    """
-    Store idx (B, T) at its positions (B, T) of a cache's tokens (rows, 1 + S), one place further on: the first place is
-    -1, no token. Returns the token before each of them, (B, T).
-    """
-    rows = torch.arange(len(idx), device=idx.device)[:, None]
-    tokens[rows, positions + 1] = idx
-    return tokens[rows, positions]
 
 
 def attention(q, k, v, last=None):
@@ -127,16 +113,16 @@ def attention(q, k, v, last=None):
     """
     T, S = q.size(2), k.size(2)
     if last is not None and T == 1 and q.is_cuda and HAS_TRITON:
-        from nanochat.kernels import decode_attention
+        from nanochat.gpu_kernels import decode_attention
         return decode_attention(q, k, v, last)
-    if T == 1 and not q.requires_grad and native.suits(q) and q.dtype == k.dtype == v.dtype:
-        return native.one_token_attention(q, k, v, last)
+    if T == 1 and not q.requires_grad and cpu_kernels.suits(q) and q.dtype == k.dtype == v.dtype:
+        return cpu_kernels.one_token_attention(q, k, v, last)
     mask = None if last is None else (torch.arange(S, device=q.device) <= last[:, :, None])[:, None]  # (B, 1, T, S)
     causal = mask is None and T > 1
     half = q.dtype in (torch.bfloat16, torch.float16)
     short = q.dtype == torch.bfloat16 and q.shape == k.shape and T <= SHORT_T
-    if short and causal and q.requires_grad and native.suits(q):
-        return native.ShortAttention.apply(q, k, v)
+    if short and causal and q.requires_grad and cpu_kernels.suits(q):
+        return cpu_kernels.ShortAttention.apply(q, k, v)
     if flash_attn_func is not None and q.is_cuda and half and mask is None:
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -262,8 +248,8 @@ def chunk_loss_and_grad_eager(logits, targets, weights):
     losses = torch.empty(len(logits), device=logits.device)
     assert (targets.dtype, weights.dtype) == (torch.int64, torch.float32)
     assert len(targets) == len(weights) == len(logits)
-    if native.suits(logits):
-        native.capped_cross_entropy(logits, targets, weights, losses, LOGIT_CAP)
+    if cpu_kernels.suits(logits):
+        cpu_kernels.capped_cross_entropy(logits, targets, weights, losses, LOGIT_CAP)
         return losses, logits
     rows = max(1, EAGER_PIECE // logits.size(1))
     pieces = zip(*(x.split(rows) for x in (logits, targets, weights, losses)), strict=True)
@@ -331,12 +317,6 @@ class GPT(nn.Module):
             # (modded-nanogpt's value embeddings; for values that bypass layers see arXiv 2410.17897)
             "value_embeds": nn.ModuleList(Embedding(config.padded_vocab_size, kv_dim) for _ in range(num_tables)),
         })
-        # what is added to the embedding of a token that follows a certain other one (n-gram embeddings, as in arXiv
-        # 2501.16975): a row for each of `pairs`, one number each, sorted, and one for all others, which stays zero.
-        # They come from counts (bigrams.py), and training leaves them as they are: buffers
-        num_pairs = config.pair_embeds
-        self.register_buffer("pairs", torch.empty(num_pairs, dtype=torch.long) if num_pairs else None)
-        self.register_buffer("pair_embeds", torch.empty(num_pairs + 1, config.n_embd) if num_pairs else None)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
@@ -373,9 +353,6 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
         for table in self.transformer.value_embeds:
             nn.init.zeros_(table.weight)
-        if self.pairs is not None:
-            self.pairs = torch.full_like(self.pairs, NO_PAIR, device=self.device)
-            self.pair_embeds = torch.zeros_like(self.pair_embeds, device=self.device)
         self.set_rotary(self.config.sequence_len)
 
     def set_rotary(self, length):
@@ -393,9 +370,9 @@ class GPT(nn.Module):
     def pack(self):
         """
         On a CPU in bfloat16, give the products weights in the order that suits them: copies, which cost as much memory
-        again and have to be made anew when a parameter has changed. Elsewhere, and in int8, nothing.
+        again and have to be made anew when a parameter has changed. Elsewhere nothing.
         """
-        if packs(self.device.type, self.lm_head.weight.dtype) and get_precision(self.device.type) != "int8":
+        if packs(self.device.type, self.lm_head.weight.dtype):
             for block in self.transformer.h:
                 block.attn.fuse()
                 block.attn.qkv = pack(block.attn.qkv)
@@ -424,14 +401,9 @@ class GPT(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def embed(self, idx, before):
-        """idx (...) and, for pair embeddings, the token before each or -1 -> normalised embeddings (..., C)."""
+    def embed(self, idx):
+        """idx (...) -> normalised embeddings (..., C)."""
         x = self.transformer.wte(idx)
-        if self.pairs is not None:
-            pairs, none = before * self.config.vocab_size + idx, len(self.pairs)
-            places = torch.searchsorted(self.pairs, pairs).clamp_(max=none - 1)
-            rows = places.where(self.pairs[places] == pairs, none)
-            x = x + F.embedding(rows, self.pair_embeds, padding_idx=none)
         return norm(x.to(active_dtype(x)))
 
     def trunk(self, idx, kv_cache=None):
@@ -440,13 +412,11 @@ class GPT(nn.Module):
         if kv_cache is None:
             cos, sin, stores = self.cos[:, :, :T], self.sin[:, :, :T], [None] * len(blocks)
             run = Block.__call__  # where compile's work is called
-            before = None if self.pairs is None else F.pad(idx[:, :-1], (1, 0), value=-1)
         else:
             positions, stores = kv_cache.begin(T)  # (B, T), and a function per layer
             cos, sin = self.cos[0, 0][positions][:, None], self.sin[0, 0][positions][:, None]
             run = self._decode_block if kv_cache.fixed else Block.forward
-            before = None if self.pairs is None else tokens_before(kv_cache.tokens, idx, positions)
-        x = self.embed(idx, before)
+        x = self.embed(idx)
         tables = self.transformer.value_embeds or [None] * len(blocks)
         for block, store, table in zip(blocks, stores, tables, strict=True):
             x = run(block, x, cos, sin, store, None if table is None else table(idx).to(x.dtype))
@@ -466,10 +436,10 @@ class GPT(nn.Module):
         if targets is not None:
             return self._loss(x.flatten(0, 1), targets, weights, loss_reduction)
         if isinstance(last_only, torch.Tensor):
-            return self._logits(x[torch.arange(len(x), device=x.device), last_only][:, None])
-        return self._logits(x[:, -1:] if last_only else x)
+            return self.logits(x[torch.arange(len(x), device=x.device), last_only][:, None])
+        return self.logits(x[:, -1:] if last_only else x)
 
-    def _logits(self, x):
+    def logits(self, x):
         """Rows of the trunk's output -> capped float32 logits; padded vocabulary rows are left out."""
         logits = self.lm_head(x)[..., : self.config.vocab_size].float()
         if logits.requires_grad:
@@ -482,7 +452,7 @@ class GPT(nn.Module):
         if reduction == "none":
             rows = max(64, rows // 4)  # several float32 tensors of this size at once
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
-            losses = [F.cross_entropy(self._logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
+            losses = [F.cross_entropy(self.logits(a), b, ignore_index=IGNORE, reduction="none") for a, b in chunks]
             return torch.cat(losses).view(shape)
         counted = targets != IGNORE
         row_weights = counted.float() if weights is None else counted * weights.flatten()
@@ -545,10 +515,3 @@ class GPT(nn.Module):
         for module in self.transformer.h.modules():
             if isinstance(module, Linear):
                 module.fp8 = module.in_features % 16 == 0 and module.out_features % 16 == 0
-
-    def use_int8(self):
-        """Multiply all linear layers in 8 bits from now on, for inference on a CPU. Returns the model."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.packed = int8_pack(module.weight)
-        return self

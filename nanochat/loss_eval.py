@@ -12,7 +12,8 @@ import math
 
 import torch
 
-from nanochat.common import UserError, all_reduce_sum, run_together
+from nanochat.common import UserError
+from nanochat.distributed import all_reduce_sum, run_together
 from nanochat.precision import get_autocast_ctx
 
 

@@ -13,7 +13,8 @@ several ranks each one updates its K / ranks of them.
 
 import torch
 
-from nanochat.common import all_gather, ceil_div, compiles, rank, reduce_scatter_sum, world_size
+from nanochat.common import ceil_div, compiles
+from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
 # Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular values in [1e-3, 1]

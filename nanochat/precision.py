@@ -2,15 +2,13 @@
 The one place that decides in which number format the model computes.
 
 Parameters and optimizer states are float32; activations and matrix products run in the compute dtype. The choice
-is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8, int8), else bfloat16 where the hardware multiplies it natively
-(Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. Two of them say how linear layers multiply and
-leave the rest as it would be: fp8 in pretraining (`float8_linear`, Hopper and newer), int8 in inference on a CPU
-(`int8_linear`).
+is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware multiplies it natively
+(Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 is bfloat16, with 8-bit matmuls in the linear
+layers of pretraining (`float8_linear`, Hopper and newer).
 """
 
 import contextlib
 import os
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ import torch
 from nanochat.common import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.bfloat16}
-CHOICES = (*DTYPES, "int8")
+CHOICES = tuple(DTYPES)
 
 
 def _has_native_bf16(device_type):
@@ -41,7 +39,7 @@ def get_precision(device_type=None):
     asked = os.environ.get("NANOCHAT_PRECISION")
     if asked and asked not in CHOICES:
         raise UserError(f"NANOCHAT_PRECISION={asked} is unknown", f"use one of {', '.join(CHOICES)}, or unset it")
-    if not asked or (asked == "fp8" and not _has_float8(device_type)) or (asked == "int8" and device_type != "cpu"):
+    if not asked or (asked == "fp8" and not _has_float8(device_type)):
         return _native_precision(device_type)
     return asked
 
@@ -50,13 +48,11 @@ def _native_precision(device_type):
     return "bfloat16" if _has_native_bf16(device_type) else "float32"
 
 
-def precision_note(device_type, fp8=False, int8=False):
-    """Why what was asked for is not used, or ''. fp8, int8: is this a place for it, pretraining or inference?"""
+def precision_note(device_type, fp8=False):
+    """Why what was asked for is not used, or ''. fp8: is this pretraining, the place for it?"""
     precision, asked = get_precision(device_type), os.environ.get("NANOCHAT_PRECISION")
     if precision == "fp8" and not fp8:
         return "NANOCHAT_PRECISION=fp8 is for pretraining"
-    if asked == "int8" and not (int8 and precision == "int8"):
-        return "NANOCHAT_PRECISION=int8 is for inference on a CPU"
     return "" if asked in (None, "", precision) else f"NANOCHAT_PRECISION={asked} needs compute capability 9.0 or newer"
 
 
@@ -70,8 +66,7 @@ def describe_precision(device_type, fp8=False):
 
 def get_precision_dtype(device_type=None):
     """The compute dtype: that of activations, of matrix products and of the KV cache."""
-    precision = get_precision(device_type)
-    return DTYPES[_native_precision(device_type) if precision == "int8" else precision]
+    return DTYPES[get_precision(device_type)]
 
 
 def get_autocast_ctx(device):
@@ -128,7 +123,7 @@ def float8_linear(x, weight):
 
 
 # -----------------------------------------------------------------------------
-# Weights packed for inference on a CPU: in the order that its matrix unit reads, or in 8 bits
+# Weights packed for inference on a CPU, in the order that its matrix unit reads
 
 
 def packs(device_type, dtype):
@@ -151,31 +146,9 @@ def pack(weight):
 
 
 def packed_linear(x, packed):
-    """F.linear(x (..., K), weight (M, K)) for a weight out of `pack`, out of `int8_pack`, or as it is."""
+    """F.linear(x (..., K), weight (M, K)) for a weight out of `pack`, or as it is."""
     if isinstance(packed, Packed):
         if x.numel() > x.size(-1):
             return torch.ops.mkldnn._linear_pointwise(x, packed.reordered, None, "none", [], "")
         packed = packed.plain
-    elif not isinstance(packed, torch.Tensor):
-        return int8_linear(x, packed)
     return torch.nn.functional.linear(x, packed)
-
-
-# 8-bit products: weights once with a scale per row, activations at each call with one for all. A quarter of the bytes
-# of float32: at batch 1, where reading the weights is what takes time, that is the speed. The one scale is shared by
-# all rows of a batch, so that neighbours change what a row says by more than rounding
-
-
-def int8_pack(weight):
-    """A weight (M, K) in the form that int8_linear wants."""
-    scales = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-    zeros = torch.zeros(len(scales), dtype=torch.long)
-    with warnings.catch_warnings():  # PyTorch 2.15 means to drop these tensors one day; what replaces them is slower
-        warnings.simplefilter("ignore", UserWarning)
-        weight8 = torch.quantize_per_channel(weight.float(), scales.double(), zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(weight8, None)
-
-
-def int8_linear(x, packed):
-    """F.linear(x (..., K), weight (M, K)), about 2% off."""
-    return torch.ops.quantized.linear_dynamic(x.float(), packed, True).to(x.dtype)  # True: 7 bits where 8 overflow

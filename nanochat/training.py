@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.common import IGNORE, UserError, all_reduce_sum, get_dist_info, print0, write_text
+from nanochat.common import IGNORE, UserError, get_dist_info, print0, write_text
 from nanochat.dataloader import to_device
+from nanochat.distributed import all_reduce_sum
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
 # -----------------------------------------------------------------------------
@@ -125,6 +126,44 @@ def _free_memory_bytes():
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 4 * 2**30  # where the system does not tell
+
+
+# -----------------------------------------------------------------------------
+# Schedule, averages
+
+
+def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):
+    """
+    The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps, constant 1,
+    then a linear fall over the last warmdown_ratio of the run, to final_frac at step = num_iterations.
+    """
+    warmdown_iters = round(warmdown_ratio * num_iterations)
+    if step < warmup_iters:
+        return (step + 1) / warmup_iters
+    if step <= num_iterations - warmdown_iters:
+        return 1.0
+    progress = max(0.0, (num_iterations - step) / warmdown_iters)  # 1 -> 0
+    return progress + (1 - progress) * final_frac
+
+
+class Ema:
+    """Exponential moving average without the start-up bias; `value` is None before the first update."""
+
+    def __init__(self, decay=0.9, total=0.0, weight=0.0):
+        self.decay, self.total, self.weight = decay, total, weight
+
+    def update(self, x):
+        self.total = self.decay * self.total + (1 - self.decay) * x
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        return self.value
+
+    def state(self):
+        """What `Ema(*state)` goes on from."""
+        return [self.decay, self.total, self.weight]
+
+    @property
+    def value(self):
+        return self.total / self.weight if self.weight else None
 
 
 # -----------------------------------------------------------------------------

@@ -17,33 +17,31 @@ and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 import time
 from functools import partial
 
-from nanochat.bigrams import pays, start_from_counts
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import (
-    Ema,
-    UserError,
     ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
     get_peak_flops,
-    lr_multiplier,
     peak_memory_bytes,
     print0,
-    rank_slice,
     run_script,
     synchronize,
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
 from nanochat.dataset import describe_spans, get_spans
+from nanochat.distributed import rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.head_start import pays, start_from_counts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import describe_precision, get_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import (
+    Ema,
     RunKeeper,
     accumulate_gradients,
     attempt,
@@ -51,6 +49,7 @@ from nanochat.training import (
     check_settings,
     choose_device_batch_size,
     derive_horizon,
+    lr_multiplier,
     make_scaler,
     optimizer_step,
     resume_step,
@@ -71,8 +70,7 @@ depth: int = 20                          # layers; width = 64 * depth and everyt
 max_seq_len: int = 2048                  # context length T in tokens
 head_dim: int = 128                      # size of an attention head; a tiny model wants more and smaller ones
 value_embeds: bool = False               # a table of values a layer: learns more from little text, but no export_hf
-pair_embeds: int = 0                     # so many pairs of tokens, the most frequent, get embeddings: for a short run
-head_start: bool | None = None           # count what follows what first (nanochat/bigrams.py); None = where it pays
+head_start: bool | None = None           # count what follows what first (nanochat/head_start.py); None = where it pays
 # Horizon: the first that is > 0 decides
 num_iterations: int = -1                 # optimizer steps
 target_flops: float = -1.0               # total training FLOPs
@@ -100,7 +98,7 @@ compile: bool | None = None              # torch.compile on a GPU; None = if Tri
 
 LEARNED_LRS, COUNTED_LRS = (0.3, 0.004), (0.01, 0.0003)  # embedding and head, without and after a head start
 # settings that a resumed run cannot change
-FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds", "pair_embeds")
+FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
 # -----------------------------------------------------------------------------
 
@@ -114,8 +112,6 @@ def main():
     # Init: device, ranks, precision
     settings = get_settings(globals())
     check_settings(settings)
-    if pair_embeds and head_start is False:
-        raise UserError(f"--pair_embeds={pair_embeds} needs the counts of a head start", "leave out --head_start=False")
     ddp_rank, _, ddp_world_size, device = compute_init(device_type, seed)
     print0(f"device: {device} x {ddp_world_size} | precision: {describe_precision(device.type, fp8=True)}")
 
@@ -129,7 +125,7 @@ def main():
     if state is None:
         tokenizer = get_tokenizer()
         config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, head_dim,
-                                      value_embeds=value_embeds, pair_embeds=pair_embeds)
+                                      value_embeds=value_embeds)
         model = GPT.create(config, device)
     else:
         tokenizer, model = manager.load_tokenizer(step), manager.load_model(device, step)
@@ -151,7 +147,7 @@ def main():
     spans = get_spans(data, "train")
     progress = {"train_s": 0.0, "tokens": 0, "val_bpb": None, "min_val_bpb": None} | (state or {}).get("progress", {})
     if state is None:
-        worth_it = pair_embeds > 0 or pays(iterations * batch_tokens, model.config.vocab_size)
+        worth_it = pays(iterations * batch_tokens, model.config.vocab_size)
         progress["head_start"] = worth_it if head_start is None else head_start
         if progress["head_start"]:
             progress["train_s"] += start_from_counts(model, tokenizer, spans, seed)

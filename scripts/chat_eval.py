@@ -19,7 +19,6 @@ import torch
 from nanochat.checkpoint_manager import STAGE_DIRS, find_checkpoint_dir, load_checkpoint
 from nanochat.common import (
     UserError,
-    all_reduce_sum,
     compiles,
     compute_cleanup,
     compute_init,
@@ -29,6 +28,7 @@ from nanochat.common import (
     write_text,
 )
 from nanochat.configurator import ArgumentParser
+from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
 from nanochat.report import get_report

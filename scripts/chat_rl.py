@@ -23,13 +23,11 @@ from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
     IGNORE,
     UserError,
-    all_reduce_sum,
     ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
     get_dist_info,
-    lr_multiplier,
     peak_memory_bytes,
     print0,
     run_script,
@@ -37,6 +35,7 @@ from nanochat.common import (
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import to_device
+from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine, Sampling
 from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
 from nanochat.report import get_report
@@ -48,6 +47,7 @@ from nanochat.training import (
     check_settings,
     choose_device_batch_size,
     fit_rows,
+    lr_multiplier,
     make_scaler,
     optimizer_step,
     resume_step,

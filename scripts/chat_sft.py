@@ -15,13 +15,11 @@ import numpy as np
 from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
     IGNORE,
-    Ema,
     UserError,
     ceil_div,
     compute_cleanup,
     compute_init,
     get_peak_flops,
-    lr_multiplier,
     peak_memory_bytes,
     print0,
     run_script,
@@ -33,12 +31,14 @@ from nanochat.loss_eval import evaluate_loss
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.training import (
+    Ema,
     RunKeeper,
     accumulate_gradients,
     attempt,
     check_finite,
     check_settings,
     choose_device_batch_size,
+    lr_multiplier,
     make_scaler,
     optimizer_step,
     resume_step,

@@ -20,17 +20,13 @@ import torch
 
 from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import (
-    Ema,
-    all_reduce_sum,
     ceil_div,
     compiles,
     compute_cleanup,
     compute_init,
     get_peak_flops,
-    lr_multiplier,
     peak_memory_bytes,
     print0,
-    rank_slice,
     run_script,
     synchronize,
 )
@@ -46,11 +42,13 @@ from nanochat.dataloader import (
     rendered_conversations,
     shift,
 )
+from nanochat.distributed import all_reduce_sum, rank_slice
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training import (
+    Ema,
     RunKeeper,
     accumulate_gradients,
     align_batch_size,
@@ -58,6 +56,7 @@ from nanochat.training import (
     check_finite,
     check_settings,
     choose_device_batch_size,
+    lr_multiplier,
     make_scaler,
     optimizer_step,
     resume_step,

@@ -15,7 +15,8 @@ from functools import partial
 
 import torch
 
-from nanochat.common import UserError, gather_objects, get_dist_info, run_together
+from nanochat.common import UserError, get_dist_info
+from nanochat.distributed import gather_objects, run_together
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
 from tasks.arc import ARC

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from nanochat.common import Ema, UserError, compute_init, get_base_dir, get_data_dir, lr_multiplier, run_script
+from nanochat.common import UserError, compute_init, get_base_dir, get_data_dir, run_script
+from nanochat.training import Ema, lr_multiplier
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat import dataloader
-from nanochat.common import UserError, rank_slice
+from nanochat.common import UserError
 from nanochat.dataloader import (
     IGNORE,
     count_used,
@@ -24,6 +24,7 @@ from nanochat.dataloader import (
     training_rows,
 )
 from nanochat.dataset import get_spans
+from nanochat.distributed import rank_slice
 
 BOS = 0
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.common import compute_cleanup, compute_init, rank_slice
+from nanochat.common import compute_cleanup, compute_init
 from nanochat.dataloader import IGNORE, shift
+from nanochat.distributed import rank_slice
 from nanochat.training import accumulate_gradients, optimizer_step, set_rates
 from tests.ranks import on_ranks
 from tests.tiny import tiny_model
@@ -27,7 +28,7 @@ def train(out, load=None, steps=10, num_rows=7):
     """
     rank, _, world_size, _ = compute_init("cpu")
     torch.set_num_threads(1)
-    model = tiny_model(n_layer=3, value_embeds=True, pair_embeds=500)
+    model = tiny_model(n_layer=3, value_embeds=True)
     # Adam divides by the gradient: at a large rate, rounding in a tiny gradient would move its weight visibly
     optimizers = model.setup_optimizers(embedding_lr=0.003, weight_decay=0.1)
     first = 0

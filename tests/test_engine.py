@@ -10,8 +10,7 @@ from tests.tiny import tiny_model
 
 @pytest.fixture
 def engine(tokenizer):
-    pairs = tokenizer.get_vocab_size() ** 2 // 2
-    return Engine(tiny_model(tokenizer.get_vocab_size(), 64, pair_embeds=pairs).eval(), tokenizer)
+    return Engine(tiny_model(tokenizer.get_vocab_size(), 64).eval(), tokenizer)
 
 
 def cache_for(model, num_rows=1, **kwargs):
@@ -19,7 +18,7 @@ def cache_for(model, num_rows=1, **kwargs):
 
 
 @pytest.mark.parametrize("shape", [dict(n_kv_head=4), dict(n_kv_head=2), dict(n_kv_head=1),
-                                   dict(n_kv_head=2, value_embeds=True, pair_embeds=5000)])
+                                   dict(n_kv_head=2, value_embeds=True)])
 @pytest.mark.parametrize("split", [(20,), (1,) * 20, (7, 13), (13, 1, 6), (1, 19)])
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward_for_any_split(split, shape):
@@ -34,7 +33,7 @@ def test_cached_logits_equal_the_full_forward_for_any_split(split, shape):
 
 @torch.no_grad()
 def test_rows_of_different_lengths_share_a_cache():
-    model = tiny_model(pair_embeds=5000).eval()
+    model = tiny_model().eval()
     prompts = [torch.randint(0, 100, (1, T)) for T in (3, 11, 6)]
     cache, single = cache_for(model, num_rows=3, length=4), cache_for(model)
     for row, prompt in enumerate(prompts):

@@ -241,10 +241,10 @@ def test_a_wrong_setting_is_named(settings, message, tmp_path):
 
 
 def test_what_transformers_cannot_express_is_refused(folder):
-    config = {"n_layer": 2, "n_head": 4, "value_embeds": False, "pair_embeds": 0}
+    config = {"n_layer": 2, "n_head": 4, "value_embeds": False}
     export_hf.check_expressible(config)  # a switch that is off
-    with pytest.raises(UserError, match="cannot express value_embeds=True, pair_embeds=9 of this checkpoint"):
-        export_hf.check_expressible(config | {"value_embeds": True, "pair_embeds": 9})
-    known = {*export_hf.EXPRESSIBLE, "value_embeds", "pair_embeds"}
+    with pytest.raises(UserError, match="cannot express value_embeds=True of this checkpoint"):
+        export_hf.check_expressible(config | {"value_embeds": True})
+    known = {*export_hf.EXPRESSIBLE, "value_embeds"}
     assert known == set(export_hf.GPTConfig.__dataclass_fields__)  # a new field: express or refuse
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 500

@@ -10,7 +10,6 @@ from nanochat import gpt
 from nanochat.gpt import (
     GPT,
     IGNORE,
-    NO_PAIR,
     GPTConfig,
     chunk_loss_and_grad,
     chunk_loss_and_grad_eager,
@@ -195,22 +194,6 @@ def test_value_embeddings_start_as_if_they_were_not_there_and_cost_no_flops():
     for table in tables:
         table.weight.zero_()
     torch.testing.assert_close(model(ids), plain(ids))
-
-
-@torch.no_grad()
-def test_a_listed_pair_of_tokens_has_an_embedding_of_its_own():
-    plain, model = tiny_model(), tiny_model(pair_embeds=3)
-    model.load_state_dict(plain.state_dict(), strict=False)
-    model.pairs.copy_(torch.tensor([7 * 100 + 8, 8 * 100 + 7, NO_PAIR]))  # 8 after 7, 7 after 8, and one to spare
-    assert model.estimate_flops() == plain.estimate_flops()
-    ids = torch.tensor([[8, 7, 9, 8, 7, 8], [9, 8, 9, 9, 8, 9]])
-    model.pair_embeds.copy_(torch.stack((torch.full((64,), 3.0), torch.arange(64.0), *torch.zeros(2, 64))))
-    changed = (model.embed(ids, F.pad(ids[:, :-1], (1, 0), value=-1)) - plain.embed(ids, None)).any(dim=-1)
-    assert changed.tolist() == [[False, True, False, False, True, True], [False] * 6]
-    torch.testing.assert_close(model(ids)[1], plain(ids)[1])
-    assert not torch.allclose(model(ids)[0], plain(ids)[0])
-    model.init_weights()  # as if it were not there
-    assert not model.pair_embeds.any() and model.pairs.eq(NO_PAIR).all()
 
 
 def test_bad_shapes_are_named():

@@ -10,7 +10,7 @@ from nanochat.muon import DistMuon, Muon, muon_update, orthogonalize
 @pytest.mark.parametrize("native", [True, False])
 def test_adamw_equals_torch(monkeypatch, native):
     if not native:
-        monkeypatch.setattr("nanochat.native.adamw_update", adamw_update)
+        monkeypatch.setattr("nanochat.cpu_kernels.adamw_update", adamw_update)
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(600, 513))  # more than one part, and not a whole number of them
     theirs = torch.nn.Parameter(ours.detach().clone())

@@ -78,12 +78,12 @@ def test_optional_evaluations_off_still_save_and_resume():
 
 
 def test_a_run_with_a_head_start_resumes_without_another(capsys):
-    run_stage("base", model_tag="counted", value_embeds=True, pair_embeds=50)
+    run_stage("base", model_tag="counted", value_embeds=True, head_start=True)
     assert "head start: 160/160" in capsys.readouterr().out
     unbroken, plain = curve("base", "counted"), curve("base")
     assert unbroken[0]["val/bpb"] < plain[0]["val/bpb"] - 0.5
     # at the same rates, unsaid
-    run_stage("base", model_tag="counted", value_embeds=True, pair_embeds=50, resume_from_step=2)
+    run_stage("base", model_tag="counted", value_embeds=True, head_start=True, resume_from_step=2)
     out = capsys.readouterr().out
     assert curve("base", "counted") == unbroken
     assert "head start:" not in out and "learning rates: embedding 0.01, head 0.0003" in out
@@ -149,7 +149,6 @@ def test_base_loss_scores_both_splits(monkeypatch, capsys):
     (dict(depth=0), "depth=0: need 1 or more"), (dict(eval_tokens=0), "eval_tokens=0: need 1 or more, or -1"),
     (dict(keep_last=0), "keep_last=0: need 1 or more, or -1"), (dict(matrix_lr=-0.02), "matrix_lr=-0.02: need 0 or"),
     (dict(warmdown_ratio=1.5), "warmdown_ratio=1.5: need 0 to 1"),
-    (dict(pair_embeds=50, head_start=False), "--pair_embeds=50 needs the counts of a head start"),
 ])
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UserError, match=message):

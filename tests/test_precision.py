@@ -73,28 +73,6 @@ def test_float8_linear_and_its_gradients_are_near_float32(monkeypatch):
         assert (a - b).norm() / b.norm() < 0.1
 
 
-def test_int8_is_for_inference_on_a_cpu(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_PRECISION", "int8")
-    assert get_precision("cpu") == "int8" and get_precision_dtype("cpu") in (torch.float32, torch.bfloat16)
-    assert get_precision("mps") == "float32"
-    assert "int8 is for inference" in precision.describe_precision("cpu")
-
-
-def test_int8_linear_is_about_the_product():
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 3, 64), torch.randn(48, 64) * torch.logspace(-3, 3, 48)[:, None]  # rows of any size
-    exact, rough = x @ weight.T, precision.int8_linear(x, precision.int8_pack(weight))
-    assert rough.shape == (2, 3, 48)
-    assert ((rough - exact).norm(dim=(0, 1)) / exact.norm(dim=(0, 1))).max() < 0.06
-
-
-def test_a_model_in_int8_says_about_the_same(monkeypatch):
-    model = tiny_model().eval()
-    idx = torch.randint(0, 100, (2, 16))
-    exact, rough = model(idx).softmax(-1), model.use_int8()(idx).softmax(-1)
-    assert 0 < (rough - exact).abs().max() < 0.02
-
-
 def packed_model(monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
     if not precision.packs("cpu", torch.bfloat16):

@@ -8,12 +8,8 @@ from nanochat.gpt import GPT, GPTConfig
 def tiny_model(vocab_size=100, sequence_len=32, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, seed=0, **switches):
     torch.manual_seed(seed)
     model = GPT.create(GPTConfig(sequence_len, vocab_size, n_layer, n_head, n_kv_head, n_embd, **switches), "cpu")
-    if model.pairs is not None:  # of any two tokens, so many that a few ids have some of them
-        model.pairs.copy_(torch.randperm(vocab_size**2)[: len(model.pairs)].sort().values)
     with torch.no_grad():  # a fresh model answers 0 everywhere, which would make every comparison succeed
         for p in model.parameters():
             if not p.any():
                 p.normal_(std=0.3 / n_embd**0.5 * 4)
-        if model.pairs is not None:
-            model.pair_embeds[:-1].normal_()
     return model

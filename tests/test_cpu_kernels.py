@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt, native
+from nanochat import cpu_kernels, gpt
 from nanochat.gpt import chunk_loss_and_grad_eager, norm
 from tests.ranks import on_ranks
 
@@ -57,12 +57,12 @@ def native_results():
         results[-1].backward(torch.ones_like(results[-1]) * results[-1].detach())
         results.append(y.grad)
     q, k, v = (torch.randn(4, 4, 300, 32).bfloat16().requires_grad_() for _ in range(3))
-    native.ShortAttention.apply(q, k, v).square().sum().backward()
-    results += [native.one_token_attention(q[:, :, :1].detach(), k.detach(), v.detach()), q.grad, k.grad, v.grad]
+    cpu_kernels.ShortAttention.apply(q, k, v).square().sum().backward()
+    results += [cpu_kernels.one_token_attention(q[:, :, :1].detach(), k.detach(), v.detach()), q.grad, k.grad, v.grad]
     logits = torch.randn(40, 30_001).bfloat16()
     results += chunk_loss_and_grad_eager(logits, torch.randint(30_001, (40,)), torch.rand(40))
     state = torch.rand(4, 100_000)
-    native.adamw_update(*state, 3, 0.01, (0.8, 0.95), 1e-10, 0.1)
+    cpu_kernels.adamw_update(*state, 3, 0.01, (0.8, 0.95), 1e-10, 0.1)
     return [*(result.detach() for result in results), state]
 
 
@@ -101,7 +101,7 @@ def test_attention_of_short_rows_is_torchs_with_its_gradients(dtype, atol):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 77, 16).to(dtype).requires_grad_() for _ in range(3))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, expected = native.ShortAttention.apply(q, k, v), F.scaled_dot_product_attention(*exact, is_causal=True)
+    out, expected = cpu_kernels.ShortAttention.apply(q, k, v), F.scaled_dot_product_attention(*exact, is_causal=True)
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)
     expected.backward(grad.double())

@@ -23,7 +23,7 @@ class FixedCache:
     def __init__(self, cache, num_rows):
         device = cache.k.device
         self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)  # (B, 1), where the token goes
-        self.tokens, rows = cache.tokens[:num_rows], torch.arange(num_rows, device=device)
+        rows = torch.arange(num_rows, device=device)
         self.stores = [FixedLayer(k[:num_rows], v[:num_rows], rows, self.positions)
                        for k, v in zip(cache.k, cache.v, strict=True)]
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
 def check_decode_attention(device):
-    from nanochat.kernels import decode_attention
+    from nanochat.gpu_kernels import decode_attention
     torch.manual_seed(0)
     B = 3
     for H, H_kv, D, S in [(2, 2, 16, 300), (4, 2, 24, 128), (3, 1, 8, 1)]:

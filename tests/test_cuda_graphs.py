@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat import graphs
+from nanochat import cuda_graphs
 from nanochat.engine import Decoder, Engine
 from nanochat.gpt import Block
 from nanochat.sampling import Sampling
@@ -13,7 +13,7 @@ from tests.tiny import tiny_model
 @pytest.fixture
 def engine(tokenizer):
     vocab_size = tokenizer.get_vocab_size()
-    model = tiny_model(vocab_size, 96, n_layer=6, value_embeds=True, pair_embeds=vocab_size**2 // 2)
+    model = tiny_model(vocab_size, 96, n_layer=6, value_embeds=True)
     return Engine(model.eval(), tokenizer)
 
 
@@ -87,5 +87,5 @@ def test_a_recording_that_fails_is_said_once_and_decoding_goes_on(engine, capsys
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_records_and_replays(engine):
     engine.model.cuda().to(torch.float32)
-    recorded, shapes = decode(engine, graphs.CudaRecorder(engine.model.device))
+    recorded, shapes = decode(engine, cuda_graphs.CudaRecorder(engine.model.device))
     assert shapes and recorded == decode(engine, None)[0]
