@@ -18,7 +18,9 @@ from nanochat.configurator import override_from_cli
 from nanochat.dataloader import shift, training_rows
 from nanochat.dataset import get_spans, iter_texts
 from nanochat.engine import Engine, Sampling
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference import compile_decoding, prepare
 from nanochat.precision import get_precision, get_precision_dtype
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import accumulate_gradients, optimizer_step
@@ -75,7 +77,7 @@ def bench_train(device):
             start = time.perf_counter()
             model = GPT.create(GPTConfig.from_depth(depth, V, seq), device)
             if get_precision(device.type) == "fp8":
-                model.use_fp8()
+                use_fp8(model)
             if compiles(device, compile):
                 model.compile()
             optimizers = model.setup_optimizers()
@@ -98,10 +100,9 @@ def bench_decode(device):
     """Decoding and prefill of ours and of a Llama of the same size in transformers, both in the compute dtype."""
     dtype = get_precision_dtype(device.type)
     config = GPTConfig.from_depth(decode_depth, 65536, 2048)
-    model = GPT.create(config, device).eval()
-    model.to_compute_dtype()
+    model = prepare(GPT.create(config, device))
     if compiles(device):
-        model.compile_decoding()
+        compile_decoding(model)
     engine = Engine(model, RustBPETokenizer.train_from_iterator(iter(["the only text there is"]), 265))
     peer = _make_peer(config, device, dtype)
     goals = {1: 70, 8: 300, 64: 900}

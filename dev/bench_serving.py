@@ -70,6 +70,7 @@ def run_server():
     from nanochat.common import compute_init
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
+    from nanochat.inference import prepare
     from nanochat.service import Service
     from nanochat.serving import Lane
     from scripts.chat_web import create_app
@@ -83,7 +84,7 @@ def run_server():
             for p in net.parameters():
                 if not p.any():
                     p.normal_(std=0.02)
-        engine = Engine(net.eval().requires_grad_(False).to_compute_dtype(), tokenizer)
+        engine = Engine(prepare(net), tokenizer)
         engine.stop_tokens = frozenset()
         return {"random": Lane(engine, rows, chunk=2048 if device.type == "cuda" else 256).prepare()}
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.common import UserError, get_base_dir, get_dist_info, print0
 from nanochat.distributed import FailedElsewhere, barrier, run_together
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.inference import prepare
 from nanochat.precision import precision_note
 from nanochat.tokenizer import get_tokenizer
 
@@ -300,8 +301,8 @@ def load_checkpoint(stage, device, model_tag=None, step=None):
     note = precision_note(torch.device(device).type)
     if note:
         print0(f"note: {note}")
-    model = manager.load_model(device, step).eval().requires_grad_(False)
-    return model.to_compute_dtype(), manager.load_tokenizer(step), meta
+    model = manager.load_model(device, step)
+    return prepare(model), manager.load_tokenizer(step), meta
 
 
 # -----------------------------------------------------------------------------

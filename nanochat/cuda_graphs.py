@@ -2,9 +2,9 @@
 CUDA graphs for decoding. A step of one token per row launches hundreds of small kernels, and on a fast GPU Python needs
 longer to issue them than they need to run. A graph records such a step once and replays it with a single call.
 
-A graph is for fixed shapes, so the number of rows is rounded up to a power of two, a step sees the cache's whole length
-and reads the rows' own from a tensor. The rows that only fill up the shape write where nobody reads: a row is
-overwritten from its first position on when it is admitted.
+A graph is for fixed shapes, so the number of rows is rounded up to a power of two, and a step attends to the cache's
+whole length, with the length of each row in a tensor. The extra rows are padding: they write to slots that are
+overwritten when a row is admitted there.
 """
 
 from collections.abc import Callable
@@ -12,49 +12,57 @@ from dataclasses import dataclass
 
 import torch
 
-WARM_UP = 2  # ordinary steps of a shape before it is recorded: libraries choose kernels and take workspace in the first
+WARM_UP = 2  # ordinary steps of a shape before it is recorded: in the first, libraries choose kernels and workspace
 
 
 class FixedCache:
     """A KVCache as a recorded step sees it: num_rows rows of all positions, whatever they hold."""
 
-    fixed = True
-
     def __init__(self, cache, num_rows):
         device = cache.k.device
         self.positions = torch.zeros(num_rows, 1, dtype=torch.long, device=device)  # (B, 1), where the token goes
         rows = torch.arange(num_rows, device=device)
-        self.stores = [FixedLayer(k[:num_rows], v[:num_rows], rows, self.positions)
-                       for k, v in zip(cache.k, cache.v, strict=True)]
+        self.layers = []
+        for k, v in zip(cache.k, cache.v, strict=True):
+            self.layers.append(FixedLayer(k[:num_rows], v[:num_rows], rows, self.positions))
 
     def begin(self, T):
         """As KVCache.begin, for T = 1."""
-        return self.positions, self.stores
+        return self.positions, self.layers
 
 
 @dataclass
 class FixedLayer:
-    """A layer's part of it: what KVCache._store does, on tensors alone, so that all layers compile to the same code."""
+    """A layer of it. Stores as KVCache._store does, on tensors alone, so that all layers compile to the same code."""
     k: torch.Tensor          # (B, H_kv, S, D)
     v: torch.Tensor
     rows: torch.Tensor       # 0 .. B - 1
     positions: torch.Tensor  # (B, 1)
 
     def __call__(self, k, v):
-        for cache, new in ((self.k, k), (self.v, v)):
-            cache[self.rows, :, self.positions[:, 0]] = new[:, :, 0].to(cache.dtype)
+        places = self.positions[:, 0]
+        self.k[self.rows, :, places] = k[:, :, 0].to(self.k.dtype)
+        self.v[self.rows, :, places] = v[:, :, 0].to(self.v.dtype)
         return self.k, self.v, self.positions
 
 
 class StepGraphs:
     """
     The decode steps of one KVCache, recorded for each number of rows. forward(ids (B, 1), cache) -> logits (B, 1, V)
-    is the model's; record(function) -> (replay, output) is a CudaRecorder, its like in a test, or None for none.
+    is the model's; record(function) -> (replay, output) is a CudaRecorder, a stand-in in a test, or None for none.
     """
 
     def __init__(self, forward, cache, record):
-        self.forward, self.cache, self.record = forward, cache, record
-        self._steps, self._uses, self._recorded_k = {}, {}, None
+        self.forward = forward
+        self.cache = cache
+        self.record = record
+        self._forget()
+
+    def _forget(self):
+        """Graphs point at the cache's memory, so they end when it grows."""
+        self._steps = {}  # number of rows -> RecordedStep
+        self._uses = {}   # number of rows -> ordinary steps so far
+        self._recorded_k = self.cache.k
 
     def step(self, tokens):
         """
@@ -63,30 +71,40 @@ class StepGraphs:
         """
         if self.record is None:
             return None
-        cache, B = self.cache, len(tokens)
-        cache.reserve(max(cache.lengths[:B]) + 1)
-        if self._recorded_k is not cache.k:  # it has grown: the graphs point at memory that is gone
-            self._steps, self._uses, self._recorded_k = {}, {}, cache.k
-        num_rows = min(1 << (B - 1).bit_length(), cache.k.size(1))
+        B = len(tokens)
+        lengths = self.cache.lengths[:B]
+        self.cache.reserve(max(lengths) + 1)
+        if self._recorded_k is not self.cache.k:
+            self._forget()
+        num_rows = min(1 << (B - 1).bit_length(), self.cache.k.size(1))
+        step = self._find_step(num_rows)
+        if step is None:
+            return None
+
+        # Fill in the inputs, then run: recording runs the step too, so it needs them first
+        padding = [0] * (num_rows - B)
+        step.ids.copy_(torch.tensor(tokens + padding)[:, None])
+        step.cache.positions.copy_(torch.tensor(lengths + padding)[:, None])
+        if step.replay is None and not self._record(step):
+            return None
+        step.replay()
+        self.cache.lengths[:B] = [length + 1 for length in lengths]
+        return step.logits[:B, -1]
+
+    def _find_step(self, num_rows):
+        """The step for num_rows rows, or None while it is still warming up."""
         if num_rows not in self._steps:
             self._uses[num_rows] = self._uses.get(num_rows, 0) + 1
             if self._uses[num_rows] <= WARM_UP:
                 return None
-            ids = torch.zeros(num_rows, 1, dtype=torch.long, device=cache.k.device)
-            self._steps[num_rows] = _Step(ids, FixedCache(cache, num_rows))
-        step, fill = self._steps[num_rows], [0] * (num_rows - B)
-        step.ids.copy_(torch.tensor(tokens + fill)[:, None])
-        step.fixed.positions.copy_(torch.tensor(cache.lengths[:B] + fill)[:, None])
-        if step.replay is None and not self._record(step):  # with these inputs, for recording runs the step, too
-            return None
-        step.replay()
-        cache.lengths[:B] = [length + 1 for length in cache.lengths[:B]]
-        return step.logits[:B, -1]
+            ids = torch.zeros(num_rows, 1, dtype=torch.long, device=self.cache.k.device)
+            self._steps[num_rows] = RecordedStep(ids, FixedCache(self.cache, num_rows))
+        return self._steps[num_rows]
 
     def _record(self, step):
         """False, once and for all steps, where recording fails: decoding goes on without."""
         try:
-            step.replay, step.logits = self.record(lambda: self.forward(step.ids, step.fixed))
+            step.replay, step.logits = self.record(lambda: self.forward(step.ids, step.cache))
         except RuntimeError as error:
             print(f"note: decoding without CUDA graphs: {error}", flush=True)
             self.record = None
@@ -94,9 +112,9 @@ class StepGraphs:
 
 
 @dataclass
-class _Step:
-    ids: torch.Tensor                # (B, 1), the tokens that go in
-    fixed: FixedCache
+class RecordedStep:
+    ids: torch.Tensor                # (B, 1), the input tokens
+    cache: FixedCache
     replay: Callable | None = None   # fills logits
     logits: torch.Tensor | None = None  # (B, 1, V)
 
@@ -105,19 +123,23 @@ class CudaRecorder:
     """recorder(function) records the kernels of function(), which returns a tensor that each replay fills anew."""
 
     def __init__(self, device):
-        self.device, self.last = device, None  # the last graph, which keeps the memory pool of all of them alive
+        self.device = device
+        self.last = None  # the last graph, which keeps the memory pool of all of them alive
 
     def __call__(self, function):
         """Returns (replay, the tensor)."""
         with torch.cuda.device(self.device):
+            # Once on a stream of its own, as recording will be
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # once on a stream of its own, as recording will be
+            with torch.cuda.stream(stream):
                 function()
             torch.cuda.current_stream().wait_stream(stream)
+
+            # All graphs share one memory pool, since only one runs at a time. thread_local: other GPUs' engines go on
             graph = torch.cuda.CUDAGraph()
-            pool = None if self.last is None else self.last.pool()  # one for all: only one graph runs at a time
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # other GPUs' engines go on
+            pool = None if self.last is None else self.last.pool()
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                 output = function()
         self.last = graph
         return graph.replay, output

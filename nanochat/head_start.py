@@ -21,7 +21,7 @@ from nanochat.adamw import DistAdamW
 from nanochat.common import UserError, print0
 from nanochat.dataloader import to_device, token_documents
 from nanochat.distributed import all_reduce_sum, rank, rank_slice, world_size
-from nanochat.gpt import norm
+from nanochat.ops import norm
 from nanochat.precision import get_autocast_ctx
 from nanochat.training import lr_multiplier, set_rates
 

@@ -17,10 +17,11 @@ import prometheus_client
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from nanochat.engine import ToolState, fit_conversation
+from nanochat.engine import fit_conversation
 from nanochat.protocol import ChatReply, TextReply, error_body
 from nanochat.sampling import Sampling
 from nanochat.serving import Call, Choice, DecodeThread, Event, QueueFull
+from nanochat.streaming import ToolState
 
 PING_S = 15   # a comment on streams every so often, so that no proxy takes them for dead
 GONE = "The client has gone"

@@ -15,7 +15,9 @@ from itertools import islice
 from typing import Any
 
 from nanochat.common import compiles
-from nanochat.engine import Decoder, Row, TextStream, split_at_stop
+from nanochat.engine import Decoder, Row
+from nanochat.inference import compile_decoding
+from nanochat.streaming import TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
 BLOCKS = {"python_start": "python", "python_end": "text", "output_start": "python_output", "output_end": "text"}
@@ -119,7 +121,7 @@ class Lane:
     def prepare(self):
         """What a GPU needs seconds for at first, before anybody waits for it. Returns the lane."""
         if compiles(self.engine.model.device):
-            self.engine.model.compile_decoding()
+            compile_decoding(self.engine.model)
             self.decoder.warm_up()
         return self
 

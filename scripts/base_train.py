@@ -34,6 +34,7 @@ from nanochat.dataloader import describe_position, eval_batches, eval_rows, shif
 from nanochat.dataset import describe_spans, get_spans
 from nanochat.distributed import rank_slice
 from nanochat.engine import Engine, complete_prompts
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.head_start import pays, start_from_counts
 from nanochat.loss_eval import evaluate_bpb
@@ -152,7 +153,7 @@ def main():
         if progress["head_start"]:
             progress["train_s"] += start_from_counts(model, tokenizer, spans, seed)
     if get_precision(device.type) == "fp8":
-        model.use_fp8()
+        use_fp8(model)
     if compiles(device, compile):
         model.compile()
 

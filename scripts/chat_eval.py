@@ -31,6 +31,7 @@ from nanochat.configurator import ArgumentParser
 from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
+from nanochat.inference import compile_decoding
 from nanochat.report import get_report
 from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate_task, parse_names
 
@@ -109,7 +110,7 @@ def main():
     tag = find_checkpoint_dir(args.source, args.model_tag).name
     model, tokenizer, meta = load_checkpoint(args.source, device, tag, args.step)
     if compiles(device):
-        model.compile_decoding()
+        compile_decoding(model)
     options = {"HumanEval": {"allow_unsafe": args.allow_unsafe}}
     tasks = {name: TASKS[name][0](**options.get(name, {})) for name in names}  # all first: a missing file shows now
     engine, model_name = Engine(model, tokenizer), f"{tag}_step_{meta['step']}"

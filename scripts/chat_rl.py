@@ -37,6 +37,7 @@ from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import to_device
 from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine, Sampling
+from nanochat.inference import compile_decoding, prepare, refresh
 from nanochat.precision import describe_precision, get_autocast_ctx, get_precision_dtype
 from nanochat.report import get_report
 from nanochat.training import (
@@ -113,15 +114,14 @@ def make_rollout_model(model):
     """The model that samples the answers: a copy in the compute dtype, so that decoding never casts, or itself."""
     if get_precision_dtype(model.device.type) == torch.float32:
         return model
-    return copy.deepcopy(model).requires_grad_(False).to_compute_dtype()
+    return prepare(copy.deepcopy(model))
 
 
 @torch.no_grad()
 def sync_rollout_model(rollout_model, model):
     """Give it the parameters that the last step left."""
     if rollout_model is not model:
-        torch._foreach_copy_(list(rollout_model.parameters()), list(model.parameters()))
-        rollout_model.pack()
+        refresh(rollout_model, model)
 
 
 def roll_out(engine, task, step):
@@ -195,12 +195,12 @@ def main():
     source_step, _ = source_manager.load_meta(model_step)  # of a resumed run, too: the model to compare with
     step, state = resume_step(manager, resume_from_step, settings, ("seed", "examples_per_step"))
     ref_model = source_manager.load_model(device, source_step).requires_grad_(False)
-    ref_model.to_compute_dtype()  # only compared with
+    prepare(ref_model)  # only compared with
     begin, begin_step = (source_manager, source_step) if state is None else (manager, step)
     tokenizer, model = begin.load_tokenizer(begin_step), begin.load_model(device, begin_step)
     rollout_model = make_rollout_model(model)
     if rollout_model is not model and compiles(device):
-        rollout_model.compile_decoding()
+        compile_decoding(rollout_model)
     engine = Engine(rollout_model, tokenizer)
 
     # Data and horizon

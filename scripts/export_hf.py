@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import override_from_cli
-from nanochat.gpt import LOGIT_CAP, ROPE_BASE, GPTConfig
+from nanochat.gpt import ROPE_BASE, GPTConfig
+from nanochat.ops import LOGIT_CAP
 from nanochat.tokenizer import HuggingFaceTokenizer
 
 # -----------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import cpu_kernels, gpt
-from nanochat.gpt import chunk_loss_and_grad_eager, norm
+from nanochat import cpu_kernels, ops
+from nanochat.ops import chunk_loss_and_grad, norm
 from tests.ranks import on_ranks
 
 
@@ -20,8 +20,8 @@ def test_row_ops_on_a_cpu_and_their_gradients_are_those_of_torch(shape, dtype, t
     angle = torch.rand(max(B, 1), 1, T, D // 2)
     angles = torch.stack((angle.cos(), angle.sin()))
     plain = [lambda x: F.rms_norm(x, x.shape[-1:], eps=2**-23), lambda x: F.relu(x).square(),
-             lambda x: F.rms_norm(gpt.apply_rotary(x.transpose(1, 2), *angles.double()), x.shape[-1:], eps=2**-23)]
-    ours = [norm, gpt.relu_square, lambda x: gpt.rotary_norm(x, *angles)]
+             lambda x: F.rms_norm(ops.apply_rotary(x.transpose(1, 2), *angles.double()), x.shape[-1:], eps=2**-23)]
+    ours = [norm, ops.relu_square, lambda x: ops.rotary_norm(x, *angles)]
     for op, reference in zip(ours, plain, strict=True):
         out, exact = op(x), x.detach().double().requires_grad_()
         expected = reference(exact)
@@ -37,21 +37,21 @@ def test_row_ops_on_a_cpu_and_their_gradients_are_those_of_torch(shape, dtype, t
 
 def test_relu_square_hides_no_nan():
     x = torch.tensor([1.0, torch.nan, -1.0]).requires_grad_()
-    gpt.relu_square(x).sum().backward()
-    assert x.grad.isnan().tolist() == [False, True, False] and gpt.relu_square(x.detach())[1].isnan()
+    ops.relu_square(x).sum().backward()
+    assert x.grad.isnan().tolist() == [False, True, False] and ops.relu_square(x.detach())[1].isnan()
 
 
 def test_row_ops_take_rows_whose_numbers_lie_apart():
     x = torch.randn(8, 4)
     assert torch.equal(norm(x.t()), norm(x.t().contiguous()))
-    assert torch.equal(gpt.relu_square(x[:, :1].expand(8, 6)), gpt.relu_square(x[:, :1].repeat(1, 6)))
+    assert torch.equal(ops.relu_square(x[:, :1].expand(8, 6)), ops.relu_square(x[:, :1].repeat(1, 6)))
 
 
 def native_results():
     """Of every native operation, at a size of several parts."""
     torch.manual_seed(0)
     x, angles, results = torch.randn(2, 400, 4, 64).bfloat16(), torch.randn(2, 1, 1, 400, 32), []
-    for op in (norm, gpt.relu_square, lambda x: gpt.rotary_norm(x, *angles)):
+    for op in (norm, ops.relu_square, lambda x: ops.rotary_norm(x, *angles)):
         y = x.clone().requires_grad_()
         results.append(op(y))
         results[-1].backward(torch.ones_like(results[-1]) * results[-1].detach())
@@ -60,7 +60,7 @@ def native_results():
     cpu_kernels.ShortAttention.apply(q, k, v).square().sum().backward()
     results += [cpu_kernels.one_token_attention(q[:, :, :1].detach(), k.detach(), v.detach()), q.grad, k.grad, v.grad]
     logits = torch.randn(40, 30_001).bfloat16()
-    results += chunk_loss_and_grad_eager(logits, torch.randint(30_001, (40,)), torch.rand(40))
+    results += chunk_loss_and_grad(logits, torch.randint(30_001, (40,)), torch.rand(40))
     state = torch.rand(4, 100_000)
     cpu_kernels.adamw_update(*state, 3, 0.01, (0.8, 0.95), 1e-10, 0.1)
     return [*(result.detach() for result in results), state]
@@ -89,10 +89,10 @@ def test_attention_of_one_token_on_a_cpu_is_torchs(B, H, H_kv, S, D, dtype, atol
     for last in (None, torch.randint(0, S, (B, 1))):
         mask = None if last is None else (torch.arange(S) <= last)[:, None, None]
         expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask, enable_gqa=True)
-        out = gpt.attention(q, k, v, last)
+        out = ops.attention(q, k, v, last)
         assert out.dtype == dtype
         with pytest.raises(RuntimeError, match="dtype"):  # as torch says it
-            gpt.attention(q, k.half(), v.half(), last)
+            ops.attention(q, k.half(), v.half(), last)
         torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from nanochat import cuda_graphs
 from nanochat.engine import Decoder, Engine
-from nanochat.gpt import Block
+from nanochat.inference import compile_decoding, prepare
 from nanochat.sampling import Sampling
 from tests.tiny import tiny_model
 
@@ -63,8 +63,8 @@ def test_compiled_steps_write_what_ordinary_ones_do(engine):
         return graph.forward
     compiled, (ordinary, _) = [], decode(engine, None)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-    engine.model.compile_decoding()
-    engine.model._decode_block = torch.compile(Block.forward, backend=compiler)
+    prepare(engine.model)
+    compile_decoding(engine.model, backend=compiler)
     recorded, shapes = decode(engine, stand_in)
     assert recorded == ordinary
     # a single row; the first other number of rows, then any; and a cache that has grown

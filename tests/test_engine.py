@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from nanochat.engine import Decoder, Engine, KVCache, TextStream, ToolState
+from nanochat.engine import Decoder, Engine
+from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
+from nanochat.streaming import TextStream, ToolState
 from tests.tiny import tiny_model
 
 

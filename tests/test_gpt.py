@@ -6,14 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import gpt
-from nanochat.gpt import (
-    GPT,
-    IGNORE,
-    GPTConfig,
-    chunk_loss_and_grad,
-    chunk_loss_and_grad_eager,
-)
+from nanochat import ops
+from nanochat.gpt import GPT, IGNORE, GPTConfig
+from nanochat.ops import chunk_loss_and_grad, plain_loss_and_grad
 from nanochat.precision import get_autocast_ctx
 from scripts.export_hf import hf_weights
 from tests.tiny import tiny_model
@@ -83,17 +78,17 @@ def test_the_cpus_loss_and_gradient_equal_the_plain_ones(rows, vocab, dtype, ato
     logits[0, 0], logits[-1, -1] = 1e30, -1e30
     targets, weights = torch.randint(vocab, (rows,)), torch.rand(rows)
     weights[rows // 2] = 0.0
-    losses, gradient = chunk_loss_and_grad(logits.float(), targets, weights)
-    cpu_losses, cpu_gradient = chunk_loss_and_grad_eager(logits.clone(), targets, weights)
+    losses, gradient = plain_loss_and_grad(logits.float(), targets, weights)
+    cpu_losses, cpu_gradient = chunk_loss_and_grad(logits.clone(), targets, weights)
     assert torch.allclose(cpu_losses, losses, rtol=1e-5, atol=1e-6)
     assert torch.allclose(cpu_gradient.float(), gradient, atol=atol) and cpu_gradient.dtype == dtype
 
 
 def test_the_cpus_loss_of_many_logits_which_is_looked_up_has_the_bits_of_the_loss_of_few():
     logits, targets, weights = torch.randn(40, 30_001).bfloat16() * 9, torch.randint(30_001, (40,)), torch.rand(40)
-    whole = chunk_loss_and_grad_eager(logits.clone(), targets, weights)
+    whole = chunk_loss_and_grad(logits.clone(), targets, weights)
     eights = zip(*(x.split(8) for x in (logits.clone(), targets, weights)), strict=True)
-    parts = [chunk_loss_and_grad_eager(*eight) for eight in eights]
+    parts = [chunk_loss_and_grad(*eight) for eight in eights]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
 
 
@@ -101,27 +96,27 @@ def test_the_cpus_loss_of_many_logits_which_is_looked_up_has_the_bits_of_the_los
 def test_the_cpus_loss_hides_no_nan(dtype, vocab):
     logits = torch.zeros(3, vocab, dtype=dtype)
     logits[1, 7] = torch.nan
-    losses, gradient = chunk_loss_and_grad_eager(logits, torch.tensor([1, 2, 3]), torch.ones(3))
+    losses, gradient = chunk_loss_and_grad(logits, torch.tensor([1, 2, 3]), torch.ones(3))
     assert losses.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()
 
 
 def test_the_loss_in_pieces_equals_the_whole(monkeypatch):
     """As on a GPU without a compiler; on a CPU float16 takes this way."""
-    monkeypatch.setattr(gpt, "EAGER_PIECE", 150)  # three rows of 50; the last piece is short
+    monkeypatch.setattr(ops, "EAGER_LOGITS", 150)  # three rows of 50; the last piece is short
     logits, targets, weights = torch.randn(7, 50).half(), torch.randint(50, (7,)), torch.rand(7)
-    expected = chunk_loss_and_grad(logits, targets, weights)
-    for ours, whole in zip(chunk_loss_and_grad_eager(logits.clone(), targets, weights), expected, strict=True):
+    expected = plain_loss_and_grad(logits, targets, weights)
+    for ours, whole in zip(chunk_loss_and_grad(logits.clone(), targets, weights), expected, strict=True):
         assert torch.equal(ours, whole)
 
 
 def test_the_cpus_loss_refuses_a_target_outside_the_vocabulary():
     with pytest.raises(ValueError, match="vocabulary of 50"):
-        chunk_loss_and_grad_eager(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
+        chunk_loss_and_grad(torch.zeros(1, 50), torch.tensor([50]), torch.ones(1))
 
 
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(monkeypatch):
     model = tiny_model(vocab_size=100)  # 100 is no multiple of 64: 28 padded rows must not count
-    monkeypatch.setattr(model, "chunk_rows", lambda: 7)  # several chunks, the last one short
+    monkeypatch.setattr(ops, "chunk_rows", lambda *_: 7)  # several chunks, the last one short
     x, y = torch.randint(0, 100, (2, 3, 32))
     y[0, :10] = IGNORE
     grads = []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.precision import get_autocast_ctx
 from nanochat.training import accumulate_gradients, optimizer_step
@@ -15,7 +16,7 @@ def losses_of(monkeypatch, precision, compiled, steps=5):
     torch.manual_seed(0)
     model = GPT.create(GPTConfig.from_depth(2, 512, 128), "cuda")
     if precision == "fp8":
-        model.use_fp8()
+        use_fp8(model)
     if compiled:
         model.compile()
     optimizers = model.setup_optimizers()

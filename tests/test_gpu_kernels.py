@@ -35,6 +35,6 @@ def test_decode_attention_looks_at_each_row_s_own_keys():
     if torch.cuda.is_available():
         return check_decode_attention("cuda")
     done = subprocess.run(  # Triton asks for this variable when it is imported
-        [sys.executable, "-c", "from tests.test_kernels import *; check_decode_attention('cpu')"], text=True,
+        [sys.executable, "-c", "from tests.test_gpu_kernels import *; check_decode_attention('cpu')"], text=True,
         cwd=Path(__file__).parent.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -19,13 +19,16 @@ ROOMS = {
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "distributed", "download", "precision"],
     "dataloader": ["common", "dataset"],
-    "gpt": ["common", "precision", "adamw", "muon", "gpu_kernels", "cpu_kernels"],
-    "sampling": ["common"], "engine": ["common", "execution", "cuda_graphs", "precision", "sampling"],
-    "serving": ["common", "engine"],
-    "service": ["engine", "protocol", "sampling", "serving"],
-    "checkpoint_manager": ["common", "distributed", "precision", "gpt", "tokenizer"],
+    "ops": ["common", "cpu_kernels", "gpu_kernels"],
+    "gpt": ["common", "precision", "adamw", "muon", "ops"],
+    "fp8": ["gpt", "precision"], "inference": ["cuda_graphs", "gpt", "ops", "precision"],
+    "sampling": ["common"], "kv_cache": [], "streaming": ["execution"],
+    "engine": ["common", "cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
+    "serving": ["common", "engine", "inference", "streaming"],
+    "service": ["engine", "protocol", "sampling", "serving", "streaming"],
+    "checkpoint_manager": ["common", "distributed", "inference", "precision", "gpt", "tokenizer"],
     "training": ["common", "distributed", "precision", "dataloader"],
-    "head_start": ["common", "distributed", "precision", "dataloader", "adamw", "gpt", "training"],
+    "head_start": ["common", "distributed", "precision", "dataloader", "adamw", "ops", "training"],
 }
 
 def python_files(*folders):

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from nanochat import gpt, precision
+from nanochat import inference, precision
 from nanochat.engine import Decoder, Row
-from nanochat.precision import Packed, get_autocast_ctx, get_precision, get_precision_dtype
+from nanochat.gpt import Linear
+from nanochat.inference import prepare, refresh
+from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype, has_native_bf16
 from nanochat.sampling import Sampling
-from scripts import chat_rl
 from tests.tiny import tiny_model
 
 
@@ -26,7 +27,7 @@ def test_the_environment_decides(monkeypatch, name, dtype):
 
 
 def test_the_default_is_what_the_hardware_multiplies():
-    native = precision._has_native_bf16("cpu")
+    native = precision.has_native_bf16("cpu")
     assert get_precision("cpu") == ("bfloat16" if native else "float32")
 
 
@@ -51,46 +52,24 @@ def test_autocast_computes_in_the_dtype_and_ends_with_the_block(monkeypatch):
         assert (a @ a).dtype == torch.float32
 
 
-def test_float8_quantisation_error_is_within_the_format():
-    x = torch.randn(64, 64) * 37
-    x8, scale = precision._to_float8(x, torch.float8_e4m3fn)
-    # 3 mantissa bits: half a unit in the last place is 1/16 of a value; values near 0 have a fixed step
-    assert ((x8.float() * scale - x).abs() <= x.abs() / 16 + scale * 2**-9).all()
-
-
-def test_float8_linear_and_its_gradients_are_near_float32(monkeypatch):
-    def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum=False):
-        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
-
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)  # the kernel needs a GPU; the arithmetic around it does not
-    torch.manual_seed(0)
-    x, w = torch.randn(2, 16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
-    g = torch.randn(2, 16, 48)
-    exact = torch.autograd.grad(torch.nn.functional.linear(x, w), (x, w), g)
-    y = precision.float8_linear(x, w)
-    ours = torch.autograd.grad(y, (x, w), g)
-    for a, b in zip((y, *ours), (x @ w.T, *exact), strict=True):
-        assert (a - b).norm() / b.norm() < 0.1
-
-
 def packed_model(monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
-    if not precision.packs("cpu", torch.bfloat16):
+    if not has_native_bf16("cpu"):
         pytest.skip("this CPU does not multiply bfloat16 natively")
-    return tiny_model().eval().requires_grad_(False).to_compute_dtype()
+    return prepare(tiny_model())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (8, 1), (70, 3)])
 def test_a_packed_model_says_what_an_unpacked_one_does(monkeypatch, shape):
     model = packed_model(monkeypatch)
     blocks = model.transformer.h
-    assert all(isinstance(packed, Packed) for block in blocks for packed in (block.attn.qkv, block.mlp.c_fc.packed))
+    assert all(block.attn.packed is not None and block.mlp.c_fc.packed is not None for block in blocks)
     idx = torch.randint(0, 100, shape)
     packed = model(idx)
     with monkeypatch.context() as patch:
-        patch.setattr(gpt, "packs", lambda *_: False)
-        plain = tiny_model().eval().requires_grad_(False).to_compute_dtype()
-    assert plain.lm_head.packed is None and plain.transformer.h[0].attn.qkv is None
+        patch.setattr(inference, "_can_pack", lambda model: False)
+        plain = prepare(tiny_model())
+    assert type(plain.lm_head) is Linear and plain.transformer.h[0].attn.packed is None
     torch.testing.assert_close(packed, plain(idx), atol=0.05, rtol=0)  # logits up to 2.4
     torch.testing.assert_close(packed.mean(), plain(idx).mean(), atol=0.002, rtol=0)
 
@@ -98,12 +77,12 @@ def test_a_packed_model_says_what_an_unpacked_one_does(monkeypatch, shape):
 @pytest.mark.parametrize("name", ["c_q", "c_k", "c_v", "c_proj"])
 def test_packed_weights_follow_the_parameters_that_rl_writes(monkeypatch, name):
     model = packed_model(monkeypatch)
-    trained = tiny_model().eval().requires_grad_(False)
+    trained = tiny_model()
     getattr(trained.transformer.h[0].attn, name).weight.data.mul_(-3)
-    chat_rl.sync_rollout_model(model, trained)
+    refresh(model, trained)
     for shape in [(2, 16), (1, 1)]:
         idx = torch.randint(0, 100, shape)
-        torch.testing.assert_close(model(idx), copy.deepcopy(trained).to_compute_dtype()(idx), atol=0, rtol=0)
+        torch.testing.assert_close(model(idx), prepare(copy.deepcopy(trained))(idx), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name, tolerance", [("bfloat16", 0.1), ("float16", 0.015)])  # of logits up to 2.4
@@ -112,7 +91,7 @@ def test_cached_decoding_in_16_bits_is_the_full_forward(name, tolerance, stored,
     """Of a model in float32, as while it trains, and of one that is stored in the compute dtype."""
     monkeypatch.setenv("NANOCHAT_PRECISION", name)
     model = tiny_model().eval().requires_grad_(False)
-    decoder = Decoder(model.to_compute_dtype() if stored else model, num_rows=2)
+    decoder = Decoder(prepare(model) if stored else model, num_rows=2)
     for prompt in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
         *_, (_, logits) = decoder.prefill(prompt)
         decoder.admit(Row(prompt, Sampling(1.0, 0), 30, frozenset()), logits)

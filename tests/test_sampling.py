@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from nanochat.sampling import Sampling, _largest, sample_rows, top_logprobs
+from nanochat.sampling import Sampling, _topk, sample_rows, top_logprobs
 
 MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1),
          Sampling(0.9, top_k=20, top_p=0.5, min_p=0.01), Sampling(2.0, top_k=10**6), Sampling(0.5)]
@@ -46,7 +46,7 @@ def test_top_p_keeps_the_nucleus_even_when_it_is_most_of_a_large_vocabulary():
         assert drawn <= nucleus and len(drawn) > 0.95 * len(nucleus)
 
 
-def test_the_largest_random_number_stays_inside():
+def test_the_topk_random_number_stays_inside():
     logits = torch.full((1, 1000), -50.0)
     logits[0, 3] = 0.0
     for sampling in (Sampling(1.0), Sampling(1.0, top_p=0.99), Sampling(1.0, top_k=7)):
@@ -101,9 +101,9 @@ def test_bad_sampling_settings_are_refused(bad):
 
 
 @pytest.mark.parametrize("V, K", [(8192, 50), (8192 + 17, 50), (8192, 1), (300, 50)])
-def test_the_largest_are_found_block_by_block(V, K):
+def test_the_topk_are_found_block_by_block(V, K):
     logits = torch.randn(5, V, generator=torch.Generator().manual_seed(V + K))
     logits[0, V - 3:], logits[1, :3] = 9.0, torch.tensor([7.0, 9.0, 8.0])  # at the very end, and all in one block
-    values, ids = _largest(logits, K)
+    values, ids = _topk(logits, K)
     assert values.equal(logits.topk(K).values) and values.equal(logits.gather(1, ids))
     assert all(len(set(row)) == K for row in ids.tolist())

@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 
-from nanochat.engine import Engine, ToolState, split_at_stop
+from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from nanochat.serving import Call, Choice, DecodeThread, Event, Lane, QueueFull
+from nanochat.streaming import ToolState, split_at_stop
 from tests.servers import tiny_engine, wait_for
 
 
@@ -195,8 +196,8 @@ def test_short_prompts_are_read_together_and_answered_as_if_alone(engine, tokeni
         run(Lane(engine, 1, 16), [choice])
     together = [make_choice(tokenizer, prompt, max_tokens=6) for prompt in prompts]
     lane, shapes = Lane(engine, 5, 16), []
-    read, lane.decoder._run = lane.decoder._run, lambda ids, *rest, **more: shapes.append(ids.shape) or read(
-        ids, *rest, **more)
+    trunk = engine.model.trunk
+    engine.model.trunk = lambda ids, *rest: shapes.append(ids.shape) or trunk(ids, *rest)
     run(lane, together)
     assert [choice.tokens for choice in together] == [choice.tokens for choice in alone]
     assert (3, 3) in shapes and (1, 30) not in shapes  # within 16 tokens a turn; the long one in pieces
@@ -218,6 +219,7 @@ class FailsOnce:
     def __init__(self, model):
         self.model, self.config, self.device, self.cos = model, model.config, model.device, model.cos
         self.failed = False
+        self.trunk, self.logits = model.trunk, model.logits
 
     def __call__(self, ids, kv_cache, last_only):
         if ids.shape == (2, 1) and not self.failed:
