@@ -92,12 +92,21 @@ class Decoder:
         self.short_staging = None          # where `prefill_short` reads prompts
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
-        # While training samples from float32 weights, steps are not recorded: autocast's copies of the weights would be
-        can_record = model.device.type == "cuda" and model.lm_head.weight.dtype == self.dtype
-        self.graphs = StepGraphs(self._run, self.cache, CudaRecorder(model.device) if can_record else None)
+        # Samples of a model in training are not recorded: autocast's copies of its float32 weights would be, too
+        record = None
+        if model.device.type == "cuda" and model.lm_head.weight.dtype == self.dtype:
+            record = CudaRecorder(model.device)
+        self.graphs = StepGraphs(self._run, self.cache, record)
 
     def _new_cache(self, num_rows, length=256):
-        return KVCache(self.model.config, num_rows, self.max_length, self.model.device, self.dtype, length)
+        return KVCache(
+            self.model.config,
+            num_rows,
+            self.max_length,
+            self.model.device,
+            self.dtype,
+            length,
+        )
 
     def warm_up(self):
         """On a GPU, take and record the steps of every number of rows, which compiles them, before anybody waits."""
@@ -105,7 +114,8 @@ class Decoder:
         while self.graphs.record and size < 2 * self.num_rows:
             ((_, logits),) = self.prefill([0])
             while len(self.rows) < min(size, self.num_rows):
-                self.admit(Row([0], Sampling(0.0), self.max_length, frozenset()), logits)
+                row = Row([0], Sampling(0.0), self.max_length, frozenset())
+                self.admit(row, logits)
             for _ in range(WARM_UP + 1):
                 self.step()
             size *= 2
@@ -139,12 +149,14 @@ class Decoder:
         self.staging.lengths = [start]
         while start < len(prompt):
             end = min(start + (chunk or self.PREFILL_CHUNK), len(prompt))
-            logits = self._forward([prompt[start:end]], self.staging, last_only=scores is None)[0]  # (1 or T, V)
+            ids = prompt[start:end]
+            logits = self._forward([ids], self.staging, last_only=scores is None)[0]  # (1 or T, V)
             self.staged = prompt[:end]
             if scores is not None:
                 targets = prompt[start + 1: end + 1]  # the last token of the prompt has none
-                scores.extend(top_logprobs(logits[: len(targets)], targets, num_top))
-            yield end - start, logits[-1] if end == len(prompt) else None
+                scores += top_logprobs(logits[: len(targets)], targets, num_top)
+            is_last = end == len(prompt)
+            yield len(ids), logits[-1] if is_last else None
             start = end
 
     def _num_staged(self, prompt):
@@ -163,14 +175,17 @@ class Decoder:
             self.short_staging = self._new_cache(self.SHORT_PROMPTS)
         self.short_staging.num_active = len(prompts)
         self.short_staging.lengths = [0] * self.SHORT_PROMPTS
+
+        # Pad at the end, where a causal model does not look, and take the logits at each prompt's last token
         lengths = [len(prompt) for prompt in prompts]
-        T = max(lengths)
-        padded = [[*prompt, *[0] * (T - len(prompt))] for prompt in prompts]
-        ids = torch.tensor(padded, device=self.model.device)
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, : len(prompt)] = torch.tensor(prompt)
+        rows = torch.arange(len(prompts))
+        ends = torch.tensor(lengths) - 1
         with get_autocast_ctx(self.model.device):
-            x = self.model.trunk(ids, self.short_staging)
-            ends = torch.tensor(lengths, device=self.model.device) - 1
-            logits = self.model.logits(x[torch.arange(len(prompts), device=x.device), ends])
+            x = self.model.trunk(ids.to(self.model.device), self.short_staging)
+            logits = self.model.logits(x[rows, ends])
         self.short_staging.lengths[: len(prompts)] = lengths  # the padding lies behind the end
         return list(logits)
 
@@ -263,7 +278,10 @@ class Engine:
     def __init__(self, model, tokenizer):
         self.model = model
         self.tokenizer = tokenizer
-        self.stop_tokens = frozenset((tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()))
+        self.stop_tokens = frozenset((
+            tokenizer.encode_special("<|assistant_end|>"),
+            tokenizer.get_bos_token_id(),
+        ))
         self._idle = None  # the last call's decoder, for the next one: on a GPU its steps are recorded already
 
     def make_row(self, prompt, sampling, max_tokens=None, stop_tokens=None):
@@ -272,8 +290,10 @@ class Engine:
             max_tokens = self.model.config.sequence_len
         if max_tokens < 1:
             raise UserError(f"max_tokens={max_tokens}: need 1 or more, or None for as many as the context holds")
-        stop_tokens = self.stop_tokens if stop_tokens is None else frozenset(stop_tokens)
-        return Row(list(prompt), sampling, max_tokens, stop_tokens, ToolState(self.tokenizer))
+        if stop_tokens is None:
+            stop_tokens = self.stop_tokens
+        tool = ToolState(self.tokenizer)
+        return Row(list(prompt), sampling, max_tokens, frozenset(stop_tokens), tool)
 
     @contextmanager
     def _decoder(self, rows, num_rows):
@@ -306,7 +326,9 @@ class Engine:
             for row in rows:
                 decoder.admit(row, logits)
             while decoder.rows:
-                emitted = {id(row): (token, mask) for row, token, mask in decoder.step()}
+                emitted = {}
+                for row, token, mask in decoder.step():
+                    emitted[id(row)] = (token, mask)
                 column = [emitted.get(id(row), padding) for row in rows]
                 yield [token for token, _ in column], [mask for _, mask in column]
 
@@ -390,7 +412,7 @@ def complete_prompts(engine, max_tokens=32):
     """[{prompt, text}]: greedy completions of those PROMPTS that fit in the context."""
     samples = []
     for prompt in PROMPTS:
-        tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
+        tokens = engine.tokenizer(prompt, prepend="<|bos|>")
         if len(tokens) >= engine.model.config.sequence_len:
             continue
         (sequence,), _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0)

@@ -19,8 +19,12 @@ def use_fp8(model):
     for block in model.transformer.h:
         for parent in (block.attn, block.mlp):
             for name, module in list(parent.named_children()):
-                if isinstance(module, Linear) and not any(size % MULTIPLE for size in module.weight.shape):
+                if isinstance(module, Linear) and _fits(module):
                     setattr(parent, name, Float8Linear(module))
+
+
+def _fits(linear):
+    return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
 
 
 class Float8Linear(Linear):

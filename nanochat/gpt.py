@@ -50,9 +50,20 @@ class GPTConfig:
         switches: value_embeds.
         """
         n_embd = 64 * depth
-        possible = [n for n in range(1, n_embd // 2 + 1) if n_embd % (2 * n) == 0]  # rotary needs an even head size
+        possible = []
+        for n in range(1, n_embd // 2 + 1):
+            if n_embd % (2 * n) == 0:  # rotary embeddings need an even head size
+                possible.append(n)
         n_head = min(possible, key=lambda n: abs(n_embd / n - head_dim))
-        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_embd, **switches)
+        return cls(
+            sequence_len=sequence_len,
+            vocab_size=vocab_size,
+            n_layer=depth,
+            n_head=n_head,
+            n_kv_head=n_head,
+            n_embd=n_embd,
+            **switches,
+        )
 
     @property
     def head_dim(self):
@@ -149,19 +160,22 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_head % config.n_kv_head or config.n_embd % (2 * config.n_head):
-            raise ValueError(f"n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head}: need an "
-                             "even head size n_embd / n_head and an n_kv_head that divides n_head")
+            raise ValueError(
+                f"n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head}: need an even head size "
+                "n_embd / n_head and an n_kv_head that divides n_head"
+            )
         self.config = config
+        rows = config.padded_vocab_size
+        kv_dim = config.n_kv_head * config.head_dim
         # A lookup costs no matmul: in its tables a small model keeps what its few matrices cannot hold
         # (modded-nanogpt's value embeddings; values that bypass layers: arXiv 2410.17897)
         num_tables = config.n_layer if config.value_embeds else 0
-        kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict({
-            "wte": Embedding(config.padded_vocab_size, config.n_embd),
+            "wte": Embedding(rows, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "value_embeds": nn.ModuleList(Embedding(config.padded_vocab_size, kv_dim) for _ in range(num_tables)),
+            "value_embeds": nn.ModuleList(Embedding(rows, kv_dim) for _ in range(num_tables)),
         })
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        self.lm_head = Linear(config.n_embd, rows)
         # (1, 1, S, D / 2) each, made by set_rotary; not part of a checkpoint
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -266,9 +280,16 @@ class GPT(nn.Module):
             return self._losses(x.flatten(0, 1), targets.flatten()).view(targets.shape)
         counted = targets != IGNORE
         row_weights = counted.float() if weights is None else counted * weights
-        total = head_loss(x.flatten(0, 1), self.lm_head.weight[: self.config.vocab_size],
-                          targets.clamp(min=0).flatten(), row_weights.flatten(), self.compiled)
-        return total if loss_reduction == "sum" else total / counted.sum().clamp(min=1)
+        total = head_loss(
+            x.flatten(0, 1),
+            self.lm_head.weight[: self.config.vocab_size],
+            targets.clamp(min=0).flatten(),
+            row_weights.flatten(),
+            self.compiled,
+        )
+        if loss_reduction == "sum":
+            return total
+        return total / counted.sum().clamp(min=1)
 
     def _losses(self, x, targets):
         """The loss (N,) of each row of x (N, C), by its target (N,)."""
@@ -304,12 +325,17 @@ class GPT(nn.Module):
         """Factor on Adam's learning rates, which are given for a width of 768."""
         return (self.config.n_embd / 768) ** -0.5
 
-    def setup_optimizers(self, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0,
-                         momentum=0.95, compile=None, value_lr=0.1):
-        """
-        [DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates are scaled with the width.
-        compile: whether Muon compiles its update, see DistMuon. value_lr: of value embeddings.
-        """
+    def setup_optimizers(
+        self,
+        embedding_lr=0.3,      # Adam
+        unembedding_lr=0.004,  # Adam, output head
+        matrix_lr=0.02,        # Muon, matrices of the blocks
+        weight_decay=0.0,      # Muon
+        momentum=0.95,         # Muon
+        compile=None,          # whether Muon compiles its update: see DistMuon
+        value_lr=0.1,          # Adam, value embeddings
+    ):
+        """[DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates are scaled with the width."""
         groups = [
             self._adam_group("lm_head.weight", unembedding_lr),
             self._adam_group("transformer.wte.weight", embedding_lr),

@@ -87,8 +87,14 @@ def fit_followers(model, followers, seed, steps=STEPS):
     Fit embedding and head of a new model to the counts. Tokens are drawn by the square root of their frequency, so
     that rare ones are seen, and weighted by it too, so that each counts as often as it occurs. Ranks share a step.
     """
-    head = dict(named_params=[("head", model.lm_head.weight)], lr=HEAD_LR * model.adam_scale)
-    embedding = dict(named_params=[("embedding", model.transformer.wte.weight)], lr=EMBEDDING_LR * model.adam_scale)
+    head = {
+        "named_params": [("head", model.lm_head.weight)],
+        "lr": HEAD_LR * model.adam_scale,
+    }
+    embedding = {
+        "named_params": [("embedding", model.transformer.wte.weight)],
+        "lr": EMBEDDING_LR * model.adam_scale,
+    }
     optimizer = DistAdamW([head, embedding])
     roots = np.sqrt(followers.totals)
     num_contexts = np.clip(len(roots) // 16, MIN_CONTEXTS, MAX_CONTEXTS)
@@ -97,13 +103,16 @@ def fit_followers(model, followers, seed, steps=STEPS):
     rng = np.random.default_rng(seed)
     for step in range(steps):
         contexts = rng.choice(len(roots), num_contexts, replace=False, p=roots / roots.sum())
-        weights = roots[contexts] / roots[contexts].sum()
+        weights = roots[contexts]
+        weights /= weights.sum()
         loss = add_gradients(model, followers, contexts[mine], weights[mine])
-        set_rates([optimizer], lr_multiplier(step, steps, warmup_iters=0, warmdown_ratio=0.5))
+        lr_factor = lr_multiplier(step, steps, warmup_iters=0, warmdown_ratio=0.5)
+        set_rates([optimizer], lr_factor)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 40 == 0:
-            print0(f"head start: {step + 1:03d}/{steps} | loss: {all_reduce_sum(loss).item():.5f} nats a token")
+            total = all_reduce_sum(loss).item()
+            print0(f"head start: {step + 1:03d}/{steps} | loss: {total:.5f} nats a token")
 
 
 def add_gradients(model, followers, contexts, weights):
@@ -115,10 +124,12 @@ def add_gradients(model, followers, contexts, weights):
         rows = slice(start, start + chunk)
         ids = to_device(contexts[rows], model.device)
         shares = to_device(followers.shares(contexts[rows]), model.device)
+        row_weights = to_device(weights[rows].astype(np.float32), model.device)
         with get_autocast_ctx(model.device):
-            logits = model.logits(norm(model.embed(ids)))  # as the model computes while its blocks add nothing
+            x = norm(model.embed(ids))  # what a model computes while its blocks add nothing
+            logits = model.logits(x)
         losses = F.cross_entropy(logits, shares, reduction="none")
-        loss = (losses * to_device(weights[rows].astype(np.float32), model.device)).sum()
+        loss = (losses * row_weights).sum()
         (LOSS_SCALE * loss).backward()
         total += loss.detach()
     return total

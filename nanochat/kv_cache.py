@@ -17,7 +17,13 @@ class KVCache:
 
     def __init__(self, config, num_rows, max_length, device, dtype, length=256):
         """length: positions to begin with."""
-        shape = (config.n_layer, num_rows, config.n_kv_head, min(length, max_length), config.head_dim)
+        shape = (
+            config.n_layer,
+            num_rows,
+            config.n_kv_head,
+            min(length, max_length),
+            config.head_dim,
+        )
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.max_length = max_length
@@ -30,10 +36,13 @@ class KVCache:
         """
         lengths = self.lengths[: self.num_active]
         self.reserve(max(lengths) + T)
-        starts = torch.tensor(lengths, device=self.k.device)
-        positions = starts[:, None] + torch.arange(T, device=self.k.device)
-        num_layers = self.k.size(0)
-        return positions, [partial(self._store, layer, lengths, positions) for layer in range(num_layers)]
+        device = self.k.device
+        starts = torch.tensor(lengths, device=device)
+        positions = starts[:, None] + torch.arange(T, device=device)
+        stores = []
+        for layer in range(self.k.size(0)):
+            stores.append(partial(self._store, layer, lengths, positions))
+        return positions, stores
 
     def _store(self, layer, lengths, positions, k, v):
         """
@@ -41,21 +50,27 @@ class KVCache:
         the positions (B, T) up to which the new tokens may look, or None where plain causal attention says the same.
         """
         B, T = positions.shape
+        start = min(lengths)
         end = max(lengths) + T
-        same_length = min(lengths) == max(lengths)
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            if same_length:
-                cache[:B, :, lengths[0]: end] = new
-            else:  # indexed by (row, position) pairs, which puts these two dimensions in front of the heads
-                rows = torch.arange(B, device=new.device)[:, None]
-                cache[rows, :, positions] = new.transpose(1, 2).to(cache.dtype)
+        same_length = end - start == T
+        k_cache = self.k[layer, :B]
+        v_cache = self.v[layer, :B]
+        if same_length:
+            k_cache[:, :, start:end] = k
+            v_cache[:, :, start:end] = v
+        else:  # indexed by (row, position) pairs, which puts these two dimensions in front of the heads
+            rows = torch.arange(B, device=k.device)[:, None]
+            k_cache[rows, :, positions] = k.transpose(1, 2).to(k_cache.dtype)
+            v_cache[rows, :, positions] = v.transpose(1, 2).to(v_cache.dtype)
         if layer == self.k.size(0) - 1:
             self.lengths[:B] = [length + T for length in lengths]
 
-        # One token sees every key, and so do tokens in an empty cache, causally. On a GPU our kernel wants `last`
+        # One token sees every key, and tokens in an empty cache see theirs causally. On a GPU our kernel wants `last`
         one_token = T == 1 and not k.is_cuda
-        plain = same_length and (lengths[0] == 0 or one_token)
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end], None if plain else positions
+        last = positions
+        if same_length and (start == 0 or one_token):
+            last = None
+        return k_cache[:, :, :end], v_cache[:, :, :end], last
 
     @torch.inference_mode()  # as in the forward pass, where the cache may have grown: its tensors allow no other mode
     def copy_row(self, target, source_cache, source):

@@ -91,29 +91,44 @@ def attention(q, k, v, last=None):
         mask = (keys <= last[:, :, None])[:, None]  # (B, 1, T, S)
     causal = mask is None and q.size(2) > 1
     grouped = q.size(1) != k.size(1)
-    eager_gpu = q.is_cuda and not torch.compiler.is_compiling()
-    with sdpa_kernel(EAGER_BACKENDS) if eager_gpu else contextlib.nullcontext():
+    backends = contextlib.nullcontext()
+    if q.is_cuda and not torch.compiler.is_compiling():
+        backends = sdpa_kernel(EAGER_BACKENDS)
+    with backends:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def _fast_attention(q, k, v, last):
     """The same by a kernel for this device and these shapes, or None where there is none."""
-    one_token = q.size(2) == 1
     if q.is_cuda:
-        if one_token and last is not None and HAS_TRITON:
-            from nanochat.gpu_kernels import decode_attention  # needs Triton
-            return decode_attention(q, k, v, last)
-        if flash_attn_func is not None and last is None and q.dtype in (torch.bfloat16, torch.float16):
-            out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=not one_token)
-            out = out[0] if isinstance(out, tuple) else out
-            return out.transpose(1, 2)
-        return None
-    if not cpu_kernels.suits(q):
-        return None
-    if one_token and not q.requires_grad and q.dtype == k.dtype == v.dtype:
+        return _gpu_attention(q, k, v, last)
+    if cpu_kernels.suits(q):
+        return _cpu_attention(q, k, v, last)
+    return None
+
+
+def _gpu_attention(q, k, v, last):
+    one_token = q.size(2) == 1
+    if one_token and last is not None and HAS_TRITON:
+        from nanochat.gpu_kernels import decode_attention  # needs Triton
+        return decode_attention(q, k, v, last)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if flash_attn_func is not None and half and last is None:
+        q = q.transpose(1, 2)  # (B, T, H, D), as this package wants it
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
+        out = flash_attn_func(q, k, v, causal=not one_token)
+        out = out[0] if isinstance(out, tuple) else out  # older releases return the log-sums too
+        return out.transpose(1, 2)
+    return None
+
+
+def _cpu_attention(q, k, v, last):
+    T = q.size(2)
+    if T == 1 and not q.requires_grad and q.dtype == k.dtype == v.dtype:
         return cpu_kernels.one_token_attention(q, k, v, last)
     training = q.requires_grad and last is None and q.shape == k.shape
-    if training and q.dtype == torch.bfloat16 and 1 < q.size(2) <= SHORT_ROW:
+    if training and q.dtype == torch.bfloat16 and 1 < T <= SHORT_ROW:
         return cpu_kernels.ShortAttention.apply(q, k, v)
     return None
 
@@ -173,7 +188,8 @@ class _HeadLoss(torch.autograd.Function):
         chunk = chunk_rows(w.size(0), x.device)
         for start in range(0, x.size(0), chunk):
             part = slice(start, start + chunk)
-            losses, dlogits = loss_and_grad(x[part] @ w.T, targets[part], row_weights[part])
+            logits = x[part] @ w.T
+            losses, dlogits = loss_and_grad(logits, targets[part], row_weights[part])
             total += losses.sum()
             torch.mm(dlogits, w, out=dx[part])
             if w.dtype == dw.dtype:
@@ -198,18 +214,19 @@ def chunk_loss_and_grad(logits, targets, row_weights):
     logits: on a CPU in one pass over each row, elsewhere piece by piece.
     """
     logits = logits.contiguous()
+    losses = torch.empty(len(logits), device=logits.device)
     if cpu_kernels.suits(logits):
-        losses = torch.empty(len(logits))
-        cpu_kernels.capped_cross_entropy(logits, targets.contiguous(), row_weights.contiguous(), losses, LOGIT_CAP)
+        targets = targets.contiguous()
+        row_weights = row_weights.contiguous()
+        cpu_kernels.capped_cross_entropy(logits, targets, row_weights, losses, LOGIT_CAP)
         return losses, logits
-    losses = []
     rows = max(1, EAGER_LOGITS // logits.size(1))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        loss, gradient = plain_loss_and_grad(logits[part], targets[part], row_weights[part])
-        logits[part] = gradient
-        losses.append(loss)
-    return torch.cat(losses), logits
+        piece = plain_loss_and_grad(logits[part], targets[part], row_weights[part])
+        losses[part] = piece[0]
+        logits[part] = piece[1]
+    return losses, logits
 
 
 def plain_loss_and_grad(logits, targets, row_weights):
@@ -223,9 +240,11 @@ def plain_loss_and_grad(logits, targets, row_weights):
     index = targets[:, None]
     loss = (total.log() - LOGIT_CAP * t.gather(1, index)).squeeze(1)
 
-    # d loss / d capped logit = softmax - one-hot; d capped logit / d logit = 1 - t^2
+    # d loss / d capped logit = softmax - one-hot
     weights = row_weights[:, None]
-    gradient = (p * (weights / total)).scatter_add(1, index, -weights)
+    gradient = p * (weights / total)
+    gradient = gradient.scatter_add(1, index, -weights)
+    # d capped logit / d logit = 1 - t^2
     gradient = gradient * (1 - t * t)
     return loss * row_weights, gradient.to(logits.dtype)
 

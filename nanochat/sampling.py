@@ -26,12 +26,15 @@ class Sampling:
     seed: int | str = 42         # of the row's own random numbers
 
     def __post_init__(self):
-        self._check("temperature", self.temperature >= 0, "0 or more")
-        self._check("top_k", (self.top_k or 0) >= 0, "0 or more")
-        self._check("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0, at most 1")
-        self._check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
+        self._need("temperature", self.temperature >= 0, "0 or more")
+        if self.top_k is not None:
+            self._need("top_k", self.top_k >= 0, "0 or more")
+        if self.top_p is not None:
+            self._need("top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
+        if self.min_p is not None:
+            self._need("min_p", 0 <= self.min_p <= 1, "0 to 1")
 
-    def _check(self, name, ok, need):
+    def _need(self, name, ok, need):
         if not ok:
             raise UserError(f"{name}={getattr(self, name)}: need {need}", f"leave {name} out for its default")
 
@@ -58,8 +61,10 @@ def sample_rows(logits, samplings, u):
 
     ids = torch.empty(len(samplings), dtype=torch.long, device=logits.device)
     for draw, rows in groups.items():
-        part = logits if len(rows) == len(samplings) else logits[rows]
-        ids[rows] = draw(part, [samplings[i] for i in rows], [u[i] for i in rows])
+        group_samplings = [samplings[i] for i in rows]
+        group_u = [u[i] for i in rows]
+        group_logits = logits if len(rows) == len(samplings) else logits[rows]
+        ids[rows] = draw(group_logits, group_samplings, group_u)
     return ids
 
 
@@ -84,18 +89,21 @@ def _draw_filtered(logits, samplings, u, limit=FIRST_LOOK):
     # The K likeliest, in descending order, those beyond a row's top_k without any probability
     K = min(V, max(s.top_k or limit for s in samplings))
     values, order = _topk(logits, K)  # (B, K)
+    values = values / temperature
     beyond = torch.arange(K, device=logits.device) >= top_k
-    values = (values / temperature).masked_fill(beyond, -torch.inf)
+    values = values.masked_fill(beyond, -torch.inf)
 
     # Their probabilities: among the top_k, or among all tokens
     total = values.logsumexp(1, keepdim=True)
     if not all(s.top_k for s in samplings):
-        total = torch.where(top_k < V, total, (logits / temperature).logsumexp(1, keepdim=True))
+        total_of_all = (logits / temperature).logsumexp(1, keepdim=True)
+        total = torch.where(top_k < V, total, total_of_all)
     p = (values - total).exp()
 
     # Drop tokens that lie wholly beyond top_p, or below min_p of the likeliest, which always stays
-    keep = (p.cumsum(1) - p) < top_p
-    keep &= p >= p[:, :1] * min_p
+    likelier = p.cumsum(1) - p  # probability of all likelier tokens
+    keep = likelier < top_p
+    keep &= p >= min_p * p[:, :1]
     keep[:, 0] = True  # also where top_p is 0 in float32
     more_needed = keep[:, -1:] & (top_k > K)
     if K < V and bool(more_needed.any()):
@@ -113,27 +121,33 @@ def _topk(logits, K):
     B, V = logits.shape
     if 4 * K * TOPK_BLOCK > V:
         return logits.topk(K)
+    # The best blocks: (B, K)
     whole = V // TOPK_BLOCK * TOPK_BLOCK
     blocks = logits[:, :whole].reshape(B, -1, TOPK_BLOCK)
-    best = blocks.amax(dim=2).topk(K, sorted=False).indices  # (B, K)
+    maxima = blocks.amax(dim=2)
+    best = maxima.topk(K, sorted=False).indices
+
+    # The ids in them, and those at the end that are in no whole block
     columns = torch.arange(TOPK_BLOCK, device=logits.device)
-    ids = (best[:, :, None] * TOPK_BLOCK + columns).flatten(1)
-    rest = torch.arange(whole, V, device=logits.device).expand(B, -1)  # in no whole block
-    ids = torch.cat((ids, rest), dim=1)
+    ids = best[:, :, None] * TOPK_BLOCK + columns
+    rest = torch.arange(whole, V, device=logits.device)
+    ids = torch.cat((ids.flatten(1), rest.expand(B, -1)), dim=1)
     values, places = logits.gather(1, ids).topk(K)
     return values, ids.gather(1, places)
 
 
 def _column(values, like):
-    """A list of B numbers as (B, 1)."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    """A list of B numbers as (B, 1) float32."""
+    column = torch.tensor(values, dtype=torch.float32, device=like.device)
+    return column[:, None]
 
 
 def _quantile(p, u, last):
     """Index (B,) where the running sum of p (B, N) passes the fraction u of its total; at most `last`. Overwrites p."""
     cumulative = p.cumsum_(dim=-1)
     # right=True and u below 1 in float32: no entry of probability 0, not even when u meets a boundary exactly
-    goal = _column(u, p).clamp(max=1 - 2**-24) * cumulative[:, -1:]
+    fraction = _column(u, p).clamp(max=1 - 2**-24)
+    goal = fraction * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, goal, right=True)[:, 0]
     return places.clamp(max=last)
 
