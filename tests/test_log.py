@@ -23,6 +23,6 @@ def test_an_entry_has_its_parts_and_living_links(path):
 def test_the_index_names_every_entry_newest_first_with_a_short_verdict():
     rows = re.findall(r"^\| (\d{4}-\d\d-\d\d) \| \[.+\]\(log/(.+)\.md\) \| (.+) \|$", INDEX, re.MULTILINE)
     dates = [date for date, _, _ in rows]
-    assert sorted(name for _, name, _ in rows) == [path.stem for path in ENTRIES]
+    assert sorted(name for _, name, _ in rows) == sorted(path.stem for path in ENTRIES)
     assert all(name.startswith(date) for date, name, _ in rows) and dates == sorted(dates, reverse=True)
     assert all(len(verdict.split()) <= 15 for _, _, verdict in rows)
