@@ -202,8 +202,11 @@ def first_line_of(*command):
 
 def get_environment():
     """Code, machine and packages of the run, as the page shows them."""
+    # equal GPUs are counted
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = Counter(f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices)
+
+    # versions; the driver as its own tool states it
     software = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if torch.version.cuda:
         software.append(f"CUDA {torch.version.cuda}")
@@ -237,10 +240,13 @@ def describe_code():
 
 def describe_cpu():
     """Model, cores and memory, for example "AMD EPYC 9454, 2 cores, 24 GiB memory"."""
-    name = first_line_of("sysctl", "-n", "machdep.cpu.brand_string")  # macOS
+    # macOS has a command for the name, Linux a file
+    name = first_line_of("sysctl", "-n", "machdep.cpu.brand_string")
     if os.path.exists("/proc/cpuinfo"):
         match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
         name = match[1] if match else ""  # some ARM kernels name none
+
+    # memory where the system can tell it
     parts = [name or platform.machine(), f"{os.cpu_count()} cores"]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
@@ -271,6 +277,8 @@ def render(start, stages, rate):
         "code": code,
         "verbatim": verbatim,
     }
+
+    # the data of the page
     seconds = busy_seconds(stages)
     ran = {stage["section"] for stage in stages}
     page = environment.get_template("report.md.j2").render(
@@ -341,6 +349,7 @@ def list_columns(rows):
 
 def format_metric(metric):
     """0.2103 ± 0.0061 (n=48,211), as far as it is known."""
+    # a plain number has neither error nor count
     if not isinstance(metric, dict):
         return format_value(metric, ".4f")
     text = format_value(metric.get("value"), ".4f")
@@ -357,6 +366,7 @@ def format_value(value, style=".4g"):
         return ", ".join(f"{key}: {format_value(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(format_value(item) for item in value)
+    # bool before int, since it is a subclass of int
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -365,6 +375,7 @@ def format_value(value, style=".4g"):
         return str(value)
     if abs(value) >= 1e15:  # FLOPs
         return f"{value:.3e}"
+    # separators for large numbers, four digits for small ones
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:{style}}"

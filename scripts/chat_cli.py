@@ -77,6 +77,7 @@ def answer(engine, prompt, args, seed, show_tools=False):
     """
     tokenizer = engine.tokenizer
     marks = {tokenizer.encode_special(name): mark for name, mark in MARKS.items()}
+    # piped output is passed on unchanged
     unsafe = CONTROL if sys.stdout.isatty() else {}
     stream = TextStream(tokenizer)
     parts = [{"type": "text", "text": ""}]
@@ -130,8 +131,10 @@ def read_message():
     ends_within_line = '"""' in line[3:] and not line.endswith('"""')
     if not line.startswith('"""') or ends_within_line:
         return line, False
+
+    # read on until the closing quotes; the end of the input closes them, too
     lines = [line[3:]]
-    with suppress(EOFError):  # the end of the input closes the quotes, too
+    with suppress(EOFError):
         while not lines[-1].endswith('"""'):
             lines.append(input("... ").rstrip())
     return "\n".join(lines).removesuffix('"""').strip(), True
@@ -141,6 +144,7 @@ def chat(engine, args):
     """A conversation at the prompt. Returns at /quit or the end of the input."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (importing it gives input() arrow keys and a history)
+    # the state of the conversation
     messages = []
     system = args.system
     seed = args.seed
@@ -155,7 +159,7 @@ def chat(engine, args):
             print("\n(/quit or Ctrl-D ends)")
             continue
 
-        # commands
+        # commands: a line that is quoted, or begins otherwise, is a message
         if not quoted and message in ("/quit", "/exit", "quit", "exit"):
             return
         if not quoted and message.startswith("/"):
@@ -177,8 +181,9 @@ def chat(engine, args):
 
 def reply(engine, args, system, messages, seed):
     """Answer the last message. Returns the conversation that goes on: without what no longer fits, with the answer."""
+    # the oldest exchanges go when the context is full; the answer gets at most half of it
     context = engine.model.config.sequence_len
-    max_prompt = max(8, context - min(args.max_tokens, context // 2))  # the answer gets at most half
+    max_prompt = max(8, context - min(args.max_tokens, context // 2))
     try:
         prompt, num_dropped = fit_conversation(engine.tokenizer, with_system(system, messages), max_prompt)
     except ValueError as error:
@@ -210,6 +215,8 @@ def complete(engine, args):
     except (EOFError, KeyboardInterrupt):
         print()
         return False
+
+    # a document starts with <|bos|>, and at least one token must fit behind it
     tokens = engine.tokenizer(prompt, prepend=engine.tokenizer.get_bos_token_id())
     context = engine.model.config.sequence_len
     if len(tokens) >= context:
@@ -222,10 +229,13 @@ def complete(engine, args):
 
 
 def main():
+    # init, model
     args = parse_args()
     _, _, _, device = compute_init(args.device_type)
     model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)
+
+    # one of the three modes
     stopped = False
     if args.source == "base":  # it knows no conversations
         stopped = complete(engine, args)

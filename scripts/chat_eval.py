@@ -38,14 +38,17 @@ from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
+    # the model and the tasks
     add("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
     add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all)')
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
+    # how much at once
     add("-x", "--max_problems", "--max-problems", type=int, default=-1,
         help="problems per task, the same ones each time (default: -1, all)")
     add("-b", "--batch_rows", "--batch-rows", type=int, default=32,
         help="rows per batch; halve it when memory runs out (default: 32)")
+    # where
     add("--allow_unsafe", "--allow-unsafe", action="store_true",
         help="run HumanEval's programs even where the system cannot isolate them")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
@@ -55,11 +58,13 @@ def parse_args(argv=None):
     add("-m", "--max_new_tokens", "--max-new-tokens", type=int, default=512, help="per answer (default: 512)")
     add("-k", "--top_k", "--top-k", type=int, default=50, help="0 = off (default: 50)")
 
+    # torchrun passes its own separator on
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--"]:  # torchrun passes its own separator on
+    if argv[:1] == ["--"]:
         argv = argv[1:]
     args = parser.parse_args(argv)
 
+    # the settings that cannot work
     require(args, "num_samples", 1)
     require(args, "temperature", 0)
     require(args, "max_new_tokens", 1)
@@ -89,7 +94,7 @@ def choose_names(asked, allow_unsafe, device, find_walls=sandbox_walls):
     if "HumanEval" not in names or allow_unsafe:
         return names
 
-    # on how many ranks each part of the sandbox is missing
+    # on how many ranks each part of the sandbox is missing; all ranks must decide alike
     walls = find_walls()
     absent = torch.tensor([int(wall not in walls) for wall in WALLS], device=device)
     num_ranks = all_reduce_sum(absent).tolist()
@@ -113,7 +118,7 @@ def task_line(name, result):
         f"n: {result['n']:5d}",
     ]
     for k, value in result["pass_at_k"].items():
-        if k > 1:
+        if k > 1:  # pass@1 is the accuracy
             parts.append(f"pass@{k}: {value:.4f}")
     parts.append(f"{result['seconds']:.1f}s")
     if result["truncated"]:
@@ -181,7 +186,7 @@ def main():
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             write_text(folder / f"{name}{suffix}.jsonl", "".join(lines))
 
-    # summary: ChatCORE, report
+    # summary: ChatCORE, the centred mean, if all of its tasks have run
     metrics = {}
     for name, result in results.items():
         metrics[name] = {"value": result["accuracy"], "n": result["n"], "stderr": result["stderr"]}
@@ -192,6 +197,8 @@ def main():
     elif args.tasks is None:
         print0("ChatCORE: not given, since it needs all six tasks")
     print0(f"Wrote the answers to {folder}")
+
+    # the report's section of this stage
     get_report().log(f"Chat evaluation {args.source}", {
         "config": vars(args),
         "model": model_name,

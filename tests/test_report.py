@@ -129,7 +129,7 @@ def test_missing_stages_are_named(report):
     assert "Not in this card, since they have not run: Midtraining, Chat RL.\n" in read(report)
 
 
-def test_metrics_stand_by_stage_with_error_and_count(report):
+def test_metrics_have_a_column_per_stage_with_error_and_count(report):
     report.log("Base model evaluation", {"metrics": {"CORE": {"value": 0.21, "stderr": 0.006, "n": 48211}}})
     report.log("Chat evaluation sft", {"metrics": {"GSM8K": {"value": 0.05, "stderr": 0.006, "n": 1319}, "own": 3}})
     report.log("Chat evaluation rl", {"metrics": {"GSM8K": 0.08}})
@@ -233,7 +233,7 @@ def test_curves_are_found_after_the_base_directory_has_moved(report, tmp_path):
     assert "![Curves of Chat SFT]" in read(Report(moved / "report"))
 
 
-def test_a_missing_metrics_file_is_said(report, tmp_path):
+def test_a_missing_metrics_file_is_reported(report, tmp_path):
     report.log("Chat SFT", {"curves": tmp_path / "none.jsonl"})
     assert "No curves: the file of metrics is missing" in read(report)
 
