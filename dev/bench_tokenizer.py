@@ -1,14 +1,14 @@
 """
-How fast rustbpe trains and encodes, beside its peers, on the same documents in one interleaved run.
+The speed of rustbpe's training and encoding, beside its peers, on the same documents in one interleaved run.
 
     python -m dev.bench_tokenizer --data=PATH                          file, folder or glob; default: the local data
     python -m dev.bench_tokenizer --peer_python=/tmp/peers/bin/python  an interpreter with PyPI's rustbpe and gigatoken
     python -m dev.bench_tokenizer --num_bytes=2e6 --vocab_sizes=4096 --repeats=1      the smallest run, seconds
 
-Each measurement is a process of its own, so that its peak memory is its own and its caches are cold. The tools take
-turns, so that a busy machine is as unkind to one as to another: compare ratios, and look at the load that is printed.
-A peer that is not installed is left out with a word; nothing is installed. gigatoken splits by a scheme of its own
-(GPT-4's is the nearest) and is measured as it comes.
+Each measurement is a process of its own, with its own peak memory and cold caches. The tools take turns, so that other
+load on the machine slows all of them: compare ratios, and look at the load that is printed. A peer that is not
+installed is left out with a message; nothing is installed. gigatoken splits text by a scheme of its own (the nearest
+to ours is GPT-4's) and is measured as it comes.
 """
 
 import base64
@@ -32,13 +32,13 @@ encode_threads: str = "1,2"        # thread counts for encoding
 repeats: int = 3                   # measurements of each kind; the table shows medians
 peer_python: str | None = None     # interpreter in which PyPI's rustbpe 0.1.0 and gigatoken are installed
 
-# tool -> how many times as fast ours has to be; None = no goal
+# tool -> how many times as fast as it ours has to be; None = no goal
 TRAIN_GOALS = {"ours": None, "rustbpe 0.1.0": 2.0, "gigatoken": 1.0, "tokenizers": None}
 ENCODE_GOALS = {"ours": None, "tiktoken": 6.0, "gigatoken": None}
 PEERS = ("rustbpe 0.1.0", "gigatoken")  # tools that run in --peer_python
 
 # -----------------------------------------------------------------------------
-# One measurement, in a child process, which may be an interpreter without nanochat: only imports what it measures
+# One measurement, in a child process. Its interpreter may lack nanochat, so it imports only what it measures
 
 
 def import_rustbpe(tool):
@@ -122,7 +122,7 @@ def peak_mb():
 
 
 def start_job(job, threads):
-    """Run one job in the interpreter that has its tool; the pools of the other tools obey RAYON_NUM_THREADS."""
+    """Run one job in the interpreter that has its tool. gigatoken and tokenizers obey RAYON_NUM_THREADS."""
     python = peer_python if job["tool"] in PEERS else sys.executable
     if python is None:
         return {"missing": "give --peer_python"}
@@ -134,27 +134,34 @@ def start_job(job, threads):
 
 
 def measure(title, kind, goals, args, threads, shared, size_mb):
-    """Let all tools take turns, then print their medians as a table of figure and ratio to ours."""
+    """Let all tools take turns, then print a table of their medians and their ratio to ours."""
     runs = {tool: [] for tool in goals}  # tool -> results
+    missing = {}                         # tool -> why it is left out
     for _ in range(repeats):
         for tool in goals:
-            if not any("missing" in run for run in runs[tool]):
-                runs[tool].append(start_job(shared | {"kind": kind, "tool": tool, "args": args}, threads))
+            if tool in missing:
+                continue
+            result = start_job(shared | {"kind": kind, "tool": tool, "args": args}, threads)
+            if "missing" in result:
+                missing[tool] = result["missing"]
+            runs[tool].append(result)
+
     print(f"\n{title} | load {os.getloadavg()[0]:.1f}")
     print(f"{'tool':14} {'seconds':>8} {'best':>7} {'MB/s':>7} {'peak MB':>8} {'ours is':>8} {'goal':>6}")
-    ours = None
+    ours = None  # seconds; the first row of the table
     for tool, results in runs.items():
-        missing = [run["missing"] for run in results if "missing" in run]
-        if missing:
-            print(f"{tool:14} left out: {missing[0]}")
+        if tool in missing:
+            print(f"{tool:14} left out: {missing[tool]}")
             continue
-        seconds = statistics.median(run["seconds"] for run in results)
-        best = min(run["seconds"] for run in results)
-        peak = statistics.median(run["peak_mb"] for run in results)
-        ours = seconds if tool == "ours" else ours
+        times = [result["seconds"] for result in results]
+        seconds = statistics.median(times)
+        peak = statistics.median(result["peak_mb"] for result in results)
+        if tool == "ours":
+            ours = seconds
         ratio = f"{seconds / ours:.1f}x" if ours else "-"
         goal = "-" if goals[tool] is None else f"{goals[tool]:g}x"
-        print(f"{tool:14} {seconds:8.2f} {best:7.2f} {size_mb / seconds:7.1f} {peak:8.0f} {ratio:>8} {goal:>6}")
+        speed = size_mb / seconds
+        print(f"{tool:14} {seconds:8.2f} {min(times):7.2f} {speed:7.1f} {peak:8.0f} {ratio:>8} {goal:>6}")
 
 
 def write_texts(texts, path):
@@ -174,19 +181,26 @@ def main():
     from nanochat.dataset import iter_texts
 
     with tempfile.TemporaryDirectory() as folder:
-        texts_path, ranks_path = Path(folder) / "texts.jsonl", Path(folder) / "ranks.tiktoken"
+        # the documents, the same for all
+        texts_path = Path(folder) / "texts.jsonl"
         size_mb = write_texts(iter_texts(data, "train"), texts_path)
         shared = {"texts_path": str(texts_path), "pattern": rustbpe.Tokenizer().get_pattern()}
         print(f"{size_mb:.1f} MB of text | {os.cpu_count()} cores | {repeats} runs each, medians")
+
+        # training
         sizes = [int(size) for size in vocab_sizes.split(",")]
         for vocab_size in sizes:
             title = f"training, V {vocab_size}, {train_threads} threads"
             measure(title, "train", TRAIN_GOALS, [vocab_size], train_threads, shared, size_mb)
+
+        # encoding, all with the merges of one tokenizer
         tokenizer = rustbpe.Tokenizer()
         with open(texts_path, encoding="utf-8") as f:
             tokenizer.train_from_iterator(map(json.loads, f), sizes[0])
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tokenizer.get_mergeable_ranks()]
-        ranks_path.write_text("".join(lines), encoding="ascii")
+        ranks_path = Path(folder) / "ranks.tiktoken"
+        with open(ranks_path, "w", encoding="ascii") as f:
+            for token, rank in tokenizer.get_mergeable_ranks():
+                f.write(f"{base64.b64encode(token).decode()} {rank}\n")
         for threads in map(int, encode_threads.split(",")):
             title = f"encoding, V {sizes[0]}, {threads} threads"
             measure(title, "encode", ENCODE_GOALS, [str(ranks_path), threads], threads, shared, size_mb)

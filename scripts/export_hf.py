@@ -1,13 +1,14 @@
 """
-Write a checkpoint as a folder that transformers, and what builds on it, loads without any remote code.
+Write a checkpoint as a folder that transformers, and tools built on it, load without remote code.
 
     python -m scripts.export_hf --source=sft --out=my_model
     python -m scripts.export_hf --source=base --model_tag=d20 --dtype=float32 --out=my_base_model
 
-Our architecture is transformers' NanoChatForCausalLM (5.0 or newer): tensors are renamed, nothing is computed. Ids are
-ours too, with two exceptions, since these tools first render a conversation to one text and then encode that: a message
-that spells a special token gets that token (here it stays text), and neighbouring text parts of an assistant's message
-are one text (here each is encoded alone). The calculator is part of our engine: elsewhere a model invents the results.
+Our architecture is transformers' NanoChatForCausalLM (5.0 or newer): tensors are renamed, and nothing is computed.
+Token ids are the same with two exceptions, since those tools first render a conversation to one text and then encode
+it. A message that spells a special token gets that token (here it stays text). Neighbouring text parts of an
+assistant's message are encoded as one text (here each is encoded alone). The calculator is part of our engine:
+elsewhere a model makes up the results of its calls.
 """
 
 import json
@@ -35,13 +36,24 @@ out: str | None = None          # folder to write, new or empty; None = <base di
 dtype: str = "bfloat16"         # of the weights: bfloat16 or float32
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-EXPRESSIBLE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # fields of GPTConfig
-HF_NAMES = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "attn.c_q": "self_attn.q_proj",
-            "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
-            "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
-# Tokenizer.render_conversation as a template; with add_generation_prompt, render_for_completion. Content may be a list
-# of parts for every role: some servers send it in no other form.
+# The fields of GPTConfig that transformers' class has; any other field must have its default
+EXPRESSIBLE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+# Our names of modules and theirs
+HF_NAMES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+# Tokenizer.render_conversation as a template; with add_generation_prompt, render_for_completion. The content of every
+# role may be a list of parts, since some servers send no other form.
 CHAT_TEMPLATE = r"""
 {%- set fences = {'python': 'python', 'python_output': 'output'} -%}
 {%- set first = 1 if messages and messages[0].role == 'system' else 0 -%}
@@ -70,12 +82,16 @@ CHAT_TEMPLATE = r"""
 
 
 def check_expressible(model_config):
-    """UserError where a checkpoint's config (a dict) has something switched on that transformers' class lacks."""
-    extra = [f"{name}={value}" for name, value in model_config.items()
-             if name not in EXPRESSIBLE and value != getattr(GPTConfig, name, None)]
+    """UserError if a checkpoint's config (a dict) uses a field that transformers' class does not have."""
+    extra = []
+    for name, value in model_config.items():
+        if name not in EXPRESSIBLE and value != getattr(GPTConfig, name, None):
+            extra.append(f"{name}={value}")
     if extra:
-        raise UserError(f"transformers' NanoChatForCausalLM cannot express {', '.join(extra)} of this checkpoint",
-                        "export a model that was trained without it")
+        raise UserError(
+            f"transformers' NanoChatForCausalLM cannot express {', '.join(extra)} of this checkpoint",
+            "export a model that was trained without it",
+        )
 
 
 def hf_weights(model, weights_dtype=torch.float32):
@@ -92,53 +108,90 @@ def hf_weights(model, weights_dtype=torch.float32):
 
 def hf_configs(config, tokenizer, stage, dtype_name):
     """{file name: content} of the JSON files, from our GPTConfig."""
-    # What ends an answer, as in our engine; a base model knows only the <|bos|> of the next document
-    ends = ["<|bos|>"] if stage == "base" else ["<|assistant_end|>", "<|bos|>"]
-    bos, eos = tokenizer.get_bos_token_id(), [tokenizer.encode_special(name) for name in ends]
-    template = {} if stage == "base" else {"chat_template": CHAT_TEMPLATE}
+    # the tokens that end an answer, as in our engine; a base model knows only the <|bos|> of the next document
+    stop_names = ["<|bos|>"] if stage == "base" else ["<|assistant_end|>", "<|bos|>"]
+    bos = tokenizer.get_bos_token_id()
+    eos = [tokenizer.encode_special(name) for name in stop_names]
+
+    model_config = {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "dtype": dtype_name,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "hidden_act": "relu2",
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.n_embd // config.n_head,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": torch.finfo(torch.float32).eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "final_logit_softcapping": LOGIT_CAP,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": None,  # with one, transformers would give its embedding no gradient
+    }
+    generation_config = {
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": bos,
+        "do_sample": True,  # the defaults of chat_cli
+        "temperature": 0.6,
+        "top_k": 50,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.sequence_len,
+        "bos_token": "<|bos|>",
+        "eos_token": stop_names[0],
+        "pad_token": "<|bos|>",
+        "additional_special_tokens": tokenizer.get_special_tokens(),
+        "clean_up_tokenization_spaces": False,
+    }
+    if stage != "base":
+        tokenizer_config["chat_template"] = CHAT_TEMPLATE
     return {
-        "config.json": {
-            "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": dtype_name,
-            "vocab_size": config.vocab_size, "max_position_embeddings": config.sequence_len,
-            "hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd, "hidden_act": "relu2",
-            "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-            "num_key_value_heads": config.n_kv_head, "head_dim": config.n_embd // config.n_head,
-            "attention_bias": False, "attention_dropout": 0.0, "rms_norm_eps": torch.finfo(torch.float32).eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
-            "final_logit_softcapping": LOGIT_CAP, "tie_word_embeddings": False, "use_cache": True,
-            # no pad token here, for its embedding would get no gradient there
-            "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None},
-        "generation_config.json": {  # sampling as in chat_cli
-            "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": bos,
-            "do_sample": True, "temperature": 0.6, "top_k": 50},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.sequence_len,
-            "bos_token": "<|bos|>", "eos_token": ends[0], "pad_token": "<|bos|>",
-            "additional_special_tokens": tokenizer.get_special_tokens(), "clean_up_tokenization_spaces": False,
-            **template},
+        "config.json": model_config,
+        "generation_config.json": generation_config,
+        "tokenizer_config.json": tokenizer_config,
     }
 
 
 def hf_tokenizer(tokenizer):
-    """tokenizer.json: our pattern, ranks and special tokens. A text gets <|bos|> in front, as in training."""
-    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern)._core  # our own, which knows no special token
-    core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
-                             for name in tokenizer.get_special_tokens()])
+    """tokenizer.json: our pattern, ranks and special tokens. Every text gets <|bos|> in front, as in training."""
+    # our own class encodes by this same object, which knows no special token until here
+    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern)._core
+    names = tokenizer.get_special_tokens()
+    core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
     core.decoder = tokenizers.decoders.ByteLevel()
     core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", tokenizer.get_bos_token_id())])
+        single="<|bos|> $A",
+        pair="<|bos|> $A $B",
+        special_tokens=[("<|bos|>", tokenizer.get_bos_token_id())],
+    )
     return core
 
 
 def model_card(name, stage, meta, model, num_params):
-    """README.md: what the checkpoint knows of itself, and how to use it."""
+    """README.md: the facts recorded in the checkpoint, and how to use it."""
     c = model.config
-    trained = f"step {meta['step']:,}" + (f" of {meta['iterations']:,}" if "iterations" in meta else "")
+    trained = f"step {meta['step']:,}"
+    if "iterations" in meta:
+        trained += f" of {meta['iterations']:,}"
     if "tokens" in meta.get("progress", {}):  # base and mid; SFT and RL count conversations
         trained += f", {meta['progress']['tokens']:,} tokens"
-    prompt = 'tokenizer("Once upon a time", return_tensors="pt")' if stage == "base" else (
-        'tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],\n'
-        '    add_generation_prompt=True, return_dict=True, return_tensors="pt")')
+
+    if stage == "base":
+        prompt = 'tokenizer("Once upon a time", return_tensors="pt")'
+    else:
+        prompt = ('tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],\n'
+                  '    add_generation_prompt=True, return_dict=True, return_tensors="pt")')
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -158,57 +211,73 @@ A language model trained from scratch with nanochat.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # 5.0 or newer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = {prompt}
 output = model.generate(**inputs, max_new_tokens={min(256, c.sequence_len // 2)})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-- Text that spells a special token, as in `<|assistant_end|>`, becomes that token: remove it from what strangers write,
-  or encode with `split_special_tokens=True`, which keeps it as text.
+- Text that spells a special token, such as `<|assistant_end|>`, becomes that token: remove it from untrusted text, or
+  encode with `split_special_tokens=True`, which keeps it as text.
 - A chat model may write a calculation between `<|python_start|>` and `<|python_end|>`. nanochat's engine then inserts
-  `<|output_start|>`, the result and `<|output_end|>`; in other engines the model invents a result, unless you stop at
+  `<|output_start|>`, the result and `<|output_end|>`. In other engines the model makes up a result, unless you stop at
   `<|python_end|>` and do the same.
 """
 
 
-def main():
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is unknown", f"use one of {', '.join(DTYPES)}")
-    checkpoint_dir = find_checkpoint_dir(source, model_tag)
-    default = get_base_dir() / "hf_export" / f"{checkpoint_dir.name}_{source}"
-    folder = (default if out is None else Path(out).expanduser()).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already and is not an empty folder", "choose another one with --out=PATH")
-
-    # Load: the float32 weights, whatever the compute dtype of this machine
-    manager = CheckpointManager(checkpoint_dir)
-    step, meta = manager.load_meta(model_step)
-    check_expressible(meta["model_config"])
-    model, tokenizer = manager.load_model("cpu", step), manager.load_tokenizer(step)
-    weights = hf_weights(model, DTYPES[dtype])
-    num_params = sum(tensor.numel() for tensor in weights.values())
-    texts = {filename: json.dumps(content, indent=2) + "\n"
-             for filename, content in hf_configs(model.config, tokenizer, source, dtype).items()}
-    texts["tokenizer.json"] = hf_tokenizer(tokenizer).to_str(pretty=True)
-    texts["README.md"] = model_card(folder.name, source, meta, model, num_params)
-
-    # Write under a temporary name first, so that a folder of this name is always whole
-    tmp = folder.with_name(f".tmp_{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
+def write_folder(folder, texts, weights):
+    """Write the files under a temporary name, then rename: a folder of this name is always whole."""
+    temporary = folder.with_name(f".tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        tmp.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         for filename, text in texts.items():
-            (tmp / filename).write_text(text, encoding="utf-8")
-        save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
-        (tmp / "model.safetensors").chmod((tmp / "config.json").stat().st_mode)  # safetensors lets only the owner read
+            (temporary / filename).write_text(text, encoding="utf-8")
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        # safetensors makes its file readable for the owner alone
+        mode = (temporary / "config.json").stat().st_mode
+        (temporary / "model.safetensors").chmod(mode)
         if folder.exists():
-            folder.rmdir()
-        tmp.rename(folder)
+            folder.rmdir()  # it is empty
+        temporary.rename(folder)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{folder} could not be written: {error}") from error
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main():
+    # settings
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is unknown", f"use one of {', '.join(DTYPES)}")
+    checkpoint_dir = find_checkpoint_dir(source, model_tag)
+    if out is None:
+        folder = get_base_dir() / "hf_export" / f"{checkpoint_dir.name}_{source}"
+    else:
+        folder = Path(out).expanduser()
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already and is not an empty folder", "choose another one with --out=PATH")
+
+    # load the float32 weights, whatever this machine computes in
+    manager = CheckpointManager(checkpoint_dir)
+    step, meta = manager.load_meta(model_step)
+    check_expressible(meta["model_config"])
+    model = manager.load_model("cpu", step)
+    tokenizer = manager.load_tokenizer(step)
+
+    # convert
+    weights = hf_weights(model, DTYPES[dtype])
+    num_params = sum(tensor.numel() for tensor in weights.values())
+    texts = {}  # file name -> text
+    for filename, content in hf_configs(model.config, tokenizer, source, dtype).items():
+        texts[filename] = json.dumps(content, indent=2) + "\n"
+    texts["tokenizer.json"] = hf_tokenizer(tokenizer).to_str(pretty=True)
+    texts["README.md"] = model_card(folder.name, source, meta, model, num_params)
+
+    write_folder(folder, texts, weights)
     print(f"wrote {checkpoint_dir.name}, {source} step {step}, {num_params:,} parameters in {dtype}, to {folder}")
 
 

@@ -1,4 +1,4 @@
-"""The terminal chat: one answer on stdout and nothing else, a conversation with commands, text of a base model."""
+"""The terminal chat: one answer on stdout, a conversation with commands, a text that a base model continues."""
 
 import os
 import select
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, tokenizer):
-    """chat_cli.main() with flags, on a tiny model that is there as a base and as an SFT checkpoint."""
+    """chat_cli.main() with flags, on a tiny model saved as a base and as an SFT checkpoint; `typed`: lines of input."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     for stage in ("base", "sft"):
@@ -40,7 +40,7 @@ def run(tmp_path, monkeypatch, tokenizer):
     return run
 
 
-def test_one_answer_goes_to_stdout_alone_and_repeats_by_seed(run, capsys):
+def test_one_answer_is_all_of_stdout_and_repeats_with_its_seed(run, capsys):
     run("-p", "Hello", "--seed", "3")
     first = capsys.readouterr()
     run("-p", "Hello", "--seed", "3")
@@ -68,8 +68,9 @@ def test_a_conversation_with_commands_multi_line_input_and_a_full_context(run, c
      ["one", '"""Hi""" he said', "open\nto the end"]),
     (["half a", KeyboardInterrupt, '"""half', KeyboardInterrupt, "whole", "quit", "never read"], ["half a", "whole"]),
 ])
-def test_what_is_a_message_and_what_ends_the_program(tokenizer, monkeypatch, capsys, typed, asked):
-    lines, heard = iter(typed), []
+def test_which_lines_are_messages_and_which_end_the_program(tokenizer, monkeypatch, capsys, typed, asked):
+    lines = iter(typed)
+    asked_for = []
 
     def read(prompt):
         line = next(lines, EOFError)
@@ -79,12 +80,16 @@ def test_what_is_a_message_and_what_ends_the_program(tokenizer, monkeypatch, cap
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "argv", ["chat_cli"])
     monkeypatch.setattr(chat_cli, "answer", lambda *_, **__: ("Yes.", False))
-    fit = chat_cli.fit_conversation
-    monkeypatch.setattr(chat_cli, "fit_conversation", lambda tokenizer, messages, most: (
-        heard.append(messages[-1]["content"]), fit(tokenizer, messages, most))[1])
+    fit_conversation = chat_cli.fit_conversation
+
+    def record(tokenizer, messages, max_prompt):
+        asked_for.append(messages[-1]["content"])
+        return fit_conversation(tokenizer, messages, max_prompt)
+
+    monkeypatch.setattr(chat_cli, "fit_conversation", record)
     chat_cli.chat(Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer),
                   chat_cli.parse_args())
-    assert heard == asked
+    assert asked_for == asked
 
 
 @pytest.mark.parametrize("show", [False, True])

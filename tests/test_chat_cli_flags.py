@@ -1,4 +1,4 @@
-"""Tools with short flags answer a flag that is wrong in two lines, `error:` and `hint:`, with exit code 2."""
+"""Tools with short flags answer a wrong flag with two lines, `error:` and `hint:`, and exit code 2."""
 
 import pytest
 

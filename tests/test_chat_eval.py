@@ -21,11 +21,11 @@ from scripts import chat_eval
 from tasks.evaluate import CHATCORE_TASKS, available_tasks, parse_names
 from tasks.identity import Identity, identity_path
 
-needs_walls = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system has not all walls of the sandbox")
+needs_sandbox = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system lacks parts of the sandbox")
 
 
 def write_mirror(root):
-    """Three questions of each data set, of which nothing is known to a tiny model."""
+    """A mirror with three questions of each data set."""
     choices = [f"choice {letter}" for letter in "ABCD"]
     arc = [{"question": f"Which is {i}?", "choices": {"text": choices, "label": list("ABCD")}, "answerKey": "ABCD"[i]}
            for i in range(3)]
@@ -76,34 +76,34 @@ def read_report():
 # The script
 
 
-@needs_walls
+@needs_sandbox
 def test_all_tasks_give_a_table_every_answer_chatcore_and_a_section_of_the_report(chat_model, run, capsys):
     run("-x", "2", "-b", "3")
     out, report = capsys.readouterr().out, read_report()
     assert [line.split("|")[0].strip() for line in out.splitlines() if "accuracy:" in line] == list(CHATCORE_TASKS)
     assert list(report["metrics"]) == [*CHATCORE_TASKS, "ChatCORE"] and "ChatCORE: " in out
     for name in CHATCORE_TASKS:
-        records, metric = read_records(f"{name}_2"), report["metrics"][name]  # a part never replaces the whole
+        records, metric = read_records(f"{name}_2"), report["metrics"][name]  # _2: of a partial run
         assert metric["n"] == len(records) == 2
         assert metric["value"] == sum(record["correct"] for record in records) / 2
         assert all(record["prompt"].startswith("<|bos|>") and record["answer"] for record in records)
     assert report["metrics"]["ChatCORE"]["n"] == 12 and report["config"]["max_problems"] == 2
 
 
-def test_only_the_tasks_that_were_asked_for_run_and_chatcore_is_not_made_up(chat_model, run):
+def test_only_the_chosen_tasks_run_and_then_there_is_no_chatcore(chat_model, run):
     run("-a", "ARC-Easy|GSM8K")
     assert list(read_report()["metrics"]) == ["ARC-Easy", "GSM8K"]
     assert len(read_records("ARC-Easy")) == 3 and not (get_base_dir() / "chat_eval/sft/d2_step_7/MMLU.jsonl").exists()
 
 
-def test_samples_are_kept_one_by_one_and_give_pass_at_k(chat_model, run, capsys):
+def test_every_sample_is_recorded_and_they_give_pass_at_k(chat_model, run, capsys):
     run("-a", "GSM8K", "-n", "3", "-t", "1.0")
     assert [(r["index"], r["sample"]) for r in read_records("GSM8K")] == [(i, s) for i in range(3) for s in range(3)]
     assert "pass@2: 0.0000 | pass@3: 0.0000" in capsys.readouterr().out
     assert read_report()["tables"]["By task"][0]["pass@3"] == 0.0
 
 
-def test_prompts_that_were_cut_are_counted_in_the_line_of_the_task(chat_model, run, capsys, tokenizer):
+def test_the_line_of_a_task_counts_prompts_that_were_cut(chat_model, run, capsys, tokenizer):
     model = tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=24)
     CheckpointManager(get_checkpoint_dir("sft", "short")).save(1, model, tokenizer=tokenizer)
     run("-a", "MMLU", "-g", "short")
@@ -126,7 +126,7 @@ def test_without_a_checkpoint_the_next_command_is_named(mirror, tmp_path, monkey
         run("-a", "MMLU")
 
 
-def test_humaneval_is_skipped_where_a_wall_is_missing_unless_the_user_accepts_it(mirror, capsys):
+def test_humaneval_is_skipped_where_the_sandbox_is_incomplete_unless_the_user_accepts_it(mirror, capsys):
     def choose(asked, allow_unsafe=False):
         return chat_eval.choose_names(asked, allow_unsafe, torch.device("cpu"), lambda: ["limits", "seccomp"])
     assert choose(None) == [name for name in CHATCORE_TASKS if name != "HumanEval"]
@@ -136,12 +136,12 @@ def test_humaneval_is_skipped_where_a_wall_is_missing_unless_the_user_accepts_it
         choose("HumanEval")
 
 
-def test_humaneval_runs_where_all_walls_are(mirror):
+def test_humaneval_runs_where_the_sandbox_is_complete(mirror):
     assert chat_eval.choose_names("HumanEval", False, torch.device("cpu"), lambda: list(WALLS)) == ["HumanEval"]
 
 
 @pytest.mark.slow  # four processes that import torch
-def test_two_ranks_give_what_one_gives(chat_model):
+def test_two_ranks_give_the_results_of_one(chat_model):
     def evaluate(launcher, *extra):
         command = [sys.executable, *launcher, "-m", "scripts.chat_eval", *extra, "-i", "sft", "-a", "MMLU|GSM8K",
                    "-m", "6", "-n", "2", "-t", "1.0", "--device_type", "cpu"]

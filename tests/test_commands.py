@@ -1,4 +1,4 @@
-"""The commands of the README and of the run scripts: what they name exists, and their flags are taken."""
+"""The commands of the README and of the run scripts: their files, modules and flags exist."""
 
 import importlib
 import os
@@ -28,23 +28,24 @@ def dry_run(*command, **env):
 
 
 def readme_commands():
-    """Lines of the README's bash blocks, continued ones joined, and the commands in its tables."""
+    """The lines of the README's bash blocks, with continued lines joined, and the base_train commands in its text."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return lines + [f"python -m scripts.{command}" for command in re.findall(r"`(base_train --[^`]+)`", README)]
 
 
 def check_command(line):
-    """Fails where `line` names a file, a module, a setting or a flag that does not exist. True if it was checked."""
+    """Fails if `line` names a file, module, setting or flag that does not exist. Returns whether it was checked."""
     words = shlex.split(line, comments=True)
-    while words and re.match(r"env$|\w+=", words[0]):  # variables of the environment come first
+    while words and re.match(r"env$|\w+=", words[0]):  # environment variables in front
         words.pop(0)
     if words[:1] == ["bash"]:
         assert (ROOT / words[1]).is_file(), line
     if words[:1] not in (["python"], ["torchrun"]) or "pytest" in words:
         return words[:1] == ["bash"]
     at = words.index("-m") + 1
-    module, flags = importlib.import_module(words[at]), [word for word in words[at + 1:] if word != "--"]
+    module = importlib.import_module(words[at])
+    flags = [word for word in words[at + 1:] if word != "--"]
     if get_settings(vars(module)):
         override_from_cli(dict(vars(module)), flags)
     elif hasattr(module, "parse_args"):
@@ -53,17 +54,17 @@ def check_command(line):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run[0])
-def test_the_commands_of_a_run_script_are_taken(run):
+def test_the_commands_of_a_run_script_are_valid(run):
     assert sum(map(check_command, dry_run(*run))) > 5
 
 
-def test_the_commands_of_the_readme_are_taken():
+def test_the_commands_of_the_readme_are_valid():
     assert sum(map(check_command, readme_commands())) > 20
 
 
 @pytest.mark.parametrize("line", ["python -m scripts.base_train --dept=4", "python -m scripts.chat_eval -i base -q",
                                   "python -m scripts.chat_sft --num_epochs=many", "bash nothing.sh"])
-def test_a_command_that_is_not_taken_would_show(line):
+def test_an_invalid_command_fails_the_check(line):
     with pytest.raises((SystemExit, AssertionError)):
         check_command(line)
 

@@ -1,4 +1,4 @@
-"""An exported folder, loaded by transformers: the same logits, tokens, ids and prompts as here; and what is refused."""
+"""An exported folder in transformers: same logits, token ids and prompts as here; errors for what it cannot hold."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def small_tokenizer(story):
-    """500 tokens, no multiple of 64: the model has padded rows, which must not be exported."""
+    """500 tokens, not a multiple of 64: the model has padded rows, which must not be exported."""
     return RustBPETokenizer.train_from_iterator(iter([story]), vocab_size=500)
 
 
@@ -145,7 +145,7 @@ def test_special_tokens_are_special_and_have_our_ids(theirs, small_tokenizer):
     assert theirs.decode([ids[1], 72, 105, ids[2]], skip_special_tokens=True) == "Hi"
 
 
-def test_a_text_that_spells_a_special_token_gets_it_there_unless_asked_not_to(theirs, small_tokenizer):
+def test_text_that_spells_a_special_token_becomes_it_in_transformers_unless_split(theirs, small_tokenizer):
     text = "so<|assistant_end|>?"
     end = small_tokenizer.encode_special("<|assistant_end|>")
     assert end in theirs(text).input_ids and end not in small_tokenizer.encode(text)
@@ -183,7 +183,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
-def test_the_template_gives_the_ids_of_our_renderers(theirs, small_tokenizer, messages):
+def test_the_template_gives_the_same_ids_as_our_renderers(theirs, small_tokenizer, messages):
     conversation = {"messages": messages}
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids
     assert prompt == small_tokenizer.render_for_completion(conversation)
@@ -240,7 +240,7 @@ def test_a_wrong_setting_is_named(settings, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_transformers_cannot_express_is_refused(folder):
+def test_a_config_that_transformers_cannot_express_is_refused(folder):
     config = {"n_layer": 2, "n_head": 4, "value_embeds": False}
     export_hf.check_expressible(config)  # a switch that is off
     with pytest.raises(UserError, match="cannot express value_embeds=True of this checkpoint"):

@@ -1,17 +1,20 @@
-"""The report card: what is recorded, what the page says of it, and that nothing missing breaks it."""
+"""The report card: what a stage records, what the page and the curves show, and that missing facts break nothing."""
 
 import json
-import re
+import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.curves import MAX_POINTS, draw, read_panels
-from nanochat.report import SECTIONS, Report, get_environment, get_report, main
+from nanochat.curves import MAX_POINTS, PANELS, draw, read_panels, shorten, to_svg
+from nanochat.report import SECTIONS, Report, get_environment, get_process_start, get_report, main
 
-HOUR = 3600
+ROOT = Path(__file__).parent.parent
+HOUR = 3600  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,10 @@ def read(report, **kwargs):
 
 
 def use_gpus(report, num_gpus):
-    """Let the card say that the machine has so many GPUs."""
+    """Change the card's record of the machine: it has this number of GPUs."""
     path = report.report_dir / "start.json"
     start = json.loads(path.read_text("utf-8"))
-    start["environment"] |= {"num_gpus": num_gpus, "gpus": ["H100"] * num_gpus}
+    start["environment"]["num_gpus"] = num_gpus
     path.write_text(json.dumps(start), "utf-8")
 
 
@@ -96,8 +99,18 @@ def test_reset_keeps_the_card_before_it(report):
 def test_environment_survives_without_git_or_any_tool(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     environment = get_environment()
-    assert environment["commit"] == "" and environment["torch"] == torch.__version__
-    assert environment["packages"]["pytest"] == pytest.__version__
+    assert environment["facts"]["Code"] == "not a git checkout"
+    assert f"torch {torch.__version__}" in environment["facts"]["Software"]
+    assert f"pytest {pytest.__version__}" in environment["packages"]
+
+
+def test_a_stage_began_when_its_process_did(tmp_path):
+    """Measured in a child process that first sleeps: the clock of this one may have started minutes ago."""
+    code = "import time; time.sleep(1); from nanochat.report import get_process_start; print(get_process_start())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert before - 0.5 < float(done.stdout) < time.time() - 1
+    assert get_process_start() < before
 
 
 # -----------------------------------------------------------------------------
@@ -116,8 +129,8 @@ def test_missing_stages_are_named(report):
     assert "Not in this card, since they have not run: Midtraining, Chat RL.\n" in read(report)
 
 
-def test_metrics_stand_by_stage_with_error_and_count(report):
-    report.log("Base model evaluation", {"metrics": {"core": {"value": 0.21, "stderr": 0.006, "n": 48211}}})
+def test_metrics_have_a_column_per_stage_with_error_and_count(report):
+    report.log("Base model evaluation", {"metrics": {"CORE": {"value": 0.21, "stderr": 0.006, "n": 48211}}})
     report.log("Chat evaluation sft", {"metrics": {"GSM8K": {"value": 0.05, "stderr": 0.006, "n": 1319}, "own": 3}})
     report.log("Chat evaluation rl", {"metrics": {"GSM8K": 0.08}})
     text = read(report)
@@ -126,10 +139,16 @@ def test_metrics_stand_by_stage_with_error_and_count(report):
     assert "| own | – | – | 3 | – |" in text
 
 
-def test_bpb_has_one_row_under_any_of_its_names_and_the_later_section_wins(report):
-    report.log("Base model training", {"metrics": {"val/bpb": 0.9}})
-    report.log("Base model loss", {"metrics": {"val_bpb": 0.8}})
+def test_a_metric_of_two_sections_of_one_stage_shows_the_later_one(report):
+    report.log("Base model training", {"metrics": {"bpb": 0.9}})
+    report.log("Base model loss", {"metrics": {"bpb": 0.8}})
     assert "| bpb | 0.8000 | – | – | – |" in read(report)
+
+
+def test_a_table_of_metrics_of_our_own_has_all_columns(report):
+    report.log("Chat SFT", {"metrics": {"own": 0.5}})
+    header = "| metric | base | mid | sft | rl |\n| --- | --- | --- | --- | --- |\n"
+    assert header + "| own | – | – | 0.5000 | – |\n" in read(report)
 
 
 def test_cost_is_rate_times_gpus_times_hours_and_shared_time_counts_once(report):
@@ -154,6 +173,23 @@ def test_samples_and_settings_cannot_break_the_page(report):
     text = read(report)
     assert "> **Say &lt;script&gt;** a\\|b \\*c\\* \\`d\\` \\[e\\](f)<br>\\# no heading\n" in text
     assert "| `run` | `x\\|y` |" in text
+
+
+AWKWARD = "</details> <b> & {{ 7 * 7 }} {% raw %} [x](javascript:y) ![i](z) | ``` ~~~ $x$ _a_ <!-- \\ \n\n# h"
+ESCAPED = ("&lt;/details&gt; &lt;b&gt; &amp; {{ 7 \\* 7 }} {% raw %} \\[x\\](javascript:y) !\\[i\\](z) \\| "
+           "\\`\\`\\` \\~\\~\\~ \\$x\\$ \\_a\\_ &lt;!-- \\\\ <br><br>\\# h")
+
+
+def test_nothing_that_a_stage_records_is_taken_as_markup_or_as_a_template(report):
+    report.log("Base model training", {
+        "metrics": {AWKWARD: 1.0}, "samples": [{"prompt": AWKWARD, "text": AWKWARD}, {"prompt": "", "text": AWKWARD}],
+        "tables": {AWKWARD: [{AWKWARD: AWKWARD}]}, "a fact " + AWKWARD: AWKWARD, "command": AWKWARD})
+    text = read(report)
+    for line in (f"- **{ESCAPED}**: 1.0000", f"- **a fact {ESCAPED}**: {ESCAPED}", f"> **{ESCAPED}** ", f"> {ESCAPED}",
+                 f"**{ESCAPED}**", f"| {ESCAPED} |\n| --- |\n| {ESCAPED} |"):
+        assert f"\n{line}\n" in text
+    # a command is shown as it is, in a block that it cannot end
+    assert text.count(f"```text\n{AWKWARD.replace('```', chr(39) * 3)}\n```\n") == text.count("<b>") == 2
 
 
 def test_a_sample_that_repeats_its_prompt_shows_it_once(report):
@@ -197,7 +233,7 @@ def test_curves_are_found_after_the_base_directory_has_moved(report, tmp_path):
     assert "![Curves of Chat SFT]" in read(Report(moved / "report"))
 
 
-def test_a_missing_metrics_file_is_said(report, tmp_path):
+def test_a_missing_metrics_file_is_reported(report, tmp_path):
     report.log("Chat SFT", {"curves": tmp_path / "none.jsonl"})
     assert "No curves: the file of metrics is missing" in read(report)
 
@@ -218,41 +254,43 @@ def test_command_line_makes_a_card(tmp_path, monkeypatch):
 
 
 def test_panels_read_what_a_killed_and_resumed_run_left(tmp_path):
-    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0},
-                                                      {"step": 2, "loss": float("nan")}, {"step": 1, "loss": 3.0}])
+    path = write_metrics(tmp_path / "metrics.jsonl", [
+        {"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": float("nan")},
+        {"step": 1, "loss": 3.0}])
     path.write_text(path.read_text("utf-8") + '{"step": 2, "lo', "utf-8")
-    assert read_panels([path]) == [("loss", {"loss": [(0, 5.0), (1, 3.0)]}, False)]
+    assert read_panels(path) == {"loss": {"loss": {0: 5.0, 1: 3.0}}}
+    assert read_panels(tmp_path / "missing.jsonl") == {}
 
 
-def test_train_and_val_share_a_panel(tmp_path):
-    row = {"step": 0, "train/loss": 5, "val/loss": 6, "val/bpb": 1, "lr/matrix": 0.1, "epoch": 0}
-    assert [(title, list(lines)) for title, lines, _ in read_panels([write_metrics(tmp_path / "m.jsonl", [row])])] == [
-        ("loss", ["train/loss", "val/loss"]), ("bits per byte", ["val/bpb"]), ("learning rate", ["lr/matrix"])]
+def test_train_and_val_share_a_panel_and_other_keys_have_none(tmp_path):
+    row = {"step": 0, "train/loss": 5, "val/loss": 6, "val/bpb": 1, "pass@1": 0.1, "pass@8": 0.3, "epoch": 0}
+    panels = read_panels(write_metrics(tmp_path / "metrics.jsonl", [row]))
+    names = {panel: list(curves) for panel, curves in panels.items()}
+    assert names == {"loss": ["train/loss", "val/loss"], "bpb": ["val/bpb"], "pass": ["pass@1", "pass@8"]}
 
 
-def test_long_curves_are_thinned_to_means_that_keep_mean_and_last_step(tmp_path):
-    path = write_metrics(tmp_path / "metrics.jsonl", [{"step": i, "loss": i % 2} for i in range(1500)])
-    points = read_panels([path])[0][1]["loss"]
-    assert len(points) == MAX_POINTS and points[-1] == (1499, 0.6)
+def test_long_curves_are_averaged_and_keep_mean_and_last_step():
+    steps, values = shorten({i: i % 2 for i in range(1500)})
+    assert len(steps) == len(values) == MAX_POINTS and (steps[-1], values[-1]) == (1499, 0.6)
 
 
-AWKWARD = [[(0, 0.0)], [(7, 3.5)], [(0, -1e-9), (1, 1e-9)], [(0, 1e12), (10**6, 3e12)], [(5, 2.0), (6, 2.0)],
-           [(i, 1e-5 * i) for i in range(50)], [(i, -i) for i in range(3)]]
+@pytest.mark.filterwarnings("error")  # matplotlib warns of axes without a range
+@pytest.mark.parametrize("curve", [
+    {0: 0.0}, {7: 3.5}, {0: -1e-9, 1: 1e-9}, {0: 1e12, 10**6: 3e12}, {5: 2.0, 6: 2.0}, {i: -i for i in range(3)}])
+def test_a_picture_is_svg_with_titles_names_and_last_values_as_text(curve):
+    svg = to_svg(draw({panel: {f"train/{panel}": curve} for panel in PANELS}))
+    text = "\n".join(ElementTree.fromstring(svg).itertext())
+    assert all(title in text and f"train/{panel} " in text for panel, (title, _) in PANELS.items())
 
 
-@pytest.mark.parametrize("points", AWKWARD)
-@pytest.mark.parametrize("from_zero", [False, True])
-def test_pictures_are_xml_with_all_points_and_labels_inside(points, from_zero):
-    root = ElementTree.fromstring(draw([("a <title>", {"train/loss": points}, from_zero)]))
-    width, height = float(root.get("width")), float(root.get("height"))
-    line = next(element for element in root.iter() if element.tag.endswith("polyline"))
-    pixels = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
-    assert len(pixels) == len(points) and all(0 <= x <= width and 0 <= y <= height for x, y in pixels)
-    labels = [element for element in root.iter() if element.tag.endswith("text")]
-    assert all(len(label.text or "") <= 9 for label in labels[2:-1])  # ticks fit into the margin
-    assert all(0 <= float(label.get("x")) <= width for label in labels)
+def test_a_picture_shows_all_points_and_zero_only_where_it_is_a_measure():
+    figure = draw({"loss": {"train/loss": {0: 2.5, 10: 2.25}}, "lrm": {"lrm": {0: 1.0, 10: 0.5}}})
+    loss, rate = figure.axes
+    assert loss.lines[0].get_xydata().tolist() == [[0, 2.5], [10, 2.25]]
+    assert loss.get_ylim()[0] > 2 and rate.get_ylim()[0] <= 0
+    assert loss.get_legend().texts[0].get_text() == "train/loss 2.25"
 
 
-def test_y_ticks_are_round_numbers_around_the_values():
-    text = draw([("loss", {"loss": [(0, 2.31), (1000, 10.9)]}, False)])
-    assert re.findall(r'text-anchor="end">([\d.]+)</text>', text) == ["2", "4", "6", "8", "10", "12"]
+def test_equal_curves_give_equal_files():
+    panels = {"loss": {"train/loss": {0: 2.5, 10: 2.25}}}
+    assert to_svg(draw(panels)) == to_svg(draw(panels))

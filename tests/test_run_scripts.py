@@ -1,4 +1,4 @@
-"""The shell scripts: valid, their stages in order, and what they make of the environment."""
+"""The shell scripts: valid bash, stages in order, the user's environment variables respected."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_run1000_is_the_speedrun_with_other_sizes():
     assert any("--depth=32" in line for line in large) and any("-n 800" in line for line in large)
 
 
-def test_the_users_environment_is_kept():
+def test_environment_variables_of_the_user_are_respected():
     lines = dry_run("dev/runcpu.sh", NANOCHAT_BASE_DIR="/tmp/mine")
     assert any("--out=/tmp/mine/toy_world" in line for line in lines)
     assert not any("gen_synthetic_data" in line for line in dry_run("dev/runcpu.sh", NANOCHAT_DATA_DIR="/tmp/mirror"))
@@ -50,7 +50,7 @@ def test_steprun_without_arguments_prints_help_and_a_wrong_step_is_named():
 @pytest.mark.parametrize("listed, visible, expected", [
     ("GPU 0: a\n  MIG 1g: b\nGPU 1: a", "", "gpu, processes: 2"), ("GPU 0: a\nGPU 1: a", "1", "gpu, processes: 1"),
     ("", "", "processes: 1")])
-def test_steprun_counts_the_gpus_that_it_may_use(tmp_path, listed, visible, expected):
+def test_steprun_counts_the_visible_gpus(tmp_path, listed, visible, expected):
     fake = tmp_path / "nvidia-smi"
     fake.write_text(f"#!/bin/sh\nprintf '{listed}'\n[ -n '{listed}' ]\n", encoding="utf-8")
     fake.chmod(0o755)
