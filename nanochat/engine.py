@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 
+from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
-from nanochat.execution import use_calculator
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.sampling import Sampling, sample_rows, top_logprobs
 

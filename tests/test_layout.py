@@ -11,16 +11,16 @@ ROOT = Path(__file__).parent.parent
 
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
-    "common": [], "configurator": [], "execution": [], "curves": [], "cpu_kernels": [], "gpu_kernels": [],
-    "cuda_graphs": [], "protocol": [],
-    "distributed": ["common"], "precision": ["common"],
+    "common": [], "configurator": [], "calculator": [], "sandbox_child": [], "curves": [], "cpu_kernels": [],
+    "gpu_kernels": [], "cuda_graphs": [], "protocol": [],
+    "execution": ["sandbox_child"], "distributed": ["common"], "precision": ["common"],
     "adamw": ["common", "cpu_kernels", "distributed"], "muon": ["common", "distributed", "precision"],
     "loss_eval": ["common", "distributed", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "distributed", "download", "precision"],
     "dataloader": ["common", "dataset"],
     "gpt": ["common", "precision", "adamw", "muon", "gpu_kernels", "cpu_kernels"],
-    "sampling": ["common"], "engine": ["common", "execution", "cuda_graphs", "precision", "sampling"],
+    "sampling": ["common"], "engine": ["common", "calculator", "cuda_graphs", "precision", "sampling"],
     "serving": ["common", "engine"],
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "distributed", "precision", "gpt", "tokenizer"],
