@@ -120,7 +120,7 @@ def hf_configs(config, tokenizer, stage, dtype_name):
 
 def hf_tokenizer(tokenizer):
     """tokenizer.json: our pattern, ranks and special tokens. A text gets <|bos|> in front, as in training."""
-    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern)._core  # our own, which knows no special token
+    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern).core  # knows no special token
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
                              for name in tokenizer.get_special_tokens()])
     core.decoder = tokenizers.decoders.ByteLevel()
