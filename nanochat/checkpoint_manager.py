@@ -115,6 +115,7 @@ class CheckpointManager:
         """Steps of the complete checkpoints, ascending. Unfinished and truncated ones are left out."""
         found = []
         for folder in self.checkpoint_dir.glob("step_*"):
+            # The name alone is not enough: step_000100.old1 is one that was moved aside
             match = re.fullmatch(r"step_(\d+)", folder.name)
             if match and _is_complete(folder):
                 found.append(int(match[1]))
@@ -220,7 +221,7 @@ class CheckpointManager:
             for path in sorted(tmp.rglob("*"), reverse=True):
                 _fsync(path)
             _fsync(tmp)
-            if folder.exists():
+            if folder.exists():  # the same step of another run, or a damaged one
                 _rename_aside(folder)
             tmp.rename(folder)
             _fsync(folder.parent)
@@ -232,6 +233,7 @@ class CheckpointManager:
         """Keep the last keep_last steps up to `newest`. Later ones belong to another run."""
         if keep_last <= 0:
             return
+        # Oldest first
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[:-keep_last]:
             try:
@@ -305,6 +307,7 @@ class CheckpointManager:
 
     def load_optimizers(self, optimizers, step):
         """Put the saved state into the optimizers, on whatever number of ranks this is."""
+        # save_model writes no such file
         path = self._folder(step) / "optimizer.safetensors"
         if not path.exists():
             raise UserError(f"{path} is missing: this checkpoint holds a model alone and cannot be resumed",
@@ -315,6 +318,7 @@ class CheckpointManager:
 
     def load_tokenizer(self, step):
         """The tokenizer that travels with a checkpoint; a hash that differs from the saved one is refused."""
+        # Its own files have a hash too; this one says that it is the model's
         _, meta = self.load_meta(step)
         folder = self._folder(step) / "tokenizer"
         tokenizer = get_tokenizer(folder)
@@ -381,6 +385,7 @@ def _read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    # Other keys are the stages' own
     match meta:
         case {"format_version": int(), "model_config": dict(), "files": dict()}:
             return meta

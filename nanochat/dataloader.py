@@ -58,6 +58,7 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
     """
     epoch, first_span, first_row = start
     while epochs is None or epoch < epochs:
+        # `start` says where the first epoch begins; the later ones begin at their first file
         order = range(len(spans)) if epochs else _span_order(len(spans), seed, epoch)
         found = False
         for span in range(first_span, len(spans)):
@@ -89,7 +90,7 @@ def _encode_in_batches(tokenizer, rows):
     for batch in _batches_of_text(rows):
         texts = [text for _, text in batch]
         ids, offsets = tokenizer.encode_to_numpy(texts)
-        for i, (row, _) in enumerate(batch):
+        for i, (row, _) in enumerate(batch):  # document i is a view of the batch's ids
             yield row, ids[offsets[i]: offsets[i + 1]]
 
 
@@ -115,7 +116,7 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
     while epochs is None or epoch < epochs:
         for index, ids in rendered_conversations(dataset, range(first, len(dataset)), tokenizer):
-            yield (epoch, 0, index), ids[1:]
+            yield (epoch, 0, index), ids[1:]  # packing puts the <|bos|> in front again
         epoch += 1
         first = 0
 
@@ -169,6 +170,7 @@ def pack_rows(pieces, bos, capacity, crop=False):
         if space == 0:
             space = capacity
 
+    # One long array, cut into rows
     tokens = np.concatenate([np.empty(0, dtype=np.int32), *packed])
     end = len(tokens) - len(tokens) % capacity
     return tokens[:end].reshape(-1, capacity), tokens[end:]
@@ -208,7 +210,7 @@ def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_to
     shuffled. A block ends with its epoch. `documents` is an endless iterator of (position, ids) that starts at the
     document with the offset.
     """
-    block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)
+    block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)  # a row at least
     cursor = _Cursor(documents, bos, offset)
     while True:
         start = (*cursor.position, cursor.offset)
@@ -218,7 +220,7 @@ def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_to
         pieces = []
         num_tokens = 0
         while num_tokens < block_tokens and cursor.position[0] == epoch:
-            if crop and len(cursor.ids) >= capacity:
+            if crop and len(cursor.ids) >= capacity:  # together with its bos more than a row
                 cursor.ids = _random_part(cursor.ids, capacity - 1, [seed, *cursor.position])
             pieces.append(cursor.piece())
             num_tokens += len(pieces[-1])
@@ -263,6 +265,8 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
         pieces.append(_with_bos(bos, ids))
         left -= len(ids)
     rows, rest = pack_rows(pieces, bos, sequence_len + 1)
+
+    # A last row with a bos alone has no target
     if len(rest) > 1:
         last_row = np.full((1, sequence_len + 1), IGNORE, dtype=np.int32)
         last_row[0, : len(rest)] = rest
@@ -283,12 +287,14 @@ class RowLoader:
 
     def __init__(self, blocks, rows_used=0):
         self._blocks = blocks
+        # One thread, so that the blocks come in order
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._ahead = deque(self._thread.submit(next, blocks) for _ in range(BLOCKS_AHEAD))
         self._next_block()
         self._used = rows_used
 
     def _next_block(self):
+        # Ask for one more before waiting for the one that is due
         block = self._ahead.popleft()
         self._ahead.append(self._thread.submit(next, self._blocks))
         self._start, self._rows = block.result()
@@ -363,9 +369,11 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
     """
     rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
     rendered.sort(key=lambda conversation: len(conversation[0]))  # micro-batches of like length need little padding
-    lengths = [len(ids) - 1 for ids, _ in rendered]  # of inputs and of targets
+    # Row i has lengths[i] inputs and as many targets, shifted by one
+    lengths = [len(ids) - 1 for ids, _ in rendered]
     T = min(max_len, 32 * ceil_div(lengths[-1], 32))
 
+    # What is not filled stays bos in the inputs, IGNORE in the targets
     shape = (len(rendered), T)
     inputs = np.full(shape, tokenizer.get_bos_token_id(), dtype=np.int32)
     targets = np.full(shape, IGNORE, dtype=np.int32)
@@ -391,7 +399,7 @@ def to_device(array, device):
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if not tensor.is_floating_point():
         tensor = tensor.long()
-    if device.type == "cuda":
+    if device.type == "cuda":  # from pinned memory, so that the copy does not wait for queued work
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

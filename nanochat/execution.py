@@ -51,6 +51,8 @@ def execute_code(code: str, *, timeout: float = 5.0, max_memory_bytes: int = 256
     `execute_code("print(6 * 7)").stdout` is `"42\\n"`."""
     if timeout <= 0:
         raise ValueError(f"timeout={timeout}: must be above 0 seconds")
+
+    # Run it
     word = secrets.token_bytes(32)  # marks the child's report, see sandbox_child.main
     orders = marshal.dumps((word, os.getpid(), code, float(timeout), max_memory_bytes, allow_unsafe))
     home = tempfile.mkdtemp(prefix="nanochat-run-")
@@ -121,6 +123,7 @@ def _run_child(orders, stdin, home, timeout, kept_bytes):
     os.mkdir(folder)
     process = _start_child(folder, len(orders))
     try:
+        # Threads, because a pipe that is full stops whoever writes to it
         threading.Thread(target=_feed, args=(process.stdin, orders + stdin), daemon=True).start()
         captures = [_Capture(process.stdout, kept_bytes), _Capture(process.stderr, kept_bytes)]
         how = _wait(captures, folder, time.monotonic() + timeout)
@@ -134,6 +137,8 @@ def _run_child(orders, stdin, home, timeout, kept_bytes):
         exit_code = process.wait()
     for capture in captures:
         capture.join(1.0)
+
+    # How it ended, if we did not stop it; subprocess gives the number of a signal as a negative exit code
     if how is None and exit_code < 0:
         how = f"killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
     return *captures, how or f"ended early with exit code {exit_code}"
@@ -182,9 +187,10 @@ def _is_too_full(folder):
 def _remove_folder(home):
     """Delete `home` and all below. Folders found inside are first moved up to `home`, so that no depth and no length
     of a path stops it; links are removed, never followed. `home` itself holds only what we put there."""
-    folders = [home]
-    for folder in folders:  # grows on the way
+    folders = [home]  # grows in the loop
+    for folder in folders:
         for entry in list(os.scandir(folder)):
+            # A folder may have lost its permissions; moved up, it waits for its turn in this loop
             if entry.is_dir(follow_symlinks=False):
                 moved = os.path.join(home, f"moved-{len(folders)}")
                 os.chmod(entry.path, 0o700)

@@ -121,6 +121,7 @@ class DistMuon(torch.optim.Optimizer):
         }
         super().__init__(groups.values(), defaults)
 
+        # The polynomial runs in the compute dtype
         device = self.param_groups[0]["params"][0].device
         self.dtype = get_precision_dtype(device.type)
         if self.dtype == torch.float16:
@@ -131,7 +132,8 @@ class DistMuon(torch.optim.Optimizer):
             self._update = torch.compile(muon_update, dynamic=False)
 
     def _state(self, group):
-        p = group["params"][0]  # its state is that of the whole group
+        # The state of the first parameter is that of the whole group, stacked
+        p = group["params"][0]
         state = self.state[p]
         if not state:
             count = ceil_div(len(group["params"]), world_size())
@@ -199,6 +201,7 @@ class DistMuon(torch.optim.Optimizer):
         """Take this rank's matrices out of what `full_state` returned, on however many ranks that was."""
         for group in self.param_groups:
             for key, value in self._state(group).items():
+                # All matrices of the group, of which this rank takes its part
                 full = [tensors[f"{name}.{key}"] for name in group["names"]]
                 value.copy_(_my_stack(full))
 

@@ -42,7 +42,7 @@ SPECIAL_TOKENS = (
     "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the two files
 META_NAME = "tokenizer_meta.json"
 RANKS_NAME = "tokenizer.tiktoken"
 TRAIN_HINT = "train one: python -m scripts.tok_train (--data=PATH for your own text)"
@@ -70,6 +70,7 @@ def _hash(ranks_text, pattern, special_tokens):
 def _read_files(directory):
     """(kind, mergeable, pattern, special_tokens) of a saved tokenizer, checked against its hash."""
     directory = Path(directory)
+    # Written last, so without it there is no tokenizer here
     if not (directory / META_NAME).exists():
         raise UserError(f"no tokenizer in {directory}: {META_NAME} is missing", TRAIN_HINT)
 
@@ -84,6 +85,7 @@ def _read_files(directory):
         found_hash = _hash(ranks_text, pattern, special_tokens)
         if kind not in TOKENIZER_KINDS or meta["hash"] != found_hash:
             raise ValueError("its contents do not match its hash")
+        # A token's rank is the number of its line, so the rank itself need not be read
         mergeable = [base64.b64decode(line.split()[0]) for line in ranks_text.splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be used: {error}", TRAIN_HINT) from error
@@ -109,10 +111,12 @@ class Tokenizer:
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         """`mergeable`: the bytes of each ordinary token, in rank order; `special_tokens`: names, after them."""
+        # The three things that a tokenizer is
         self.mergeable = list(mergeable)
         self.pattern = pattern
         first = len(self.mergeable)
         self._special_ids = {name: first + i for i, name in enumerate(special_tokens)}
+        # For decoding: the bytes of every id; a special token decodes to its name
         all_bytes = self.mergeable + [name.encode() for name in special_tokens]
         self._id_to_bytes = dict(enumerate(all_bytes))
 
@@ -213,6 +217,7 @@ class Tokenizer:
 
     def render_for_completion(self, conversation):
         """The ids after which the assistant speaks: without a last assistant message, then <|assistant_start|>."""
+        # A last answer is what the model is to write anew
         turns = check_conversation(conversation)
         if turns[-1][0] == "assistant":
             turns.pop()
@@ -250,6 +255,7 @@ class Tokenizer:
         """A conversation before its texts are encoded: [(text or a special token's id, 1 where it is trained on)]."""
         plan = [(self.get_bos_token_id(), 0)]
         for role, parts in turns:
+            # The start of the assistant's turn is given to it; its end is its own to write
             trained = 1 if role == "assistant" else 0
             plan.append((self.encode_special(f"<|{role}_start|>"), 0))
             for part_type, text in parts:
@@ -292,6 +298,7 @@ class RustBPETokenizer(Tokenizer):
     def _train_ranks(texts, num_mergeable, buffer_size):
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(texts, num_mergeable, buffer_size=buffer_size, pattern=SPLIT_PATTERN)
+        # The tokens in the order in which they were learned
         ranks = dict(trainer.get_mergeable_ranks())
         return sorted(ranks, key=ranks.get)
 
@@ -333,6 +340,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
+        # The vocabulary in the library's alphabet
         characters = _byte_characters()
         names = ["".join(map(characters.get, token)) for token in self.mergeable]
         vocab = {name: rank for rank, name in enumerate(names)}
