@@ -7,6 +7,7 @@ any number of ranks work, and a single rank runs the same code.
 """
 
 import torch
+import torch.nn.functional as F
 
 from nanochat import cpu_kernels
 from nanochat.common import ceil_div
@@ -16,11 +17,17 @@ from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_siz
 def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
     """One AdamW step on float32 tensors of one shape, in place on all but grad. `step` counts from 1."""
     beta1, beta2 = betas
+    # Running means of the gradient and of its square
     exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    exp_avg_sq.mul_(beta2)
+    exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+    # Both start at 0, which these divisors make up for
+    correction1 = 1 - beta1**step
+    correction2 = 1 - beta2**step
+    denominator = (exp_avg_sq / correction2).sqrt_().add_(eps)
+    # Decoupled weight decay, then the step
     param.mul_(1 - lr * weight_decay)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    param.addcdiv_(exp_avg, denominator, value=-lr / correction1)
 
 
 class DistAdamW(torch.optim.Optimizer):
@@ -32,27 +39,34 @@ class DistAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
+        # torch's form of a group, with the names beside the parameters
         groups = []
         for group in param_groups:
-            names, params = zip(*group["named_params"], strict=True)
-            rest = {key: value for key, value in group.items() if key != "named_params"}
-            groups.append({"params": list(params), "names": names, **rest})
-        super().__init__(groups, dict(betas=betas, eps=eps, weight_decay=weight_decay))
-        for group in self.param_groups:
+            group = dict(group)
+            names, params = zip(*group.pop("named_params"), strict=True)
+            group["names"] = names
+            group["params"] = list(params)
             group["initial_lr"] = group["lr"]
+            groups.append(group)
+        super().__init__(groups, dict(betas=betas, eps=eps, weight_decay=weight_decay))
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
 
     def _my_shard(self, tensor):
-        """This rank's (n,) piece of a full tensor, padded with zeros to an equal cut."""
-        piece = ceil_div(tensor.numel(), world_size())
-        shard = tensor.reshape(-1)[rank() * piece: (rank() + 1) * piece]
-        return shard if shard.numel() == piece else torch.nn.functional.pad(shard, (0, piece - shard.numel()))
+        """This rank's (n,) piece of a full tensor, padded with zeros so that all pieces are equal."""
+        n = ceil_div(tensor.numel(), world_size())
+        start = rank() * n
+        shard = tensor.reshape(-1)[start: start + n]
+        if shard.numel() < n:
+            return F.pad(shard, (0, n - shard.numel()))
+        return shard  # a view of the tensor where no padding is needed
 
     def _state(self, p):
         state = self.state[p]
         if not state:
-            zeros = torch.zeros_like(self._my_shard(p))
-            state.update(step=0, exp_avg=zeros, exp_avg_sq=zeros.clone())
+            shard = self._my_shard(p)
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(shard)
+            state["exp_avg_sq"] = torch.zeros_like(shard)
         return state
 
     @torch.no_grad()
@@ -63,20 +77,48 @@ class DistAdamW(torch.optim.Optimizer):
                 self._step_one(p, group)
 
     def _step_one(self, p, group):
-        state, ranks = self._state(p), world_size()
+        state = self._state(p)
         state["step"] += 1
-        # a rank without rows has no gradient, and takes part in the collectives all the same
-        flat = (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
-        padding = -flat.numel() % ranks
-        grad = reduce_scatter_sum(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
-        shard = self._my_shard(p)
+
+        # This rank's shard of the gradient's sum over ranks. A rank without rows has no gradient, and takes part in
+        # the collectives all the same
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grad = grad.reshape(-1)
+        padding = -grad.numel() % world_size()
+        if padding:
+            grad = F.pad(grad, (0, padding))
+        grad = reduce_scatter_sum(grad)  # (n,)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
-        fits = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
-        update = cpu_kernels.adamw_update if fits else adamw_update
-        update(shard, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"], group["betas"],
-               group["eps"], group["weight_decay"])
-        if ranks > 1:
-            p.copy_(all_gather(shard)[: p.numel()].view_as(p))
+
+        # Update this rank's shard of the parameter; the native version takes float32 on a CPU
+        shard = self._my_shard(p)
+        on_cpu = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
+        update = cpu_kernels.adamw_update if on_cpu else adamw_update
+        update(
+            shard,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+        )
+
+        # Collect the shards. One rank's shard is the parameter itself
+        if world_size() > 1:
+            p.copy_(self._full(shard, p))
+
+    def _full(self, shard, p):
+        """All ranks' shards (n,) as a tensor of p's shape, without the padding. Collective."""
+        return all_gather(shard)[: p.numel()].view_as(p)
+
+    def _named_states(self):
+        """Yield (name, parameter, state) of every parameter."""
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                yield name, p, self._state(p)
 
     # A checkpoint holds full tensors by parameter name, so it loads on any number of ranks.
 
@@ -84,22 +126,19 @@ class DistAdamW(torch.optim.Optimizer):
     def full_state(self):
         """{'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective."""
         tensors = {}
-        for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"], strict=True):
-                state = self._state(p)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    full = all_gather(state[key])[: p.numel()].view_as(p)
-                    if rank() == 0:  # a copy: what is saved at step n must not change at step n + 1
-                        tensors[f"{name}.{key}"] = full.to("cpu", copy=True)
-                        tensors[f"{name}.step"] = torch.tensor(state["step"])
+        for name, p, state in self._named_states():
+            for key in ("exp_avg", "exp_avg_sq"):
+                full = self._full(state[key], p)
+                if rank() == 0:  # a copy: what is saved at step n must not change at step n + 1
+                    tensors[f"{name}.{key}"] = full.to("cpu", copy=True)
+                    tensors[f"{name}.step"] = torch.tensor(state["step"])
         return tensors
 
     @torch.no_grad()
     def load_full_state(self, tensors):
         """Take this rank's shards out of what `full_state` returned, on however many ranks that was."""
-        for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"], strict=True):
-                state = self._state(p)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key].copy_(self._my_shard(tensors[f"{name}.{key}"].to(p.device)))
-                state["step"] = int(tensors[f"{name}.step"])
+        for name, p, state in self._named_states():
+            for key in ("exp_avg", "exp_avg_sq"):
+                full = tensors[f"{name}.{key}"].to(p.device)
+                state[key].copy_(self._my_shard(full))
+            state["step"] = int(tensors[f"{name}.step"])

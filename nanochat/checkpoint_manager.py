@@ -1,5 +1,5 @@
 """
-Checkpoints: written so that only whole ones are ever seen, read so that a wrong one is refused in words.
+Checkpoints: saved so that only complete ones are ever seen, loaded so that a damaged or wrong one is an error.
 
     <base>/base_checkpoints/d20/step_001000/
         model.safetensors      parameters, float32, by name
@@ -7,11 +7,16 @@ Checkpoints: written so that only whole ones are ever seen, read so that a wrong
         tokenizer/             the tokenizer the model was trained with
         meta.json              format version, model config, tokenizer hash, training state, sizes of the other files
 
-A checkpoint is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes it visible;
-meta.json names the size of every other file, so a truncated copy is recognised without reading it. Nothing is
+A checkpoint is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes it visible.
+meta.json states the size of every other file, so a truncated copy is recognised without reading it. Nothing is
 pickled. FORMAT_VERSION grows when the layout changes; `_upgrade` keeps older checkpoints loading.
+
+Saving never overwrites: a folder that is in the way, of an earlier run or of a damaged step, is renamed to the first
+free <name>.old<n>. Such folders are left out where models and steps are listed; a model's can be loaded by its name
+(--model_tag=d20.old1).
 """
 
+import itertools
 import json
 import os
 import re
@@ -24,17 +29,21 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0
-from nanochat.distributed import FailedElsewhere, barrier, run_together
+from nanochat.common import UserError, get_base_dir, print0
+from nanochat.distributed import FailedElsewhere, barrier, rank, run_together
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prepare
 from nanochat.precision import precision_note
 from nanochat.tokenizer import get_tokenizer
 
 FORMAT_VERSION = 1
-STAGE_DIRS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
-              "rl": "chatrl_checkpoints"}
-MOVED_ASIDE = r"\.old\d+$"  # how the names end that `_rename_aside` gives
+# stage -> folder below the base directory, and the script that trains it
+STAGE_DIRS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
 STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
@@ -50,34 +59,41 @@ def get_checkpoint_dir(stage, model_tag):
 
 
 def find_checkpoint_dir(stage, model_tag=None):
-    """The checkpoint_dir of a stage; without a tag, the most recently saved model that has a whole checkpoint."""
+    """The checkpoint_dir of a stage; without a tag, the most recently saved model that has a complete checkpoint."""
     if stage not in STAGE_DIRS:
         raise UserError(f"stage {stage!r} is unknown", f"use one of {', '.join(STAGE_DIRS)}")
     if model_tag is not None:
         return get_checkpoint_dir(stage, model_tag)
-    checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
-    candidates = [d for d in checkpoints_dir.glob("*")
-                  if CheckpointManager(d).steps() and not re.search(MOVED_ASIDE, d.name)]
-    if not candidates:
-        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}",
-                        f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
-    def saved_at(folder):
-        return (folder / _step_name(CheckpointManager(folder).last_step()) / "meta.json").stat().st_mtime
 
-    return max(candidates, key=saved_at)
+    # No tag: the model saved last
+    checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
+    managers = _find_models(checkpoints_dir, moved_aside=False)
+    if not managers:
+        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}", _training_hint(stage))
+    newest = max(managers, key=CheckpointManager.last_saved_at)
+    return newest.checkpoint_dir
+
+
+def _find_models(checkpoints_dir, moved_aside):
+    """Managers of the models of a stage that have a complete checkpoint: either those that were moved aside, or the
+    others."""
+    folders = [d for d in checkpoints_dir.glob("*") if bool(re.search(r"\.old\d+$", d.name)) == moved_aside]
+    managers = [CheckpointManager(folder) for folder in folders]
+    return [manager for manager in managers if manager.steps()]
+
+
+def _training_hint(stage):
+    return f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}"
 
 
 def stage_managers(stage, source, model_tag, resume_from_step):
     """
-    (manager of a stage's own checkpoints, that of the stage it starts from), under one tag: the given one, else that of
-    the model saved last, of this stage where it is resumed.
+    (manager of a stage's own checkpoints, manager of the stage it starts from), both under one tag. Without model_tag
+    it is the tag of the model saved last: in this stage if a run is resumed, else in the source stage.
     """
-    tag = find_checkpoint_dir(source if resume_from_step == -1 else stage, model_tag).name
-    return tuple(CheckpointManager(get_checkpoint_dir(name, tag)) for name in (stage, source))
-
-
-def _step_name(step):
-    return f"step_{step:06d}"
+    tag_stage = source if resume_from_step == -1 else stage
+    tag = find_checkpoint_dir(tag_stage, model_tag).name
+    return CheckpointManager(get_checkpoint_dir(stage, tag)), CheckpointManager(get_checkpoint_dir(source, tag))
 
 
 # -----------------------------------------------------------------------------
@@ -97,61 +113,73 @@ class CheckpointManager:
         self.checkpoint_dir = Path(base_dir)
 
     def steps(self):
-        """Steps of the whole checkpoints, ascending. Unfinished and truncated ones are not in the list."""
+        """Steps of the complete checkpoints, ascending. Unfinished and truncated ones are left out."""
         found = []
         for folder in self.checkpoint_dir.glob("step_*"):
+            # The name alone is not enough: step_000100.old1 is one that was moved aside
             match = re.fullmatch(r"step_(\d+)", folder.name)
-            if match and _is_whole(folder):
-                found.append(int(match.group(1)))
+            if match and _is_complete(folder):
+                found.append(int(match[1]))
         return sorted(found)
 
     def last_step(self):
-        steps = self.steps()
-        return steps[-1] if steps else None
+        """The last step of `steps`, or None."""
+        return max(self.steps(), default=None)
 
-    # -- saving
+    def last_saved_at(self):
+        """When the last step was saved (seconds since 1970)."""
+        return (self._folder(self.last_step()) / "meta.json").stat().st_mtime
+
+    def _folder(self, step):
+        return self.checkpoint_dir / f"step_{step:06d}"
+
+    # -- before a run
 
     def claim(self, device):
         """
-        Refuse to train where another process does: two runs under one tag would mix their checkpoints. The claim ends
-        with this object or its process, however that ends. Collective.
+        Take the lock of this folder, for two runs under one tag would mix their checkpoints. Another process that
+        holds it is a UserError. The lock ends with this object or its process, even a killed one. Collective.
         """
         def lock():
-            if get_dist_info()[0] == 0:
-                self.checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
-                path = self.checkpoint_dir.with_name(f".{self.checkpoint_dir.name}.lock")
-                self._claim = FileLock(path, timeout=0, is_singleton=True)  # one process may claim again
-                try:
-                    self._claim.acquire()
-                except Timeout:
-                    raise UserError(f"another run is writing to {self.checkpoint_dir}", "wait for it to end, or give "
-                                    "this one a name of its own: --model_tag=NAME") from None
-                except NotImplementedError:  # some cluster file systems have no locks: go on without
-                    pass
+            if rank() > 0:
+                return
+            # The lock file stands beside the folder, which may be moved aside
+            self.checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
+            path = self.checkpoint_dir.with_name(f".{self.checkpoint_dir.name}.lock")
+            self._claim = FileLock(path, timeout=0, is_singleton=True)  # one process may claim again
+            try:
+                self._claim.acquire()
+            except Timeout:
+                raise UserError(f"another run is writing to {self.checkpoint_dir}", "wait for it to end, or give "
+                                "this one a name of its own: --model_tag=NAME") from None
+            except NotImplementedError:  # some cluster file systems have no locks: continue without
+                pass
 
         run_together(lock, device)
 
     def move_aside(self):
         """
-        Make room for a new run under the same tag: an older run's checkpoints are renamed, never mixed with the new
-        ones or deleted. Returns their new folder, or None when there were none. Rank 0 moves, all ranks wait.
+        Rename an older run's checkpoints, before a new run starts under the same tag. Returns their new folder (on
+        rank 0), or None when there were none. Collective.
         """
         moved = None
-        if get_dist_info()[0] == 0 and self.steps():
+        if rank() == 0 and self.steps():
             moved = _rename_aside(self.checkpoint_dir)
         barrier()
         return moved
 
     def forget_after(self, step):
         """
-        Going back to `step` starts another future: checkpoints of later steps are renamed, out of its way. Returns
-        their new folders, on rank 0.
+        Rename the checkpoints of later steps, before a run goes on from `step`: it will save other ones there.
+        Returns their new folders (on rank 0). Collective.
         """
         moved = []
-        if get_dist_info()[0] == 0:
-            moved = [_rename_aside(self.checkpoint_dir / _step_name(later)) for later in self.steps() if later > step]
+        if rank() == 0:
+            moved = [_rename_aside(self._folder(later)) for later in self.steps() if later > step]
         barrier()
         return moved
+
+    # -- saving
 
     def save_model(self, model, step):
         """Save parameters and config alone. Returns the checkpoint's folder."""
@@ -159,19 +187,21 @@ class CheckpointManager:
 
     def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
         """
-        Save the state of training; collective (the optimizers gather their shards), written by rank 0. `meta` is a
-        JSON-able dict: settings, loader state, metrics. keep_last > 0 then keeps only so many newest ones.
+        Save the state of training. Collective: the optimizers gather their shards, rank 0 writes. `meta` is a dict
+        for JSON: settings, loader state, metrics. keep_last > 0: keep only this many of the newest checkpoints.
         A failed write (a full disk) raises UserError on every rank and leaves the checkpoints that were there as they
         were.
         """
-        states = {}
+        # Gathered on rank 0, by parameter name; the other ranks get nothing
+        optimizer_state = {}
         for optimizer in optimizers:
-            states.update(optimizer.full_state())
-        folder = self.checkpoint_dir / _step_name(step)
+            optimizer_state |= optimizer.full_state()
+        folder = self._folder(step)
 
+        # An error of rank 0 reaches all ranks
         def write():
-            if get_dist_info()[0] == 0:
-                self._write(folder, step, model, states, tokenizer, meta or {})
+            if rank() == 0:
+                self._write(folder, step, model, optimizer_state, tokenizer, meta or {})
                 self._prune(keep_last, step)
 
         try:
@@ -182,26 +212,17 @@ class CheckpointManager:
         return folder
 
     def _write(self, folder, step, model, optimizer_state, tokenizer, meta):
-        tmp = folder.with_name(f".tmp_{folder.name}")
         for unfinished in folder.parent.glob(".tmp_step_*"):  # of runs that were killed while they saved
             shutil.rmtree(unfinished, ignore_errors=True)
+        # Everything is on disk before the rename makes it visible
+        tmp = folder.with_name(f".tmp_{folder.name}")
         try:
             tmp.mkdir(parents=True)
-            # a model that torch.compile wrapped has a prefix of its own to every name
-            weights = {name.removeprefix("_orig_mod."): p.detach().cpu().contiguous()
-                       for name, p in model.state_dict().items()}
-            _save_tensors(weights, tmp / "model.safetensors")
-            if optimizer_state:
-                _save_tensors(optimizer_state, tmp / "optimizer.safetensors")
-            if tokenizer is not None:
-                tokenizer.save(tmp / "tokenizer")
-                meta = {**meta, "tokenizer_hash": tokenizer.hash()}
-            files = {p.relative_to(tmp).as_posix(): p.stat().st_size for p in sorted(tmp.rglob("*")) if p.is_file()}
-            meta = {"format_version": FORMAT_VERSION, "step": step, "model_config": asdict(model.config), **meta,
-                    "files": files}
-            (tmp / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            _fsync_tree(tmp)
-            if folder.exists():  # the same step of another run, or a damaged one, is not overwritten
+            _write_files(tmp, step, model, optimizer_state, tokenizer, meta)
+            for path in sorted(tmp.rglob("*"), reverse=True):
+                _fsync(path)
+            _fsync(tmp)
+            if folder.exists():  # the same step of another run, or a damaged one
                 _rename_aside(folder)
             tmp.rename(folder)
             _fsync(folder.parent)
@@ -210,61 +231,76 @@ class CheckpointManager:
             raise
 
     def _prune(self, keep_last, newest):
-        """Keep the last keep_last steps up to `newest`; later ones, of another run, are not this one's to remove."""
-        if keep_last > 0:
-            for step in [step for step in self.steps() if step <= newest][:-keep_last]:
-                try:
-                    shutil.rmtree(self.checkpoint_dir / _step_name(step))
-                except OSError as error:  # the new one is whole all the same
-                    print(f"warning: the checkpoint of step {step} could not be removed: {error}", flush=True)
+        """Keep the last keep_last steps up to `newest`. Later ones belong to another run."""
+        if keep_last <= 0:
+            return
+        # Oldest first
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[:-keep_last]:
+            try:
+                shutil.rmtree(self._folder(step))
+            except OSError as error:  # the new one is complete all the same
+                print(f"warning: the checkpoint of step {step} could not be removed: {error}", flush=True)
 
     # -- loading
 
+    def load_meta(self, step=None):
+        """(step, meta) of a checkpoint; step None = the latest complete one."""
+        if step is None:
+            step = self.last_step()
+        if step is None or not _is_complete(self._folder(step)):
+            raise self._missing(step)
+        folder = self._folder(step)
+        return step, _upgrade(_read_meta(folder), folder)
+
     def _missing(self, step):
         """The error that says what is not there, and what is instead."""
-        stage = next((stage for stage, name in STAGE_DIRS.items() if name == self.checkpoint_dir.parent.name), "base")
+        # Another step was asked for
         steps = self.steps()
-        tags = [d.name for d in self.checkpoint_dir.parent.glob("*")
-                if CheckpointManager(d).steps() and not re.search(MOVED_ASIDE, d.name)]
         if steps:
             return UserError(f"no whole checkpoint of step {step} in {self.checkpoint_dir}",
                              f"there are the steps {', '.join(map(str, steps))}; without a step the last one is "
                              "taken, in training by --resume_from_step=-2")
-        aside = [d for d in self.checkpoint_dir.parent.glob(f"{self.checkpoint_dir.name}.old*")
-                 if re.search(MOVED_ASIDE, d.name) and CheckpointManager(d).steps()]
-        if aside:  # a new run ended before its first save
-            newest = max(aside, key=lambda folder: int(folder.name.rpartition(".old")[2]))
+
+        # Those of an earlier run, where a new one ended before its first save; the newest has the highest number
+        checkpoints_dir = self.checkpoint_dir.parent
+        aside = [manager.checkpoint_dir for manager in _find_models(checkpoints_dir, moved_aside=True)
+                 if manager.checkpoint_dir.stem == self.checkpoint_dir.name]
+        if aside:
+            newest = max(aside, key=lambda folder: int(folder.suffix.removeprefix(".old")))
             return UserError(f"no checkpoint in {self.checkpoint_dir}; those of the run before it are in {newest}",
                              f"--model_tag={newest.name} takes them")
-        return UserError(f"no checkpoint in {self.checkpoint_dir}",
-                         f"the {stage} models here are {', '.join(sorted(tags))}" if tags else
-                         f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}")
 
-    def load_meta(self, step=None):
-        """(step, meta) of a checkpoint; step None = the latest whole one."""
-        step = self.last_step() if step is None else step
-        folder = self.checkpoint_dir / _step_name(step or 0)
-        if step is None or not _is_whole(folder):
-            raise self._missing(step)
-        return step, _upgrade(_read_meta(folder), folder)
+        # Other models of this stage
+        stages = {folder: stage for stage, folder in STAGE_DIRS.items()}
+        stage = stages.get(checkpoints_dir.name, "base")
+        tags = sorted(manager.checkpoint_dir.name for manager in _find_models(checkpoints_dir, moved_aside=False))
+        hint = f"the {stage} models here are {', '.join(tags)}" if tags else _training_hint(stage)
+        return UserError(f"no checkpoint in {self.checkpoint_dir}", hint)
 
     def load_model(self, device, step=None):
         """The model of a checkpoint, float32, in training mode, on the device."""
+        # The model, without memory for its parameters
         step, meta = self.load_meta(step)
+        where = f"{self.checkpoint_dir}, step {step}"
         try:
             config = GPTConfig(**meta["model_config"])
         except TypeError as error:  # a field that this release does not know
-            raise UserError(f"{self.checkpoint_dir}, step {step}: its model_config does not fit: {error}",
+            raise UserError(f"{where}: its model_config does not fit: {error}",
                             "update nanochat: git pull && uv sync") from error
         with torch.device("meta"):
             model = GPT(config)
-        weights = _load_tensors(self.checkpoint_dir / _step_name(step) / "model.safetensors", device)
+
+        # Every parameter must be there, and no other
+        weights = _load_tensors(self._folder(step) / "model.safetensors", device)
         expected = {name: p.shape for name, p in model.state_dict().items()}
         found = {name: p.shape for name, p in weights.items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
-            raise UserError(f"{self.checkpoint_dir}, step {step}: parameter {wrong[0]} does not fit the config",
+        wrong = expected.items() ^ found.items()
+        if wrong:
+            name, _ = min(wrong)
+            raise UserError(f"{where}: parameter {name} does not fit the config",
                             "this checkpoint was changed after it was saved; load another step")
+        # The loaded tensors become the parameters
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(True)
         model.set_rotary(model.config.sequence_len)
@@ -272,7 +308,8 @@ class CheckpointManager:
 
     def load_optimizers(self, optimizers, step):
         """Put the saved state into the optimizers, on whatever number of ranks this is."""
-        path = self.checkpoint_dir / _step_name(step) / "optimizer.safetensors"
+        # save_model writes no such file
+        path = self._folder(step) / "optimizer.safetensors"
         if not path.exists():
             raise UserError(f"{path} is missing: this checkpoint holds a model alone and cannot be resumed",
                             "resume from another step, or start a new run")
@@ -282,8 +319,9 @@ class CheckpointManager:
 
     def load_tokenizer(self, step):
         """The tokenizer that travels with a checkpoint; a hash that differs from the saved one is refused."""
+        # Its own files have a hash too; this one says that it is the model's
         _, meta = self.load_meta(step)
-        folder = self.checkpoint_dir / _step_name(step) / "tokenizer"
+        folder = self._folder(step) / "tokenizer"
         tokenizer = get_tokenizer(folder)
         if tokenizer.hash() != meta.get("tokenizer_hash"):
             raise UserError(f"{folder} is not the tokenizer this model was trained with (its hash differs)",
@@ -311,21 +349,52 @@ def load_checkpoint(stage, device, model_tag=None, step=None):
 
 def _rename_aside(folder):
     """Rename a folder to the first free <name>.old<n>; returns its new path."""
-    names = (folder.with_name(f"{folder.name}.old{n}") for n in range(1, 10**6))
-    return folder.rename(next(name for name in names if not name.exists()))
+    for n in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.old{n}")
+        if not aside.exists():
+            return folder.rename(aside)
+
+
+def _write_files(folder, step, model, optimizer_state, tokenizer, meta):
+    """The files of a checkpoint, meta.json last, since it states the sizes of the others."""
+    weights = {}
+    for name, p in model.state_dict().items():
+        name = name.removeprefix("_orig_mod.")  # torch.compile puts it in front of all names
+        weights[name] = p.detach().cpu().contiguous()
+    _save_tensors(weights, folder / "model.safetensors")
+    if optimizer_state:
+        _save_tensors(optimizer_state, folder / "optimizer.safetensors")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+        meta = {**meta, "tokenizer_hash": tokenizer.hash()}
+
+    # Their sizes tell a complete checkpoint from a truncated one
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "model_config": asdict(model.config),
+        **meta,
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _read_meta(folder):
-    """The meta data, or None where there is none, or not all that every checkpoint has."""
+    """The content of meta.json, or None where there is none, or not what every checkpoint has."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    kinds = {"format_version": int, "model_config": dict, "files": dict}
-    return meta if isinstance(meta, dict) and all(isinstance(meta.get(k), v) for k, v in kinds.items()) else None
+    # Other keys are the stages' own
+    match meta:
+        case {"format_version": int(), "model_config": dict(), "files": dict()}:
+            return meta
+    return None
 
 
-def _is_whole(folder):
+def _is_complete(folder):
+    """Whether all files are there, with their sizes."""
     meta = _read_meta(folder)
     if meta is None:
         return False
@@ -336,7 +405,7 @@ def _is_whole(folder):
 
 
 def _upgrade(meta, folder):
-    """Bring the meta data of an older format to the current one."""
+    """Bring the meta data of an older format up to the current one. UserError where that cannot be."""
     if meta["format_version"] > FORMAT_VERSION:
         raise UserError(f"{folder} has checkpoint format {meta['format_version']}, this nanochat reads up to "
                         f"{FORMAT_VERSION}", "update nanochat: git pull && uv sync")
@@ -361,16 +430,11 @@ def _load_tensors(path, device):
 
 
 def _fsync(path):
-    """Force a file's or folder's content to disk; folders cannot be opened on Windows, which needs no such call."""
-    if os.name == "posix" or path.is_file():
-        fd = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows flushes only what it may write
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _fsync_tree(folder):
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(folder)
+    """Force a file's or folder's content to disk. Folders cannot be opened on Windows, which needs no such call."""
+    if path.is_dir() and os.name != "posix":
+        return
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -2,10 +2,10 @@
 Two losses on held-out text.
 
 Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss per token because
-each token says more. Summing nats over the tokens and dividing by the bytes that they stand for takes the tokenizer
-out. Special tokens stand for no bytes and count neither way.
+each token holds more text. So the losses are summed over the tokens and divided by the bytes of their text. Special
+tokens have no text: neither their loss nor their bytes count.
 
-The loss per target token serves where the targets are the assistant's tokens, special ones included.
+The loss per target token is for SFT, whose targets are the assistant's tokens, special ones included.
 """
 
 import math
@@ -19,12 +19,13 @@ from nanochat.precision import get_autocast_ctx
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where ignored.
+    Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where there is no target.
     token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
     Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
         return torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+
     return _nats_per_unit(model, batches, num_bytes) / math.log(2)
 
 
@@ -35,10 +36,11 @@ def evaluate_loss(model, batches):
 
 def _nats_per_unit(model, batches, units):
     """
-    Sum of the losses over the sum of units(y), a count per target; a target of 0 units is left out of both.
+    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each target; the loss of
+    a target with 0 units is left out.
 
-    Collective: every rank brings its own batches (perhaps none) and gets the same number. An error on one rank, out
-    of memory for example, becomes one on all of them. Raises UserError when there is nothing to score.
+    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error on one rank, out
+    of memory for example, becomes an error on all. Raises UserError when there is nothing to score.
     """
     was_training = model.training
     model.eval()
@@ -46,20 +48,24 @@ def _nats_per_unit(model, batches, units):
         sums = run_together(lambda: _sum_nats_and_units(model, batches, units), model.device)
     finally:
         model.train(was_training)
-    nats, total = all_reduce_sum(sums.cuda() if model.device.type == "cuda" else sums).tolist()
+    if model.device.type == "cuda":
+        sums = sums.cuda()  # NCCL reduces tensors on GPUs only
+    nats, total = all_reduce_sum(sums).tolist()
     if total == 0:
         raise UserError("the rows hold nothing to score; need at least one target token",
-                        "score more of it: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
+                        "score more rows: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
     return nats / total
 
 
 @torch.no_grad()
 def _sum_nats_and_units(model, batches, units):
-    """This rank's (nats, units), in float64: adding millions of terms must not depend on how they were split."""
+    """This rank's (nats, units) as a tensor (2,), float64: the result must not depend on the size of the batches."""
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in batches:
         with get_autocast_ctx(x.device):
-            nats = model(x, y, loss_reduction="none")
+            nats = model(x, y, loss_reduction="none")  # (B, T)
         counts = units(y)
-        sums += torch.stack([(nats * (counts > 0)).cpu().double().sum(), counts.sum().cpu().double()])
+        # On the CPU, since MPS has no float64
+        sums[0] += (nats * (counts > 0)).cpu().double().sum()
+        sums[1] += counts.sum().cpu()
     return sums

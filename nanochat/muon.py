@@ -5,10 +5,11 @@ Momentum SGD whose update is replaced by the nearest semi-orthogonal matrix, so 
 moves equally fast (Jordan et al. 2024; at scale: Liu et al., arXiv 2502.16982). What this version adds:
   - the orthogonalisation polynomial of Polar Express (Amsel et al., arXiv 2505.16932),
   - a running scale per neuron, NorMuon (Li et al., arXiv 2510.05491),
-  - weight decay only where it agrees with the update's direction (cautious; Liang et al., arXiv 2411.16085).
+  - weight decay only where it has the same sign as the update: cautious weight decay (arXiv 2510.12402), an idea
+    from cautious optimizers (Liang et al., arXiv 2411.16085).
 
-The update is a pure function of stacked matrices (K, M, N): all matrices of one shape are updated together, and with
-several ranks each one updates its K / ranks of them.
+The update is a pure function of stacked matrices (K, M, N): all matrices of one shape are updated together. With
+several ranks, each rank updates K / ranks of them.
 """
 
 import torch
@@ -33,12 +34,17 @@ def orthogonalize(G, dtype=torch.bfloat16):
     """(K, M, N) -> about U V' of its SVD, same shape, in `dtype`: five steps, singular values within ~0.1 of 1."""
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X  # the small Gram matrix is the cheap one
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * _SAFETY + 1e-7)
+    if tall:
+        X = X.mT  # so that the Gram matrix X @ X.mT below has the smaller of the two sizes
+    norm = X.norm(dim=(-2, -1), keepdim=True)
+    X = X / (norm * _SAFETY + 1e-7)
     for a, b, c in _POLAR_EXPRESS:
-        a, b, c = a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5
+        a /= _SAFETY
+        b /= _SAFETY**3
+        c /= _SAFETY**5
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
+        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
     return X.mT if tall else X
 
 
@@ -50,20 +56,42 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, bet
     """
     # Nesterov: look ahead along the averaged gradient
     momentum_buffer.lerp_(grads, 1 - momentum)
-    update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
-    # NorMuon: divide each neuron by its running scale, and give the matrix its old norm back. Both follow
-    # from the neurons' mean squares, so the matrix is scaled once and no other of its size is made
-    squares = torch.linalg.vector_norm(update, dim=-1, keepdim=True).square() / update.size(-1)  # (K, M, 1)
+    lookahead = grads.lerp(momentum_buffer, momentum)
+    update = orthogonalize(lookahead, dtype).float()
+
+    # NorMuon: divide each neuron by its running scale, then give the matrix its old norm back. Both factors follow
+    # from the neurons' mean squares, so the matrix is scaled once and needs no copy
+    norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True)  # (K, M, 1)
+    squares = norms.square() / update.size(-1)
     second_moment.lerp_(squares, 1 - beta2)
     factor = second_moment.clamp(min=1e-10).rsqrt()
-    factor *= (squares.sum(dim=-2, keepdim=True) / (squares * factor.square()).sum(dim=-2, keepdim=True)
-               .clamp(min=1e-20)).sqrt()
-    # a tall matrix (more outputs than inputs) needs a larger step for the same change of its outputs
-    update.mul_(factor * (lr * max(1.0, params.size(-2) / params.size(-1)) ** 0.5))
+    old_sum = squares.sum(dim=-2, keepdim=True)  # (K, 1, 1)
+    new_sum = (squares * factor.square()).sum(dim=-2, keepdim=True)
+    factor *= (old_sum / new_sum.clamp(min=1e-20)).sqrt()
+
+    # A tall matrix (more outputs than inputs) needs a larger step for the same change of its outputs
+    aspect = max(1.0, params.size(-2) / params.size(-1))
+    update.mul_(factor * (lr * aspect**0.5))
+
+    # Cautious weight decay
     if torch.is_tensor(weight_decay) or weight_decay:
         agrees = (update * params) > 0
         update.addcmul_(params, agrees * (lr * weight_decay))
     params.sub_(update)
+
+
+def _pad(tensors):
+    """A list of tensors of one shape, with zeros at its end until all ranks get equally many."""
+    missing = -len(tensors) % world_size()
+    return tensors + [torch.zeros_like(tensors[0])] * missing
+
+
+def _my_stack(tensors):
+    """This rank's part of a list of K tensors (M, N), as one tensor (K / ranks rounded up, M, N)."""
+    padded = _pad(tensors)
+    count = len(padded) // world_size()
+    start = rank() * count
+    return torch.stack(padded[start: start + count])
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -77,60 +105,83 @@ class DistMuon(torch.optim.Optimizer):
     """
 
     def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):
-        by_shape = {}
+        # One group for each shape, so that its matrices can be stacked
+        groups = {}
         for name, p in named_params:
             if p.ndim != 2:
                 raise ValueError(f"Muon takes matrices, {name} has shape {tuple(p.shape)}; give it to DistAdamW")
-            by_shape.setdefault(tuple(p.shape), []).append((name, p))
-        groups = [{"params": [p for _, p in items], "names": [name for name, _ in items], "initial_lr": lr}
-                  for items in by_shape.values()]
-        super().__init__(groups, dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay))
-        device = groups[0]["params"][0].device
+            group = groups.setdefault(p.shape, {"params": [], "names": [], "initial_lr": lr})
+            group["params"].append(p)
+            group["names"].append(name)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(groups.values(), defaults)
+
+        # The polynomial runs in the compute dtype
+        device = self.param_groups[0]["params"][0].device
         self.dtype = get_precision_dtype(device.type)
         if self.dtype == torch.float16:
             self.dtype = torch.float32  # the polynomial's intermediate values leave float16's range
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
-        self._update = torch.compile(muon_update, dynamic=False) if compiles(device, compile) else muon_update
-
-    @staticmethod
-    def _my_part(group):
-        """Indices [start, stop) of this rank's matrices of a group of K, padded to ceil(K / ranks) per rank."""
-        per_rank = ceil_div(len(group["params"]), world_size())
-        return rank() * per_rank, (rank() + 1) * per_rank
-
-    @staticmethod
-    def _stack(tensors, start, stop):
-        """Stack tensors[start:stop] as (stop - start, M, N); indices past the end give zeros."""
-        like = tensors[0]
-        return torch.stack([tensors[i] if i < len(tensors) else torch.zeros_like(like) for i in range(start, stop)])
+        self._update = muon_update
+        if compiles(device, compile):
+            self._update = torch.compile(muon_update, dynamic=False)
 
     def _state(self, group):
+        # The state of the first parameter is that of the whole group, stacked
         p = group["params"][0]
         state = self.state[p]
         if not state:
-            start, stop = self._my_part(group)
+            count = ceil_div(len(group["params"]), world_size())
             M, N = p.shape
-            state["momentum_buffer"] = p.new_zeros(stop - start, M, N)
-            state["second_moment"] = p.new_zeros(stop - start, M, 1)
+            state["momentum_buffer"] = p.new_zeros(count, M, N)
+            state["second_moment"] = p.new_zeros(count, M, 1)
         return state
 
     @torch.no_grad()
     def step(self):
         self.grad_sq = 0.0
         for group in self.param_groups:
-            params, state = group["params"], self._state(group)
-            start, stop = self._my_part(group)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            grads = reduce_scatter_sum(self._stack(grads, 0, (stop - start) * world_size()))
-            self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grads).square()
-            mine = self._stack(params, start, stop)
-            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-            if mine.is_cuda:  # tensors, not floats: values that change every step must not recompile the update
-                lr, momentum, decay = torch.tensor(lr), torch.tensor(momentum), torch.tensor(decay)
-            self._update(mine, grads, state["momentum_buffer"], state["second_moment"], lr, momentum, group["beta2"],
-                         decay, self.dtype)
-            for p, new in zip(params, all_gather(mine), strict=False):  # the padding at the end has no parameter
-                p.copy_(new)
+            self._step_group(group)
+
+    def _step_group(self, group):
+        params = group["params"]
+        state = self._state(group)
+
+        # This rank's matrices and their gradients, summed over ranks. A rank without rows has no gradients
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        grads = torch.stack(_pad(grads))
+        grads = reduce_scatter_sum(grads)
+        self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grads).square()
+        mine = _my_stack(params)
+
+        # On a GPU rates are tensors, not floats: values that change every step must not recompile the update
+        lr = group["lr"]
+        momentum = group["momentum"]
+        weight_decay = group["weight_decay"]
+        if mine.is_cuda:
+            lr = torch.tensor(lr)
+            momentum = torch.tensor(momentum)
+            weight_decay = torch.tensor(weight_decay)
+        self._update(
+            mine,
+            grads,
+            state["momentum_buffer"],
+            state["second_moment"],
+            lr,
+            momentum,
+            group["beta2"],
+            weight_decay,
+            self.dtype,
+        )
+
+        # Every rank gets all of them; the padding at the end has no parameter
+        for p, new in zip(params, all_gather(mine), strict=False):
+            p.copy_(new)
 
     @torch.no_grad()
     def full_state(self):
@@ -139,19 +190,20 @@ class DistMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self._state(group).items():
                 full = all_gather(value)
-                if rank() == 0:
-                    for name, tensor in zip(group["names"], full, strict=False):
-                        tensors[f"{name}.{key}"] = tensor.to("cpu", copy=True)
+                if rank() > 0:
+                    continue
+                for name, tensor in zip(group["names"], full, strict=False):
+                    tensors[f"{name}.{key}"] = tensor.to("cpu", copy=True)
         return tensors
 
     @torch.no_grad()
     def load_full_state(self, tensors):
         """Take this rank's matrices out of what `full_state` returned, on however many ranks that was."""
         for group in self.param_groups:
-            start, stop = self._my_part(group)
             for key, value in self._state(group).items():
-                full = [tensors[f"{name}.{key}"].to(value.device) for name in group["names"]]
-                value.copy_(self._stack(full, start, stop))
+                # All matrices of the group, of which this rank takes its part
+                full = [tensors[f"{name}.{key}"] for name in group["names"]]
+                value.copy_(_my_stack(full))
 
 
 Muon = DistMuon  # one class for 1 and N ranks, under both of the field's names

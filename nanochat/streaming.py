@@ -5,7 +5,7 @@ end the text. Nothing here knows the model.
 
 import codecs
 
-from nanochat.execution import use_calculator
+from nanochat.calculator import use_calculator
 
 
 class ToolState:

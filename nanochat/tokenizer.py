@@ -8,8 +8,8 @@ and mark documents, turns and tool calls. Both classes are views of these three,
     RustBPETokenizer       trains with `rustbpe`, encodes with `tiktoken`: the default
     HuggingFaceTokenizer   trains and encodes with `tokenizers`: the way to that ecosystem
 
-Text never yields a special token, whatever a user or a data set writes: only code does, by name or id. Nothing here
-adds spaces, normalises or strips: decode(encode(text)) == text.
+Text never becomes a special token, whatever a user or a data set writes: only code adds them, by name or id. Nothing
+here adds spaces, normalises or strips: decode(encode(text)) == text.
 """
 
 import base64
@@ -22,9 +22,11 @@ import numpy as np
 import tiktoken
 import tokenizers
 import torch
+from tokenizers import pre_tokenizers
 
 import rustbpe
 from nanochat.common import UserError, get_base_dir, write_text
+from nanochat.conversation import PART_FENCES, check_conversation
 
 # GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size, three-digit pieces would
 # spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change no match and spare backtracking.
@@ -32,17 +34,19 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+# Every special token. The first starts each document and conversation; python marks a call of the calculator, which
+# the assistant writes, and output its result, which the engine writes.
 SPECIAL_TOKENS = (
-    "<|bos|>",  # starts every document and conversation
+    "<|bos|>",
     "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>",  # a call of the calculator, written by the assistant
-    "<|output_start|>", "<|output_end|>",  # its result, written by the engine
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
 )
 
-FORMAT_VERSION = 1
-META_NAME, RANKS_NAME = "tokenizer_meta.json", "tokenizer.tiktoken"
+FORMAT_VERSION = 1  # of the two files
+META_NAME = "tokenizer_meta.json"
+RANKS_NAME = "tokenizer.tiktoken"
 TRAIN_HINT = "train one: python -m scripts.tok_train (--data=PATH for your own text)"
-TIKTOKEN_MAX_CHARS = 500_000  # its regex engine panics on a match that steps back a million times: so many spaces
+TIKTOKEN_MAX_CHARS = 500_000  # its regex engine panics when a match backtracks a million times, as over many spaces
 
 # -----------------------------------------------------------------------------
 # Files: <directory>/tokenizer.tiktoken holds the ranks, <directory>/tokenizer_meta.json the rest and a hash of all
@@ -50,75 +54,42 @@ TIKTOKEN_MAX_CHARS = 500_000  # its regex engine panics on a match that steps ba
 
 def _ranks_to_text(mergeable):
     """tiktoken's own format, one line per token: base64 of its bytes, a space, its rank."""
-    return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(mergeable))
+    lines = []
+    for rank, token in enumerate(mergeable):
+        encoded = base64.b64encode(token).decode()
+        lines.append(f"{encoded} {rank}\n")
+    return "".join(lines)
 
 
 def _hash(ranks_text, pattern, special_tokens):
-    """sha256 (hex) over all that decides which ids a text becomes."""
-    return hashlib.sha256(f"{json.dumps([pattern, list(special_tokens)])}\n{ranks_text}".encode()).hexdigest()
+    """sha256 (hex) over everything that decides which ids a text becomes."""
+    settings = json.dumps([pattern, list(special_tokens)])
+    return hashlib.sha256(f"{settings}\n{ranks_text}".encode()).hexdigest()
 
 
 def _read_files(directory):
-    """(kind, (mergeable, pattern, special_tokens)) of a saved tokenizer, checked against its hash."""
+    """(kind, mergeable, pattern, special_tokens) of a saved tokenizer, checked against its hash."""
     directory = Path(directory)
+    # Written last, so without it there is no tokenizer here
     if not (directory / META_NAME).exists():
         raise UserError(f"no tokenizer in {directory}: {META_NAME} is missing", TRAIN_HINT)
+
     try:
         meta = json.loads((directory / META_NAME).read_text(encoding="utf-8"))
-        kind, pattern, special_tokens = meta["kind"], meta["pattern"], meta["special_tokens"]
         if meta["format_version"] > FORMAT_VERSION:
             raise ValueError(f"its format {meta['format_version']} is newer than this code's {FORMAT_VERSION}")
         ranks_text = (directory / RANKS_NAME).read_text(encoding="utf-8")
-        if kind not in TOKENIZER_KINDS or _hash(ranks_text, pattern, special_tokens) != meta["hash"]:
+        kind = meta["kind"]
+        pattern = meta["pattern"]
+        special_tokens = meta["special_tokens"]
+        found_hash = _hash(ranks_text, pattern, special_tokens)
+        if kind not in TOKENIZER_KINDS or meta["hash"] != found_hash:
             raise ValueError("its contents do not match its hash")
+        # A token's rank is the number of its line, so the rank itself need not be read
         mergeable = [base64.b64decode(line.split()[0]) for line in ranks_text.splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be used: {error}", TRAIN_HINT) from error
-    return kind, (mergeable, pattern, special_tokens)
-
-
-# -----------------------------------------------------------------------------
-# Conversations: {"messages": [{"role": ..., "content": str | [{"type": ..., "text": str}]}]}
-
-FENCES = {"python": "python", "python_output": "output"}  # part type -> x of the <|x_start|> and <|x_end|> around it
-
-
-def _parse_message(message, index):
-    """(role, [(part type, text), ...]) of message number `index`; UserError where it is malformed."""
-    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-        raise UserError(f"message {index} needs a role, one of system, user, assistant: {message!r:.80}")
-    role, content = message["role"], message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, (list, tuple)):
-        raise UserError(f"message {index} has content of type {type(content).__name__}, needed: str or list of parts")
-    allowed = ["text", *FENCES] if role == "assistant" else ["text"]
-    for part_index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
-            raise UserError(f"part {part_index} of message {index} ({role}) needs a type, one of {', '.join(allowed)}, "
-                            f"and a text: {part!r:.80}")
-    if role != "assistant":  # text only: joined before it is encoded, so that part borders leave no trace
-        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-    return role, [(part["type"], part["text"]) for part in parts]
-
-
-def _parse_conversation(conversation):
-    """[(role, parts), ...], user first and taking turns; a leading system message heads the first user turn."""
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, (list, tuple)) or len(messages) == 0:
-        raise UserError(f"a conversation needs a non-empty list under 'messages', got {messages!r:.80}")
-    turns = [_parse_message(message, index) for index, message in enumerate(messages)]
-    first = int(turns[0][0] == "system")  # index of the first user message
-    if len(turns) == first:
-        raise UserError("message 0 is a system message, and no user message follows it")
-    for index in range(first, len(turns)):
-        needed = "assistant" if (index - first) % 2 else "user"
-        if turns[index][0] != needed:
-            raise UserError(f"message {index} has role {turns[index][0]!r}, needed {needed!r}: an optional system "
-                            "message, then user and assistant in turns")
-    if first == 1:
-        (_, [(_, system_text)]), (_, [(_, user_text)]) = turns[:2]
-        turns[:2] = [("user", [("text", f"{system_text}\n\n{user_text}")])]
-    return turns
+    return kind, mergeable, pattern, special_tokens
 
 
 # -----------------------------------------------------------------------------
@@ -135,35 +106,50 @@ def _replace_surrogates(text):
 
 
 class Tokenizer:
-    """All but training and encoding: the subclasses add _train_ranks, _encode_one, _encode_batch, encode_to_numpy."""
+    """Everything but training and encoding. The subclasses add _train_ranks, _encode_one, _encode_batch and
+    encode_to_numpy."""
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         """`mergeable`: the bytes of each ordinary token, in rank order; `special_tokens`: names, after them."""
-        self.mergeable, self.pattern = list(mergeable), pattern
-        self._special_ids = {name: len(self.mergeable) + i for i, name in enumerate(special_tokens)}
-        self._id_to_bytes = dict(enumerate(self.mergeable + [name.encode("utf-8") for name in special_tokens]))
+        # The three things that a tokenizer is
+        self.mergeable = list(mergeable)
+        self.pattern = pattern
+        first = len(self.mergeable)
+        self._special_ids = {name: first + i for i, name in enumerate(special_tokens)}
+        # For decoding: the bytes of every id; a special token decodes to its name
+        all_bytes = self.mergeable + [name.encode() for name in special_tokens]
+        self._id_to_bytes = dict(enumerate(all_bytes))
 
     @classmethod
     def train_from_iterator(cls, text_iterator, vocab_size, buffer_size=8192):
-        """From any iterator of strings, read once, `buffer_size` texts at a time. `vocab_size` counts the special
+        """Train on an iterator of strings, read once, `buffer_size` texts at a time. `vocab_size` counts the special
         tokens; a text with too few different pairs gives a smaller vocabulary than asked for."""
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
         if num_mergeable < 256:
-            raise UserError(f"vocab_size {vocab_size} is less than {256 + len(SPECIAL_TOKENS)}: 256 bytes and "
-                            f"{len(SPECIAL_TOKENS)} special tokens", "for example --vocab_size=4096")
-        return cls(cls._train_ranks(map(_replace_surrogates, text_iterator), num_mergeable, buffer_size))
+            num_special = len(SPECIAL_TOKENS)
+            raise UserError(f"vocab_size {vocab_size} is less than {256 + num_special}: 256 bytes and {num_special} "
+                            "special tokens", "for example --vocab_size=4096")
+        texts = map(_replace_surrogates, text_iterator)
+        return cls(cls._train_ranks(texts, num_mergeable, buffer_size))
 
     @classmethod
     def from_directory(cls, directory):
         """Load what `save` of either class wrote; UserError where it is missing or damaged."""
-        return cls(*_read_files(directory)[1])
+        _, *parts = _read_files(directory)
+        return cls(*parts)
 
     def save(self, directory):
-        """Write the two files. The metadata go last: a crash in between leaves what the hash tells from a whole."""
+        """Write the two files. The metadata go last: after a crash in between, the hash does not match."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        meta = {"format_version": FORMAT_VERSION, "kind": self.kind, "vocab_size": self.get_vocab_size(),
-                "pattern": self.pattern, "special_tokens": self.get_special_tokens(), "hash": self.hash()}
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "vocab_size": self.get_vocab_size(),
+            "pattern": self.pattern,
+            "special_tokens": self.get_special_tokens(),
+            "hash": self.hash(),
+        }
         write_text(directory / RANKS_NAME, _ranks_to_text(self.mergeable))
         write_text(directory / META_NAME, json.dumps(meta, indent=2) + "\n")
 
@@ -179,11 +165,11 @@ class Tokenizer:
         return list(self._special_ids)
 
     def id_to_token(self, token_id):
-        """One token as text; a token that ends amid a character shows U+FFFD."""
+        """One token as text; a token that ends inside a character shows U+FFFD."""
         return self.decode([token_id])
 
     def encode_special(self, name):
-        """'<|bos|>' -> its id. The one way to a special token."""
+        """'<|bos|>' -> its id. The only way to get a special token."""
         if name not in self._special_ids:
             raise ValueError(f"{name!r} is no special token, known: {' '.join(self._special_ids)}")
         return self._special_ids[name]
@@ -194,73 +180,100 @@ class Tokenizer:
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """str -> list of ids; list of str -> list of lists, by `num_threads` threads. `prepend` and `append`, a special
         token's name or an id, go around each text: encode("hi", prepend="<|bos|>") == [bos, *encode("hi")]."""
-        head, tail = ([] if token is None else [token if isinstance(token, int) else self.encode_special(token)]
-                      for token in (prepend, append))
+        head = self._as_ids(prepend)
+        tail = self._as_ids(append)
         if isinstance(text, str):
-            return [*head, *self._encode_one(text), *tail]
+            ids = self._encode_one(text)
+            return head + ids + tail
         if not isinstance(text, (list, tuple)):
             raise ValueError(f"encode takes a str or a list of str, got {type(text).__name__}")
-        return [[*head, *ids, *tail] for ids in self._encode_batch(list(text), num_threads)]
+        rows = self._encode_batch(list(text), num_threads)
+        return [head + ids + tail for ids in rows]
 
     __call__ = encode
 
+    def _as_ids(self, token):
+        """A special token's name, an id, or None, as a list of ids."""
+        if token is None:
+            return []
+        return [self.encode_special(token) if isinstance(token, str) else token]
+
     def decode_bytes(self, ids):
-        """The exact bytes of `ids`, which may end amid a character: what a stream of text is cut from."""
+        """The exact bytes of `ids`, which may end inside a character: a stream of text is cut from them."""
         try:
             return b"".join([self._id_to_bytes[token_id] for token_id in ids])
         except KeyError as error:
             raise ValueError(f"token id {error} is not in the vocabulary of {self.get_vocab_size()}") from None
 
     def decode(self, ids):
-        """ids -> text; bytes that are no UTF-8 become U+FFFD, special tokens their names."""
+        """ids -> text; bytes that are not UTF-8 become U+FFFD, special tokens their names."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def render_conversation(self, conversation, max_tokens=2048):
         """(ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 exactly on what the assistant must write:
         its text, its python calls with their fences, its end token. Tool outputs are 0: the engine writes them."""
-        ids, mask = self._render_turns(_parse_conversation(conversation))
+        ids, mask = self._render_turns(check_conversation(conversation))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation):
         """The ids after which the assistant speaks: without a last assistant message, then <|assistant_start|>."""
-        turns = _parse_conversation(conversation)
+        # A last answer is what the model is to write anew
+        turns = check_conversation(conversation)
         if turns[-1][0] == "assistant":
             turns.pop()
-        return self._render_turns(turns)[0] + [self.encode_special("<|assistant_start|>")]
+        ids, _ = self._render_turns(turns)
+        return ids + [self.encode_special("<|assistant_start|>")]
 
     def render_batch(self, conversations):
-        """Packing's fast path: the ids of each conversation as an int32 array, without masks."""
-        plans = [[item for item, _ in self._plan(_parse_conversation(conversation))] for conversation in conversations]
-        ids, offsets = self.encode_to_numpy([item for plan in plans for item in plan if isinstance(item, str)])
-        texts = iter(np.split(ids, offsets[1:]))
-        return [np.concatenate([next(texts) if isinstance(item, str) else [item] for item in plan]).astype(np.int32)
-                for plan in plans]
+        """The fast path of packing: the ids of each conversation as an int32 array, without masks."""
+        plans = [self._plan(check_conversation(conversation)) for conversation in conversations]
+
+        # Encode all texts at once
+        texts = []
+        for plan in plans:
+            texts += [item for item, _ in plan if isinstance(item, str)]
+        ids, offsets = self.encode_to_numpy(texts)
+        encoded = iter(np.split(ids, offsets[1:]))
+
+        # Put the special tokens between them
+        rows = []
+        for plan in plans:
+            pieces = [next(encoded) if isinstance(item, str) else [item] for item, _ in plan]
+            rows.append(np.concatenate(pieces).astype(np.int32))
+        return rows
 
     def _render_turns(self, turns):
-        pieces = [(self._encode_one(item) if isinstance(item, str) else [item], trained)
-                  for item, trained in self._plan(turns)]
-        ids = [token for tokens, _ in pieces for token in tokens]
-        return ids, [trained for tokens, trained in pieces for _ in tokens]
+        ids = []
+        mask = []
+        for item, trained in self._plan(turns):
+            tokens = self._encode_one(item) if isinstance(item, str) else [item]
+            ids += tokens
+            mask += [trained] * len(tokens)
+        return ids, mask
 
     def _plan(self, turns):
-        """[(id of a special token, or a text, 1 where it is trained on)]: what a conversation is made of."""
+        """A conversation before its texts are encoded: [(text or a special token's id, 1 where it is trained on)]."""
         plan = [(self.get_bos_token_id(), 0)]
         for role, parts in turns:
-            trained = int(role == "assistant")
+            # The start of the assistant's turn is given to it; its end is its own to write
+            trained = 1 if role == "assistant" else 0
             plan.append((self.encode_special(f"<|{role}_start|>"), 0))
             for part_type, text in parts:
+                fences = [self.encode_special(name) for name in PART_FENCES[part_type]]  # a start and an end, or none
+                items = fences[:1] + [text] + fences[1:]
                 mask = 0 if part_type == "python_output" else trained
-                fence = FENCES.get(part_type)
-                plan += [(self.encode_special(f"<|{fence}_start|>"), mask)] if fence else []
-                plan.append((text, mask))
-                plan += [(self.encode_special(f"<|{fence}_end|>"), mask)] if fence else []
+                plan += [(item, mask) for item in items]
             plan.append((self.encode_special(f"<|{role}_end|>"), trained))
         return plan
 
     def visualize_tokenization(self, ids, mask):
         """One line for a terminal, `|` between tokens: green where the mask is 1 (trained on), red where it is 0."""
-        return "|".join(f"\033[{32 if trained else 31}m{self.id_to_token(token_id)}\033[0m".replace("\n", "\\n")
-                        for token_id, trained in zip(ids, mask, strict=True))
+        tokens = []
+        for token_id, trained in zip(ids, mask, strict=True):
+            colour = 32 if trained else 31
+            text = self.id_to_token(token_id).replace("\n", "\\n")
+            tokens.append(f"\033[{colour}m{text}\033[0m")
+        return "|".join(tokens)
 
 
 # -----------------------------------------------------------------------------
@@ -272,19 +285,25 @@ class RustBPETokenizer(Tokenizer):
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
-        ranks = [(token, rank) for rank, token in enumerate(self.mergeable)]
-        self._rustbpe = rustbpe.Tokenizer.from_ranks(ranks, pattern)
-        self._tiktoken = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=dict(ranks),
-                                           special_tokens=self._special_ids)
+        ranks = {token: rank for rank, token in enumerate(self.mergeable)}
+        self._rustbpe = rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern)
+        self._tiktoken = tiktoken.Encoding(
+            "nanochat",
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens=self._special_ids,
+        )
 
     @staticmethod
-    def _train_ranks(text_iterator, num_mergeable, buffer_size):
+    def _train_ranks(texts, num_mergeable, buffer_size):
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(text_iterator, num_mergeable, buffer_size=buffer_size, pattern=SPLIT_PATTERN)
-        return [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+        trainer.train_from_iterator(texts, num_mergeable, buffer_size=buffer_size, pattern=SPLIT_PATTERN)
+        # The tokens in the order in which they were learned
+        ranks = dict(trainer.get_mergeable_ranks())
+        return sorted(ranks, key=ranks.get)
 
     def _encode_one(self, text):
-        if len(text) > TIKTOKEN_MAX_CHARS:  # our own splitter never steps back, and gives the same ids
+        if len(text) > TIKTOKEN_MAX_CHARS:  # our own splitter never backtracks, and gives the same ids
             return self._rustbpe.encode(_replace_surrogates(text))
         return self._tiktoken.encode_ordinary(text)  # `ordinary`: special tokens in the text are plain text
 
@@ -298,8 +317,9 @@ class RustBPETokenizer(Tokenizer):
         ids[offsets[i]:offsets[i + 1]], without <|bos|>. No Python int is made on the way; the arrays are read-only."""
         try:
             ids, offsets = self._rustbpe.encode_to_buffer(texts, num_threads)
-        except UnicodeEncodeError:  # a lone surrogate somewhere: rare, so the check costs nothing until then
-            ids, offsets = self._rustbpe.encode_to_buffer([_replace_surrogates(text) for text in texts], num_threads)
+        except UnicodeEncodeError:  # a lone surrogate somewhere: too rare to look for in every text
+            texts = [_replace_surrogates(text) for text in texts]
+            ids, offsets = self._rustbpe.encode_to_buffer(texts, num_threads)
         return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<i8")
 
 
@@ -308,11 +328,11 @@ class RustBPETokenizer(Tokenizer):
 
 
 def _byte_characters():
-    """GPT-2's alphabet, in which `tokenizers` writes bytes, each as one visible character: b"A " is 'AĠ'."""
-    # Bytes that print in Latin-1 stand for themselves, the others in order for U+0100, U+0101, ...
-    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    shifted = itertools.count(0x100)
-    return [chr(byte) if byte in visible else chr(next(shifted)) for byte in range(256)]
+    """{byte: character} of GPT-2's alphabet, in which `tokenizers` writes bytes as visible characters: b"A " is 'AĠ'.
+    Bytes that print in Latin-1 stand for themselves, the others in order for U+0100, U+0101, ..."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # the 256 characters, in no order
+    visible_first = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
+    return dict(zip(visible_first, sorted(alphabet), strict=True))
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -320,36 +340,50 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
+        # The vocabulary in the library's alphabet
         characters = _byte_characters()
-        vocab = {"".join(characters[byte] for byte in token): rank for rank, token in enumerate(self.mergeable)}
-        # As tiktoken does: any two neighbours whose union is a token merge, so a token has a merge for each way to cut
-        # it; and a whole piece that is a token is taken as it is (ignore_merges).
-        merges = [(token[:cut], token[cut:]) for token in vocab for cut in range(1, len(token))
-                  if token[:cut] in vocab and token[cut:] in vocab]
-        # The special tokens stay unknown to the core, so no text reaches them.
-        self._core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-        self._core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        names = ["".join(map(characters.get, token)) for token in self.mergeable]
+        vocab = {name: rank for rank, name in enumerate(names)}
+        # tiktoken merges any two neighbours whose union is a token, so a token has a merge for each way to cut it
+        merges = []
+        for name in names:
+            cuts = [(name[:i], name[i:]) for i in range(1, len(name))]
+            merges += [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        # ignore_merges: a whole piece that is a token is taken as it is, also as tiktoken does
+        model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+        # The library's own tokenizer; it does not know the special tokens, so no text reaches them
+        self.core = tokenizers.Tokenizer(model)
+        self.core.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ])
 
     @classmethod
-    def _train_ranks(cls, text_iterator, num_mergeable, buffer_size):
-        characters, single_bytes = _byte_characters(), [bytes([byte]) for byte in range(256)]
-        core = cls(single_bytes)._core  # splits as it should, knows no merge yet
-        batches = iter(lambda: list(itertools.islice(text_iterator, buffer_size)), [])
-        core.train_from_iterator(batches, tokenizers.trainers.BpeTrainer(
-            vocab_size=num_mergeable, initial_alphabet=characters, show_progress=False))
-        learned = sorted((rank, token) for token, rank in core.get_vocab().items() if len(token) > 1)
-        to_byte = {character: byte for byte, character in enumerate(characters)}
-        return single_bytes + [bytes(to_byte[character] for character in token) for _, token in learned]
+    def _train_ranks(cls, texts, num_mergeable, buffer_size):
+        characters = _byte_characters()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=num_mergeable,
+            initial_alphabet=list(characters.values()),
+            show_progress=False,
+        )
+        single_bytes = [bytes([byte]) for byte in range(256)]
+        core = cls(single_bytes).core  # splits as it should, knows no merge yet
+        batches = iter(lambda: list(itertools.islice(texts, buffer_size)), [])  # until an empty one
+        core.train_from_iterator(batches, trainer)
+
+        # The learned tokens after the single bytes, in the order in which they were learned
+        ranks = core.get_vocab()  # token -> rank
+        learned = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        to_byte = {character: byte for byte, character in characters.items()}
+        return single_bytes + [bytes(map(to_byte.get, token)) for token in learned]
 
     def _encode_one(self, text):
-        return self._core.encode(_replace_surrogates(text), add_special_tokens=False).ids
+        return self._encode_batch([text], num_threads=1)[0]
 
-    def _encode_batch(self, texts, num_threads):
+    def _encode_batch(self, texts, num_threads):  # the library has threads of its own
         texts = [_replace_surrogates(text) for text in texts]
-        return [row.ids for row in self._core.encode_batch_fast(texts, add_special_tokens=False)]  # its own threads
+        rows = self.core.encode_batch_fast(texts, add_special_tokens=False)
+        return [row.ids for row in rows]
 
     def encode_to_numpy(self, texts, num_threads=None):
         """As RustBPETokenizer.encode_to_numpy, at this library's speed."""
@@ -366,13 +400,14 @@ TOKENIZER_KINDS = {cls.kind: cls for cls in (RustBPETokenizer, HuggingFaceTokeni
 
 def get_tokenizer(directory=None):
     """The saved tokenizer of <base dir>/tokenizer, or of `directory`, in the class that saved it."""
-    kind, parts = _read_files(get_base_dir() / "tokenizer" if directory is None else directory)
+    kind, *parts = _read_files(directory or get_base_dir() / "tokenizer")
     return TOKENIZER_KINDS[kind](*parts)
 
 
 def get_token_bytes(device, tokenizer=None):
     """(vocab_size,) int64: bytes of text that each token stands for, 0 for special tokens; bits per byte divides by it.
-    Counted from raw bytes: a token that is half a character has no text whose length one could take."""
-    tokenizer = get_tokenizer() if tokenizer is None else tokenizer
-    lengths = [len(token) for token in tokenizer.mergeable] + [0] * len(tokenizer.get_special_tokens())
+    Counted from raw bytes: a token that is half a character has no text whose length could be taken."""
+    tokenizer = tokenizer or get_tokenizer()
+    lengths = [len(token) for token in tokenizer.mergeable]
+    lengths += [0] * len(tokenizer.get_special_tokens())
     return torch.tensor(lengths, dtype=torch.int64, device=device)

@@ -166,7 +166,7 @@ def hf_configs(config, tokenizer, stage, dtype_name):
 def hf_tokenizer(tokenizer):
     """tokenizer.json: our pattern, ranks and special tokens. Every text gets <|bos|> in front, as in training."""
     # our own class encodes by this same object, which knows no special token until here
-    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern)._core
+    core = HuggingFaceTokenizer(tokenizer.mergeable, tokenizer.pattern).core
     names = tokenizer.get_special_tokens()
     core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
     core.decoder = tokenizers.decoders.ByteLevel()

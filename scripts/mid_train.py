@@ -32,13 +32,13 @@ from nanochat.common import (
 )
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataloader import (
-    RowLoader,
     conversation_documents,
     conversation_rows,
     count_used,
     eval_batches,
     even_weights,
     pack_documents,
+    packed_conversations,
     rendered_conversations,
     shift,
 )
@@ -153,8 +153,7 @@ class PackedRows:
             num_tokens = count_tokens(self.mixture, tokenizer, ddp_rank, ddp_world_size, device)
             self.iterations = max(1, num_tokens // self.batch_tokens)
             self.about = f"{num_tokens:,} tokens | {self.about}"
-        documents = partial(conversation_documents, self.mixture, tokenizer)
-        self.loader = RowLoader(documents, tokenizer.get_bos_token_id(), max_seq_len, seed, state and state["loader"])
+        self.loader = packed_conversations(self.mixture, tokenizer, max_seq_len, seed, state and state["loader"])
         self.mine = rank_slice(self.num_rows, ddp_rank, ddp_world_size)
 
     def next(self, step):

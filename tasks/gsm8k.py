@@ -7,7 +7,7 @@ its result a python_output part, which is what the engine does while the model w
 
 import re
 
-from nanochat.execution import use_calculator
+from nanochat.calculator import use_calculator
 from tasks.common import Task, check_option, parse_answer
 from tasks.hub import load_rows
 

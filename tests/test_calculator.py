@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from nanochat.execution import use_calculator
+from nanochat.calculator import use_calculator
 
 RIGHT = {
     "2+2": "4", "2 + 2": "4", " 7*6 ": "42", "10-15": "-5", "-5": "-5", "--5": "5", "-(3+4)*2": "-14", "2*-3": "-6",

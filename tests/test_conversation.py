@@ -1,9 +1,11 @@
 """Rendering of conversations: which tokens, in which order, and which of them are trained on."""
 
 import copy
+import doctest
 
 import pytest
 
+from nanochat import conversation
 from nanochat.common import UserError
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 
@@ -160,3 +162,14 @@ def test_visualization_colours_by_mask_and_keeps_to_one_line(tokenizer):
     line = tokenizer.visualize_tokenization(ids, mask)
     assert "\n" not in line and line.count("|\033[") == len(ids) - 1
     assert "\033[32mc\033[0m" in line and "\033[31mb\033[0m" in line and "\033[32m<|assistant_end|>" in line
+
+
+def test_the_example_in_the_docstring_is_right():
+    assert doctest.testmod(conversation) == (0, 1)
+
+
+def test_the_two_tables_of_part_types_agree():
+    fences = {part_type: names for part_type, names in conversation.PART_FENCES.items() if names}
+    expected = {start: part_type for part_type, (start, _) in fences.items()}
+    expected |= {end: "text" for _, end in fences.values()}
+    assert conversation.PART_AFTER == expected

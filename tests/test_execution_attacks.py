@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import execution
+from nanochat import execution, sandbox_child
 from nanochat.execution import WALLS, execute_code, sandbox_walls
 
 pytestmark = pytest.mark.skipif(tuple(sandbox_walls()) != WALLS, reason=f"this system has only {sandbox_walls()}")
@@ -30,6 +30,7 @@ FILES = {
     "read /etc/passwd": ("print(open('/etc/passwd').read())", DENIED),
     "read a file of the user's": ("print(open({canary!r}).read())", DENIED),
     "read our own source": ("print(open({source!r}).read())", DENIED),
+    "read its own source": ("print(open({child!r}).read())", DENIED),
     "read its starter's memory": ("open('/proc/{parent}/mem', 'rb')", DENIED),
     "read its starter's environment": ("print(open('/proc/{parent}/environ').read())", DENIED),
     "read its own first environment": ("print(open('/proc/self/environ').read())", DENIED),
@@ -152,7 +153,8 @@ def prison(tmp_path, monkeypatch, victim):
         unix.bind(unix_path)
         unix.listen()
         os.set_inheritable(secret_file.fileno(), True)
-        aims = dict(canary=str(canary), home=str(tmp_path), source=execution.__file__, parent=os.getpid(),
+        aims = dict(canary=str(canary), home=str(tmp_path), source=execution.__file__,
+                    child=sandbox_child.__file__, parent=os.getpid(),
                     victim=victim.pid, fd=secret_file.fileno(), unix=unix_path, tcp=tcp.getsockname()[1],
                     udp=udp.getsockname()[1])
         yield aims
@@ -253,7 +255,7 @@ def run_filter(program, arch, number, argument_1=0):
 @pytest.mark.parametrize("machine, arch, other_arch, read, openat, fcntl, column", [
     ("x86_64", 0xC000003E, 0xC00000B7, 0, 257, 72, 0), ("aarch64", 0xC00000B7, 0x40000028, 63, 56, 25, 1)])
 def test_the_filter_of_each_architecture(machine, arch, other_arch, read, openat, fcntl, column):
-    program = execution._seccomp_filter(machine)
+    program = sandbox_child.seccomp_filter(machine)
     assert [run_filter(program, arch, number) for number in (read, openat)] == [ALLOW, ALLOW]
     assert run_filter(program, other_arch, read) == KILL
     assert {run_filter(program, arch, pair[column]) for pair in RAW_CALLS.values()} == {EPERM}

@@ -11,18 +11,19 @@ ROOT = Path(__file__).parent.parent
 
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
-    "common": [], "configurator": [], "execution": [], "curves": [], "cpu_kernels": [], "gpu_kernels": [],
-    "cuda_graphs": [], "protocol": [],
-    "distributed": ["common"], "precision": ["common"],
+    "common": [], "configurator": [], "calculator": [], "sandbox_child": [], "curves": [], "cpu_kernels": [],
+    "gpu_kernels": [], "cuda_graphs": [], "protocol": [],
+    "execution": ["sandbox_child"], "distributed": ["common"], "precision": ["common"],
     "adamw": ["common", "cpu_kernels", "distributed"], "muon": ["common", "distributed", "precision"],
     "loss_eval": ["common", "distributed", "precision"], "download": ["common"], "documents": ["common"],
-    "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
+    "dataset": ["common", "configurator", "documents", "download"], "conversation": ["common"],
+    "tokenizer": ["common", "conversation"],
     "report": ["common", "configurator", "curves"], "core_eval": ["common", "distributed", "download", "precision"],
     "dataloader": ["common", "dataset"],
     "ops": ["common", "cpu_kernels", "gpu_kernels"],
     "gpt": ["common", "precision", "adamw", "muon", "ops"],
     "fp8": ["gpt", "precision"], "inference": ["cuda_graphs", "gpt", "ops", "precision"],
-    "sampling": ["common"], "kv_cache": [], "streaming": ["execution"],
+    "sampling": ["common"], "kv_cache": [], "streaming": ["calculator"],
     "engine": ["common", "cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
     "serving": ["common", "engine", "inference", "streaming"],
     "service": ["engine", "protocol", "sampling", "serving", "streaming"],
@@ -30,6 +31,7 @@ ROOMS = {
     "training": ["common", "distributed", "precision", "dataloader"],
     "head_start": ["common", "distributed", "precision", "dataloader", "adamw", "ops", "training"],
 }
+
 
 def python_files(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
