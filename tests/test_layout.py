@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who imports whom, how long files are, and that imports do nothing."""
+"""The rules of the code that a machine can check: imports, density, length, and that importing does nothing."""
 
 import ast
 import subprocess
@@ -68,6 +68,68 @@ def test_the_rooms_have_no_cycle():
 def test_scripts_and_tasks_import_no_scripts_dev_or_tests(path):
     allowed = {"nanochat", "tasks"}
     assert {name.split(".")[0] for name in imports_of(path)} <= allowed
+
+
+# -- density. Measured on nanoGPT, gpt-fast, tiktoken and starlette: 4.2 to 5.8 nodes a line
+
+MAX_NODES_PER_LINE = 6.0        # AST expressions and statements, without docstrings, comments and blank lines
+MAX_PACKED_PER_1000 = 12        # assignments of the form a, b = x, y
+MAX_NESTED_PER_1000 = 1         # comprehensions inside comprehensions
+MAX_FILE_LINES = 450
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def count_code_lines(text, tree):
+    """Lines that hold code."""
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
+            first = node.body[0]
+            docstrings |= set(range(first.lineno, first.end_lineno + 1))
+    count = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        is_code = line.strip() and not line.strip().startswith("#")
+        count += bool(is_code) and number not in docstrings
+    return count
+
+
+def is_packed(node):
+    if not isinstance(node, ast.Assign):
+        return False
+    return isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+
+
+def has_comprehension_inside(node):
+    if not isinstance(node, COMPREHENSIONS):
+        return False
+    return any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node)
+
+
+@pytest.mark.parametrize("room", ["nanochat", "scripts", "tasks"])
+def test_the_code_is_not_dense(room):
+    lines = nodes = packed = nested = 0
+    for path in python_files(room):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        lines += count_code_lines(text, tree)
+        for node in ast.walk(tree):
+            nodes += isinstance(node, ast.expr | ast.stmt)
+            packed += is_packed(node)
+            nested += has_comprehension_inside(node)
+    assert nodes / lines <= MAX_NODES_PER_LINE
+    assert 1000 * packed / lines <= MAX_PACKED_PER_1000
+    assert 1000 * nested / lines <= MAX_NESTED_PER_1000
+
+
+def source_files():
+    python = [path for folder in ("nanochat", "scripts", "tasks", "tests", "dev") for path in (ROOT / folder).rglob("*.py")]
+    return sorted([*python, *(ROOT / "rustbpe" / "src").rglob("*.rs"), *ROOT.glob("*.sh"), *ROOT.glob("dev/*.sh")])
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 
 
 def test_importing_everything_does_nothing(tmp_path):
