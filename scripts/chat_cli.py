@@ -14,7 +14,7 @@ from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine, Sampling, TextStream, fit_conversation
-from nanochat.serving import BLOCKS
+from nanochat.scheduler import BLOCKS
 
 HELP = "commands: /clear forget the conversation, /system TEXT set the system message, /help, /quit (or Ctrl-D)\n" \
        'multi-line input: begin and end with """'

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
     "common": [], "configurator": [], "execution": [], "curves": [], "cpu_kernels": [], "gpu_kernels": [],
-    "cuda_graphs": [], "protocol": [],
+    "cuda_graphs": [], "api": [],
     "distributed": ["common"], "precision": ["common"],
     "adamw": ["common", "cpu_kernels", "distributed"], "muon": ["common", "distributed", "precision"],
     "loss_eval": ["common", "distributed", "precision"], "download": ["common"], "documents": ["common"],
@@ -21,8 +21,8 @@ ROOMS = {
     "dataloader": ["common", "dataset"],
     "gpt": ["common", "precision", "adamw", "muon", "gpu_kernels", "cpu_kernels"],
     "sampling": ["common"], "engine": ["common", "execution", "cuda_graphs", "precision", "sampling"],
-    "serving": ["common", "engine"],
-    "service": ["engine", "protocol", "sampling", "serving"],
+    "scheduler": ["common", "engine"],
+    "service": ["api", "engine", "sampling", "scheduler"],
     "checkpoint_manager": ["common", "distributed", "precision", "gpt", "tokenizer"],
     "training": ["common", "distributed", "precision", "dataloader"],
     "head_start": ["common", "distributed", "precision", "dataloader", "adamw", "gpt", "training"],
