@@ -235,10 +235,9 @@ class Response:
         self.model = model
         self.tokenizer = requests[0].tokenizer
         self.requests = requests
+        self.queue = asyncio.Queue()  # of events
         for request in requests:
-            request.response = self
-        self.events = []                # that arrived and were not taken yet
-        self.changed = asyncio.Event()  # set when there are new ones, and now and then without
+            request.queue = self.queue
         self.prompt_tokens = prompt_tokens
         self.about = about
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -246,18 +245,6 @@ class Response:
     def completion_tokens(self):
         """Tokens generated so far, those that a tool forced included."""
         return sum(len(request.row.tokens) for request in self.requests)
-
-    def put(self, event):
-        self.events.append(event)
-        self.changed.set()
-
-    async def take(self):
-        """Wait, and return the events that arrived meanwhile; [] = time for a sign of life."""
-        await self.changed.wait()
-        self.changed.clear()
-        events = self.events
-        self.events = []
-        return events
 
     def usage(self):
         generated = self.completion_tokens()

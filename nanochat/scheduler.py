@@ -62,7 +62,7 @@ class Request:
     index: int = 0               # of the completion, in a response with several
     stops: tuple[str, ...] = ()  # strings that end the text, which then ends before them
     echo: str | None = None      # text of the prompt, to be sent before the completion
-    response: Any = None         # where the events go (service.py); nothing here looks into it
+    queue: Any = None            # where the events go: the asyncio.Queue of a response
     cancelled: bool = False      # set by the event loop; the row is freed within a step
 
     def __post_init__(self):

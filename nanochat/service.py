@@ -20,7 +20,7 @@ from nanochat.engine import Row, ToolState, fit_conversation
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Batcher, Event, QueueFull, Request
 
-PING_S = 15   # seconds between comments on all streams, so that no proxy takes them for dead
+PING_S = 15   # seconds between comments on all streams
 GRACE_S = 20  # seconds that open streams may go on once the server is told to stop
 CLIENT_LEFT = "The client has left"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -96,10 +96,11 @@ class Service:
             print(f"ready: {', '.join(self.names)}", flush=True)
 
     async def _ping(self):
+        """None in the queue of a response: time for a comment, so that no proxy takes the stream for dead."""
         while True:
             await asyncio.sleep(self.ping_s)
             for response in self.open_responses:
-                response.changed.set()
+                response.queue.put_nowait(None)
 
     @property
     def trouble(self):
@@ -174,7 +175,12 @@ class Service:
         latency = self.first_token_s
         last = time.monotonic()
         while num_open:
-            events = await response.take()
+            # everything that has arrived, at least one event
+            events = [await response.queue.get()]
+            while not response.queue.empty():
+                events.append(response.queue.get_nowait())
+            events = [event for event in events if event is not None]
+
             num_open -= sum(event.finish_reason is not None for event in events)
             if any(event.text for event in events):
                 now = time.monotonic()
@@ -186,7 +192,7 @@ class Service:
 
 def _put_all(events):
     for event in events:
-        event.request.response.put(event)
+        event.request.queue.put_nowait(event)
 
 
 # -----------------------------------------------------------------------------
@@ -301,7 +307,7 @@ async def complete(service, http_request, response):
     async def watch_client():  # nothing else notices that a client leaves before its answer
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
-        response.put(Event(response.requests[0], error=CLIENT_LEFT))
+        response.queue.put_nowait(Event(response.requests[0], error=CLIENT_LEFT))
 
     watcher = asyncio.create_task(watch_client())
     collected = []

@@ -278,7 +278,7 @@ def parse_args(argv=None):
     add("-n", "--num_gpus", "--num-gpus", type=int, default=1, help="GPUs, each with a copy of the models (default: 1)")
     add("--rows", type=int, help="requests decoded at once on a device (default: by memory, at most 64 on a CPU, "
         "256 on a GPU)")
-    add("--max_waiting", "--max-waiting", type=int, default=256, help="requests that may wait per device (default: 256)")
+    add("--max_waiting", "--max-waiting", type=int, default=256, help="requests waiting per device (default: 256)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     args = parser.parse_args(argv)
 

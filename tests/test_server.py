@@ -1,5 +1,6 @@
 """The web server in process: what its endpoints answer."""
 
+import asyncio
 import json
 import time
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from nanochat.api import token_text
+from nanochat.api import CompletionRequest, token_text
 from nanochat.engine import Engine, fit_conversation
 from nanochat.scheduler import Scheduler
-from nanochat.service import Service
+from nanochat.service import Service, build_completion, respond
 from scripts.chat_web import create_app
 from tests.servers import (
     HELLO,
@@ -184,6 +185,32 @@ def test_a_tool_call_is_told_in_parts_and_the_odds_are_those_of_what_the_model_c
     told, start = [entry["token"] for entry in choice["logprobs"]["content"]], script.index(forced[0])
     assert script[start:start + len(forced)] == forced
     assert told == [token_text(tokenizer, token) for token in script[:start] + script[start + len(forced):]]
+
+
+def test_a_client_that_leaves_before_its_stream_begins_frees_the_row(tokenizer):
+    async def leave_at_once():
+        service = tiny_service(tokenizer, sequence_len=4096, endless=True)
+        service.start()
+        while service.trouble:
+            await asyncio.sleep(0.01)
+        body = CompletionRequest(prompt="a", max_tokens=4000, stream=True)
+        response = await respond(service, None, body, build_completion)
+        assert len(service.open_responses) == 1
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        await response({"type": "http"}, receive, send)
+        assert not service.open_responses
+        while service.num_running() + service.num_waiting():
+            await asyncio.sleep(0.01)
+        service.stop(0)
+        await service.join()
+
+    asyncio.run(asyncio.wait_for(leave_at_once(), 30))
 
 
 # -- long conversations
