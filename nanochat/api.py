@@ -66,6 +66,7 @@ class Message(BaseModel):
 
     def as_turn(self):
         """The message as the tokenizer takes it. `developer` is OpenAI's newer name for `system`."""
+        # only the assistant's parts mean something to the tokenizer; those of others are joined
         turn = self.model_dump()
         if self.role == "developer":
             turn["role"] = "system"
@@ -75,6 +76,7 @@ class Message(BaseModel):
 
 
 def _check_last_message(messages):
+    # it would be left out of the prompt, and the question before it answered once more
     if messages[-1].role == "assistant":
         raise ValueError("the last one is the assistant's: there is nothing to answer")
     return messages
@@ -96,16 +98,18 @@ class CompletionFields(BaseModel):
     model: ModelName = ""  # the first that is served
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)  # completions of each prompt
+
+    # without a seed one is drawn, and sent with the answer, so that the answer can be repeated
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_tokens: int | None = Field(None, ge=1, le=2**31)  # of each completion
 
     # sampling parameters, named as in sampling.Sampling
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, le=2**31)  # -1 = off, as in vLLM; 0 too
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)             # 1 = off
+    min_p: float = Field(0.0, ge=0, le=1)             # 0 = off
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +117,7 @@ class CompletionFields(BaseModel):
         """Null means left out. Unsupported fields are refused."""
         if not isinstance(data, dict):
             return data
+        # before the null fields go, since unknown fields are ignored afterwards
         for name, instead in UNSUPPORTED.items():
             value = data.get(name)
             if value and value != HARMLESS.get(name):
@@ -127,7 +132,7 @@ class CompletionFields(BaseModel):
 class ChatRequest(CompletionFields):
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)  # OpenAI's newer name for max_tokens
-    logprobs: bool = False
+    logprobs: bool = False  # of the tokens that the model chose, not of those that a tool forced
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
@@ -144,8 +149,8 @@ class CompletionRequest(CompletionFields):
     prompt: Text | TokenIds | Texts | TokenLists
     max_tokens: int = Field(16, ge=0, le=2**31)  # OpenAI's default; 0 with echo: the prompt's log-probabilities alone
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []  # evaluations send many
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # what is top_logprobs in a chat
+    echo: bool = False  # begin the text with the prompt, and the log-probabilities with those of the prompt
 
     def num_top(self):
         """As in ChatRequest. At least 1: evaluations ask whether the chosen token was the likeliest."""
@@ -166,6 +171,7 @@ class TokenizeRequest(BaseModel):
     def check_fields(self):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        # each message is shorter than MAX_CHARS already, but there may be many
         num_chars = sum(len(message.text()) for message in self.messages or [])
         if num_chars > MAX_TOKENIZE_CHARS:
             raise ValueError(f"the messages together are longer than {MAX_TOKENIZE_CHARS} characters")
@@ -175,6 +181,7 @@ class TokenizeRequest(BaseModel):
 # -----------------------------------------------------------------------------
 # Errors
 
+# HTTP status -> `type` of OpenAI's error
 ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -202,6 +209,7 @@ def explain(errors):
         place = tuple(part for part in parts if "-" not in part and "[" not in part)
         messages.setdefault(place, []).append(error["msg"].removeprefix("Value error, "))
 
+    # of equally deep ones the first
     deepest = max(messages, key=len)
     return ".".join(deepest), ", or: ".join(dict.fromkeys(messages[deepest]))
 
@@ -234,12 +242,16 @@ class Response:
         """about: the `nanochat` field, a dict."""
         self.model = model
         self.tokenizer = requests[0].tokenizer
-        self.requests = requests
-        self.queue = asyncio.Queue()  # of events
-        for request in requests:
-            request.queue = self.queue
+        self.requests = requests  # one for each choice
         self.prompt_tokens = prompt_tokens
         self.about = about
+
+        # the events of all choices come through one queue
+        self.queue = asyncio.Queue()
+        for request in requests:
+            request.queue = self.queue
+
+        # fields of the document and of each chunk
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def completion_tokens(self):
@@ -264,10 +276,12 @@ class Response:
         return self.data([self.delta(event)])
 
     def closing(self, include_usage):
+        # OpenAI sends the usage as a chunk without choices
         usage = self.data([], usage=self.usage()) if include_usage else ""
         return usage + "data: [DONE]\n\n"
 
     def whole(self, events):
+        # events of the choices come interleaved
         choices = []
         for request in self.requests:
             own_events = [event for event in events if event.request is request]
@@ -287,6 +301,7 @@ class ChatResponse(Response):
     chunk_name = "chat.completion.chunk"
 
     def opening(self):
+        # the role comes once for each choice, before its text
         delta = {"role": "assistant", "content": ""}
         choices = []
         for request in self.requests:
@@ -294,6 +309,7 @@ class ChatResponse(Response):
         return self.data(choices, nanochat=self.about)
 
     def delta(self, event):
+        # a tool call is not content; the last event, with the finish reason, has no content either
         delta = {}
         if event.kind != "text":
             delta = {"content": "", "nanochat": {"type": event.kind, "text": event.text}}
@@ -316,6 +332,7 @@ class ChatResponse(Response):
                 parts.append({"type": event.kind, "text": event.text})
 
         content = "".join(part["text"] for part in parts if part["type"] == "text")
+        # `parts` is what a client sends back to continue a conversation with tool calls
         message = {"role": "assistant", "content": content}
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}
@@ -360,6 +377,7 @@ class TextResponse(Response):
         columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for event in events:
             for token, entry, start in event.logprobs:
+                # entry: (log-probability, [(id, log-probability)]) or None
                 logprob, top = entry or (None, None)
                 columns["tokens"].append(token_text(self.tokenizer, token))
                 columns["token_logprobs"].append(logprob)
@@ -371,7 +389,8 @@ class TextResponse(Response):
         """{text: log-probability} of the likeliest tokens and the chosen one."""
         if top is None:
             return None
+        # several tokens may have the same text: the likeliest counts
         by_text = {}
         for other, other_logprob in [*top, (token, logprob)]:
-            by_text.setdefault(token_text(self.tokenizer, other), other_logprob)  # of equal texts the likeliest
+            by_text.setdefault(token_text(self.tokenizer, other), other_logprob)
         return by_text

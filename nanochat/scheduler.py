@@ -110,35 +110,29 @@ class Request:
             start = self.num_sent + len(self.held)
             self.held_logprobs.append((token, row.logprobs[-1], start))
 
+        # a block begins or ends: what is held belongs to the block before
         if token in self.block_kinds:
-            # a block begins or ends: what is held belongs to the block before
-            self.held += self.text_stream.flush()
-            events += self._release(len(self.held) + 1)
+            events += self._release_all()
             self.kind = self.block_kinds[token]
         else:
             self.held += self.text_stream.feed(token)
-        if row.finish_reason:
-            self.held += self.text_stream.flush()
 
-        # stop strings are searched for in the answer's own text, not in tool calls
+        # stop strings count in the answer's own text, not in tool calls
         stops = self.stops if self.kind == "text" else ()
         ready, _, found = split_at_stop(self.held, stops)
-        num_ready = len(ready)
+        events += self._release(len(ready))
         if found:
             row.finish_reason = "stop"
         elif row.finish_reason:
-            num_ready = len(self.held) + 1
-        events += self._release(num_ready)
+            events += self._release_all()
 
         if row.finish_reason:
             events.append(Event(self, finish_reason=row.finish_reason))
         return events
 
     def _release(self, num_chars):
-        """
-        [the event with the first num_chars of the held text and the log-probabilities of the tokens that begin
-        there], or []. With len(held) + 1 these include tokens without text at the end.
-        """
+        """[the event with the first num_chars of the held text and the tokens that begin there], or []."""
+        # held_logprobs is in order of the starts
         end = self.num_sent + num_chars
         logprobs = [entry for entry in self.held_logprobs if entry[2] < end]
         self.held_logprobs = self.held_logprobs[len(logprobs):]
@@ -147,6 +141,12 @@ class Request:
         self.held = self.held[num_chars:]
         self.num_sent += len(text)
         return [Event(self, text, self.kind, logprobs)] if text or logprobs else []
+
+    def _release_all(self):
+        # an unfinished character becomes U+FFFD
+        self.held += self.text_stream.flush()
+        # + 1: tokens without text, such as the end token, begin where the text ends
+        return self._release(len(self.held) + 1)
 
 
 # -----------------------------------------------------------------------------
@@ -242,11 +242,12 @@ class Scheduler:
     def _find_short_prompts(self, budget):
         """The first waiting requests whose prompts, padded to one length, fit in the budget together."""
         short = []
-        most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)
         longest = 0
+        most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)
         for request in islice(self.waiting, most):
             longest = max(longest, len(request.row.prompt))
             fits = (len(short) + 1) * longest <= budget
+            # prompts that are read alone: one that has begun or failed with others, one that wants log-probabilities
             if request.prefill or request.scores_prompt or not fits:
                 break
             short.append(request)
@@ -327,9 +328,9 @@ class Batcher(threading.Thread):
         self.deliver = deliver
         self.max_waiting = max_waiting
         self.schedulers = {}
-        self.inbox = []      # [(model name, request)] that no scheduler has yet
+        self.inbox = []       # [(model name, request)] that no scheduler has yet
         self.loaded = threading.Event()
-        self.error = None    # why loading failed
+        self.error = None     # why loading failed
         self.deadline = None  # set by `stop`: work goes on until then
         self._changed = threading.Condition()
 
@@ -364,7 +365,8 @@ class Batcher(threading.Thread):
 
         while self._wait_for_work():
             for scheduler in self.schedulers.values():
-                self._step(scheduler)
+                if scheduler.busy:
+                    self._step(scheduler)
 
         for scheduler in self.schedulers.values():
             scheduler.end_all("the server is shutting down")
@@ -377,12 +379,14 @@ class Batcher(threading.Thread):
     def _wait_for_work(self):
         """Sleep until there is work, and hand it to the schedulers. Returns False when it is time to end."""
         with self._changed:
+            # `submit` and `stop` wake this thread up
             while not self.inbox and not self._busy and self.deadline is None:
                 self._changed.wait()
             for name, request in self.inbox:
                 self.schedulers[name].waiting.append(request)
             self.inbox.clear()
 
+        # after `stop` work goes on while there is some and time is left
         if self.deadline is None:
             return True
         return self._busy and time.monotonic() < self.deadline
@@ -391,6 +395,7 @@ class Batcher(threading.Thread):
         try:
             scheduler.admit()
             scheduler.pick()
+            # clients get this step's text while the model computes the next logits
             self.deliver(scheduler.take_events())
             scheduler.forward()
         except Exception as error:  # out of memory, for example

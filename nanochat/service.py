@@ -37,19 +37,20 @@ class Service:
 
     def __init__(self, load, names, num_devices=1, max_waiting=256, temperature=0.8, top_k=50, max_tokens=512,
                  ping_s=PING_S):
-        self.names = names
+        self.names = names  # the first is the default
         self.defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
         self.ping_s = ping_s
         self.batchers = [Batcher(partial(load, i), self._deliver, max_waiting) for i in range(num_devices)]
-        self.open_responses = set()
+        self.open_responses = set()     # submitted and not released
         self.started_at = time.time()
-        self.loaded = False
+        self.loaded = False             # True: all models are, or have failed
         self.stopping = False
         self.error = None               # why a model could not be loaded
         self.on_failure = lambda: None  # called when a model cannot be loaded
         self._add_metrics()
 
     def _add_metrics(self):
+        # a registry of its own, since a process may have several services
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -60,6 +61,7 @@ class Service:
         self.generated_tokens = counter("nanochat_generation_tokens_total", "Tokens generated")
         self.first_token_s = latency("nanochat_time_to_first_token_seconds", "From request to text")
         self.gap_s = latency("nanochat_inter_token_seconds", "Between pieces of text")
+        # gauges are read when somebody asks for /metrics
         gauge("nanochat_running", "Rows being generated").set_function(self.num_running)
         gauge("nanochat_waiting", "Requests that wait for a row").set_function(self.num_waiting)
         gauge("nanochat_rows", "Rows of the KV caches").set_function(self.num_rows)
@@ -76,6 +78,7 @@ class Service:
     # -- start and stop
 
     def start(self):
+        # models load in the batchers' threads; meanwhile requests are refused by `trouble`
         self.loop = asyncio.get_running_loop()
         for batcher in self.batchers:
             batcher.start()
@@ -134,6 +137,7 @@ class Service:
         for name in self.names:
             if not wanted or wanted in (name, name.split("-")[0]):
                 return name
+        # detail as a dict: the fields of OpenAI's error
         message = f"The model {wanted!r} is not served here; there is: {', '.join(self.names)}"
         raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
 
@@ -145,6 +149,7 @@ class Service:
 
     def submit(self, response):
         """Queue the requests of a response, all or none, at the least busy device. Raises HTTPException."""
+        # every device has all models; the fewest requests are the shortest wait
         batcher = min(self.batchers, key=lambda batcher: batcher.num_running + batcher.num_waiting)
         try:
             batcher.submit(response.model, response.requests)
@@ -156,6 +161,7 @@ class Service:
 
     def release(self, response):
         """Free the rows of a response that is over, or whose client has left."""
+        # no effect on requests that have ended
         for request in response.requests:
             request.cancelled = True
         self.open_responses.discard(response)
@@ -163,6 +169,7 @@ class Service:
 
     def _deliver(self, events):
         """Called by a batcher: the events of a step cost one wake-up of the event loop."""
+        # the loop is closed where a test or a crash did not wait for the threads
         if events and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_put_all, events)
 
@@ -175,13 +182,14 @@ class Service:
         latency = self.first_token_s
         last = time.monotonic()
         while num_open:
-            # everything that has arrived, at least one event
+            # everything that has arrived: where clients are slow, several steps become one write
             events = [await response.queue.get()]
             while not response.queue.empty():
                 events.append(response.queue.get_nowait())
             events = [event for event in events if event is not None]
 
             num_open -= sum(event.finish_reason is not None for event in events)
+            # latencies are between pieces of text, not between events
             if any(event.text for event in events):
                 now = time.monotonic()
                 latency.observe(now - last)
@@ -202,6 +210,7 @@ def _put_all(events):
 
 def with_defaults(body, defaults):
     """The request with the server's values for those of its fields that are None."""
+    # the other defaults are in api.py: those are not flags of the server
     missing = {name: value for name, value in defaults.items() if getattr(body, name) is None}
     return body.model_copy(update=missing)
 
@@ -214,8 +223,10 @@ def make_requests(body, scheduler, prompts, tools):
         scheduler.decoder.check_prompt(prompt)
         for _ in range(body.n):
             index = len(requests)
+            # the first completion is the same for every n
             seed = f"{body.seed}:{index}"
             sampling = Sampling(body.temperature, max(0, body.top_k), body.top_p, body.min_p, seed)
+            # only chat models have learned to call tools
             tool = ToolState(engine.tokenizer) if tools else None
             row = Row(prompt, sampling, body.max_tokens, engine.stop_tokens, tool, body.num_top())
             requests.append(Request(row, engine.tokenizer, index, body.stops(), echo))
@@ -227,6 +238,8 @@ def build_chat(body, model, scheduler):
     # at least half of the context is for the conversation, however long the answer may become
     max_length = scheduler.decoder.max_length
     max_prompt = max_length - min(body.max_tokens, max_length // 2)
+
+    # the system message and the newest question are always kept
     messages = [message.as_turn() for message in body.messages]
     prompt, num_dropped = fit_conversation(scheduler.engine.tokenizer, messages, max_prompt)
 
@@ -259,6 +272,7 @@ def build_completion(body, model, scheduler):
 
 async def respond(service, http_request, body, build):
     """Answer a request: with a stream of server-sent events, or with one JSON document."""
+    # all devices have the same models: the first one's scheduler tells the limits
     model, scheduler = service.find_model(body.model)
     body = with_defaults(body, service.defaults)
     try:
@@ -266,6 +280,7 @@ async def respond(service, http_request, body, build):
     except ValueError as error:  # a conversation or a prompt that does not fit
         raise HTTPException(400, str(error)) from error
 
+    # refused here, if at all, while the status can still say so
     service.submit(response)
     if body.stream:
         return EventStream(service, response, body.stream_options.include_usage)
@@ -276,6 +291,7 @@ class EventStream(StreamingResponse):
     """A response as server-sent events. Its rows are freed however it ends, even if it ends before it begins."""
 
     def __init__(self, service, response, include_usage):
+        # X-Accel-Buffering: nginx would collect the text
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         content = stream_events(service, response, include_usage)
         super().__init__(content, media_type="text/event-stream", headers=headers)
@@ -290,6 +306,7 @@ class EventStream(StreamingResponse):
 
 async def stream_events(service, response, include_usage):
     yield response.opening()
+    # one write for all events that arrived together
     async for events in service.events(response):
         text = ""
         for event in events:
@@ -309,13 +326,14 @@ async def complete(service, http_request, response):
             pass
         response.queue.put_nowait(Event(response.requests[0], error=CLIENT_LEFT))
 
+    # the client's leaving comes as an event, like the end of an answer
     watcher = asyncio.create_task(watch_client())
     collected = []
     try:
         async for events in service.events(response):
             for event in events:
                 if event.error:
-                    # 499 is nginx's status for this: nobody reads it, but it is counted
+                    # 499 is nginx's status for a client that has left: nobody reads it, but it is counted
                     status = 499 if event.error == CLIENT_LEFT else 500
                     raise HTTPException(status, event.error)
             collected += events

@@ -53,7 +53,7 @@ CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; conne
 
 
 class Gate:
-    """The outermost middleware: checks the key and the size of the body, and counts the response."""
+    """The middleware around the routes: checks the key and the size of the body, and counts the response."""
 
     def __init__(self, app, service, api_key):
         self.app = app
@@ -61,6 +61,7 @@ class Gate:
         self.api_key = api_key
 
     async def __call__(self, scope, receive, send):
+        # lifespan messages pass
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -75,6 +76,7 @@ class Gate:
             app = self.refuse(scope) or self.app
             await app(scope, self.limit_body(receive), send_and_note_status)
         finally:
+            # the route, not the path of the request, which may be anything
             path = getattr(scope.get("route"), "path", "other")
             self.service.responses.labels(path, str(status)).inc()
 
@@ -115,6 +117,7 @@ async def on_http_error(request, error):
 
 
 async def on_invalid_request(request, error):
+    # pydantic's errors of a body that is no JSON, that does not say it is, or that has wrong fields
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(400, f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
@@ -137,6 +140,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
     async def lifespan(app):
         service.start()
         yield
+        # open streams had their time: see Server
         service.stop(grace_s=0)
         await service.join()
 
@@ -150,6 +154,7 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refused,
                   exception_handlers=handlers)
 
+    # the middleware that is added last is the outermost
     app.add_middleware(Gate, service=service, api_key=api_key)
     if not api_key:
         # without a key only local names are served: a web page may give itself our address by DNS (rebinding)
@@ -250,10 +255,10 @@ def page():
 # flag -> smallest and largest value
 RANGES = {
     "step": (0, math.inf),
-    "temperature": (0, 10),
-    "top_k": (0, math.inf),
+    "temperature": (0, 10),      # as in api.py
+    "top_k": (0, math.inf),      # 0 = off
     "max_tokens": (1, math.inf),
-    "port": (0, 65535),
+    "port": (0, 65535),          # 0 = any free one
     "num_gpus": (1, math.inf),
     "rows": (1, math.inf),
     "max_waiting": (1, math.inf),
@@ -282,6 +287,7 @@ def parse_args(argv=None):
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     args = parser.parse_args(argv)
 
+    # nan is in no range
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -292,6 +298,7 @@ def parse_args(argv=None):
 
 def find_models(args):
     """{name: (stage, tag, step)} of the checkpoints to serve. UserError if one does not exist."""
+    # -i, -g and -s say the same as one spec; empty parts mean the newest
     step = "" if args.step is None else args.step
     only = f"{args.source}:{args.model_tag or ''}:{step}"
     specs = args.models.split(",") if args.models else [only]
@@ -303,6 +310,7 @@ def find_models(args):
             raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step", "for example --models=sft:d20")
         stage, tag, step = match.groups()
 
+        # the newest tag and step where none is named
         folder = find_checkpoint_dir(stage, tag or None)
         step, _ = CheckpointManager(folder).load_meta(int(step) if step else None)
         name = f"{stage}-{folder.name}"
@@ -324,6 +332,7 @@ def load_schedulers(models, device_type, rows, i):
     else:
         device = torch.device(device_type)
 
+    # all models first: what memory they leave is for the caches
     loaded = {}
     for name, (stage, tag, step) in models.items():
         loaded[name] = load_checkpoint(stage, device, tag, step)
@@ -339,6 +348,7 @@ def load_schedulers(models, device_type, rows, i):
         cache_bytes = 4e9
     itemsize = get_precision_dtype(device_type).itemsize
 
+    # each model's cache gets an equal share
     schedulers = {}
     for name, (model, tokenizer, _) in loaded.items():
         c = model.config
@@ -372,6 +382,7 @@ def listen(host, port):
         return socket.create_server(address, family=family)
     except (OSError, UnicodeError) as error:  # UnicodeError: no machine can have such a name
         flag = "--host=127.0.0.1"
+        # a port that is taken, or below 1024 and not ours to take
         if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
             other_port = port + 1 if 1023 < port < 65535 else 8001
             flag = f"-p {other_port}"
@@ -388,6 +399,7 @@ def main():
                         f"NANOCHAT_API_KEY=$(openssl rand -hex 16) python -m scripts.chat_web --host={args.host}")
     models = find_models(args)
     sock = listen(args.host, args.port)
+
     _, _, _, device = compute_init(args.device_type)
     num_devices = max(1, torch.cuda.device_count())
     if args.num_gpus > num_devices:
@@ -401,6 +413,8 @@ def main():
     app.state.service = service
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + 2)
     server = Server(config)
+
+    # a model that cannot be loaded ends the server; its error is raised below
     service.on_failure = lambda: setattr(server, "should_exit", True)
 
     host = f"[{args.host}]" if ":" in args.host else args.host  # an IPv6 address
