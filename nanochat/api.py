@@ -1,9 +1,10 @@
 """
-The API's data: OpenAI's request fields with their limits, and its responses, in one piece or as server-sent events.
+The API's data: OpenAI's request fields with their limits, and its responses, whole or streamed.
 
-Beyond OpenAI: `top_k` and `min_p`; an assistant's message may hold the parts of a tool call; and a field `nanochat`
-carries, in the whole response or the first chunk, the seed, the context size and the number of messages left out, and
-in a message or delta the parts of a tool call. Unknown fields are ignored, as OpenAI's server does.
+Beyond OpenAI: `top_k` and `min_p`; an assistant's message may hold the parts of a tool call; and
+a field `nanochat`. In the whole response or the first chunk it has the seed, the context size and
+the number of messages left out; in a message or delta, the parts of a tool call. Unknown fields
+are ignored, as OpenAI's server does.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 ModelName = Annotated[str, Field(max_length=200)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
-# fail_fast: the first wrong item is reported alone. To list 400,000 of them took 15 s, in which nobody was served.
+# fail_fast: the first wrong item is reported alone. To list 400,000 of them took 15 s, in which
+# nobody was served.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -65,7 +67,8 @@ class Message(BaseModel):
         return "".join(part.text for part in self.content)
 
     def as_turn(self):
-        """The message as the tokenizer takes it. `developer` is OpenAI's newer name for `system`."""
+        """The message as the tokenizer takes it."""
+        # `developer` is OpenAI's newer name for `system`
         # only the assistant's parts mean something to the tokenizer; those of others are joined
         turn = self.model_dump()
         if self.role == "developer":
@@ -94,7 +97,10 @@ class StreamOptions(BaseModel):
 
 
 class CompletionFields(BaseModel):
-    """What both kinds of completion share. A default of None is replaced by the server's (service.with_defaults)."""
+    """
+    What both kinds of completion share. A default of None is replaced by the server's, which its
+    flags set (service.with_defaults).
+    """
     model: ModelName = ""  # the first that is served
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -131,7 +137,7 @@ class CompletionFields(BaseModel):
 
 class ChatRequest(CompletionFields):
     messages: Messages
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)  # OpenAI's newer name for max_tokens
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)  # the newer name of max_tokens
     logprobs: bool = False  # of the tokens that the model chose, not of those that a tool forced
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -141,19 +147,22 @@ class ChatRequest(CompletionFields):
         return self
 
     def num_top(self):
-        """How many alternatives to report per token; None = no log-probabilities at all (Row.num_top)."""
+        """Alternatives to report per token; None = no log-probabilities at all (Row.num_top)."""
         return self.top_logprobs if self.logprobs else None
 
 
 class CompletionRequest(CompletionFields):
     prompt: Text | TokenIds | Texts | TokenLists
-    max_tokens: int = Field(16, ge=0, le=2**31)  # OpenAI's default; 0 with echo: the prompt's log-probabilities alone
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []  # evaluations send many
+    # 16 is OpenAI's default; 0 with echo gives the log-probabilities of the prompt alone
+    max_tokens: int = Field(16, ge=0, le=2**31)
+    # more than 4, since evaluations send many
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # what is top_logprobs in a chat
-    echo: bool = False  # begin the text with the prompt, and the log-probabilities with those of the prompt
+    echo: bool = False  # begin with the prompt, and with its log-probabilities
 
     def num_top(self):
-        """As in ChatRequest. At least 1: evaluations ask whether the chosen token was the likeliest."""
+        """As in ChatRequest."""
+        # at least 1: evaluations ask whether the chosen token was the likeliest
         return None if self.logprobs is None else max(1, self.logprobs)
 
     def prompts(self):
@@ -174,7 +183,8 @@ class TokenizeRequest(BaseModel):
         # each message is shorter than MAX_CHARS already, but there may be many
         num_chars = sum(len(message.text()) for message in self.messages or [])
         if num_chars > MAX_TOKENIZE_CHARS:
-            raise ValueError(f"the messages together are longer than {MAX_TOKENIZE_CHARS} characters")
+            limit = MAX_TOKENIZE_CHARS
+            raise ValueError(f"the messages together are longer than {limit} characters")
         return self
 
 
@@ -199,8 +209,9 @@ def error_body(message, status, param=None, code=None):
 
 def explain(errors):
     """
-    (field, message) of a wrong field, from pydantic's errors: ('messages.0.role', 'Input should be ...'). Where a
-    field may have several types each type reports an error; the one that goes deepest is of the type that was meant.
+    (field, message) of a wrong field, from pydantic's errors: ('messages.0.role', 'Input should
+    be ...'). Where a field may have several types each type reports an error; the one that goes
+    deepest is of the type that was meant.
     """
     messages = {}  # place of an error -> its messages
     for error in errors:
@@ -224,7 +235,7 @@ def sse(data):
 
 
 def token_text(tokenizer, token):
-    """A token as text. One that is not valid UTF-8 alone is written as OpenAI does: 'bytes:\\xe2\\x82'."""
+    """A token as text, or 'bytes:\\xe2\\x82' where it is not valid UTF-8 alone."""
     raw = tokenizer.decode_bytes([token])
     try:
         return raw.decode("utf-8")
@@ -234,8 +245,9 @@ def token_text(tokenizer, token):
 
 class Response:
     """
-    What the events of some requests (scheduler.py) become. `opening`, `chunk` and `closing` make the stream, `whole`
-    the JSON document. A subclass says what a choice looks like, in a chunk (`delta`) and in the document (`choice`).
+    What the events of some requests (scheduler.py) become. `opening`, `chunk` and `closing` make
+    the stream, `whole` the JSON document. A subclass says what a choice looks like, in a chunk
+    (`delta`) and in the document (`choice`).
     """
 
     def __init__(self, model, requests, prompt_tokens, about):
@@ -252,7 +264,11 @@ class Response:
             request.queue = self.queue
 
         # fields of the document and of each chunk
-        self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def completion_tokens(self):
         """Tokens generated so far, those that a tool forced included."""
@@ -305,7 +321,12 @@ class ChatResponse(Response):
         delta = {"role": "assistant", "content": ""}
         choices = []
         for request in self.requests:
-            choices.append({"index": request.index, "delta": delta, "logprobs": None, "finish_reason": None})
+            choices.append({
+                "index": request.index,
+                "delta": delta,
+                "logprobs": None,
+                "finish_reason": None,
+            })
         return self.data(choices, nanochat=self.about)
 
     def delta(self, event):
@@ -373,11 +394,11 @@ class TextResponse(Response):
         }
 
     def logprobs(self, events):
-        """Four lists with an entry per token. The first token of a prompt has no log-probability."""
+        """Four lists with an entry per token."""
         columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for event in events:
             for token, entry, start in event.logprobs:
-                # entry: (log-probability, [(id, log-probability)]) or None
+                # entry: (log-probability, [(id, log-probability)]); None for a prompt's first token
                 logprob, top = entry or (None, None)
                 columns["tokens"].append(token_text(self.tokenizer, token))
                 columns["token_logprobs"].append(logprob)

@@ -1,12 +1,14 @@
 """
 Continuous batching: requests for a model are decoded together, by one thread per device.
 
-A `Request` waits in the queue of its model. Its prompt is read in chunks between the decoding steps of the others
-(chunked prefill), then its row joins the batch, and it leaves when it ends, fails or is cancelled. A `Scheduler` does
-this for one model. A `Batcher` is the thread of one device: it steps the schedulers of all models there, so that an
-event loop never waits for a model. Nothing here knows of HTTP: service.py does.
+A `Request` waits in the queue of its model. Its prompt is read in chunks between the decoding
+steps of the others (chunked prefill), then its row joins the batch, and it leaves when it ends,
+fails or is cancelled. A `Scheduler` does this for one model. A `Batcher` is the thread of one
+device: it steps the schedulers of all models there, so that an event loop never waits for a model.
+Nothing here knows of HTTP: service.py does.
 
-The method is that of Orca (Yu et al., OSDI 2022); reading prompts in chunks is from Sarathi (arXiv 2308.16369).
+Batching by the step is from Orca (Yu et al., OSDI 2022), reading prompts in chunks from Sarathi
+(arXiv 2308.16369).
 """
 
 import codecs
@@ -23,7 +25,7 @@ from nanochat.engine import Decoder, Row, TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
 
-# special token -> kind of the text after it; a tool call is a python block and a python_output block
+# special token -> kind of the text after it. A tool call has a python and a python_output block.
 BLOCKS = {
     "python_start": "python",
     "python_end": "text",
@@ -41,9 +43,10 @@ class Event:
     """Something that happened to a request: more text, its end, or an error."""
     request: "Request"
     text: str = ""
-    kind: str = "text"                            # 'text', 'python', 'python_output' or 'prompt' (its echo)
-    logprobs: list = field(default_factory=list)  # [(token id, entry of top_logprobs, start in the whole text)]
-    finish_reason: str | None = None              # 'stop' or 'length'
+    kind: str = "text"                # 'text', 'python', 'python_output'; 'prompt' is its echo
+    # [(token id, entry of top_logprobs, start of the token in the whole text)]
+    logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None  # 'stop' or 'length'
     error: str | None = None
 
 
@@ -54,8 +57,8 @@ class Event:
 @dataclass(eq=False)
 class Request:
     """
-    One prompt and its completion. The decoder appends tokens to `row`; `new_events` turns each of them into events.
-    Text is held back while it may be the beginning of a stop string.
+    One prompt and its completion. The decoder appends tokens to `row`; `new_events` turns each of
+    them into events. Text is held back while it may be the beginning of a stop string.
     """
     row: Row                     # prompt, sampling parameters, limits, and the tokens so far
     tokenizer: Any
@@ -71,7 +74,7 @@ class Request:
         self.held = ""             # text not sent yet
         self.num_sent = 0          # characters sent so far
         self.held_logprobs = []    # as Event.logprobs
-        self.prefill = None        # the generator that reads the prompt, unless it is read together with others
+        self.prefill = None        # the generator that reads the prompt, if it is read alone
         self.prompt_logprobs = []  # entries of top_logprobs for all prompt tokens but the first
 
         # without tools there are no blocks: all is text
@@ -100,7 +103,7 @@ class Request:
         return event
 
     def new_events(self):
-        """The events of the row's newest token. Sets row.finish_reason if it completes a stop string."""
+        """The events of the row's newest token. May set row.finish_reason: at a stop string."""
         row = self.row
         token = row.tokens[-1]
         events = []
@@ -131,7 +134,7 @@ class Request:
         return events
 
     def _release(self, num_chars):
-        """[the event with the first num_chars of the held text and the tokens that begin there], or []."""
+        """[the event with num_chars of the held text and the tokens that begin there], or []."""
         # held_logprobs is in order of the starts
         end = self.num_sent + num_chars
         logprobs = [entry for entry in self.held_logprobs if entry[2] < end]
@@ -155,10 +158,12 @@ class Request:
 
 class Scheduler:
     """
-    The queue and the batch of one model. A step is `admit` (prompts are read, rows join the batch), `pick` (every row
-    gets a token), and `forward` (the logits of the next tokens). Events collect in `events`. Needs no thread.
+    The queue and the batch of one model. A step is `admit` (prompts are read, rows join the batch),
+    `pick` (every row gets a token), and `forward` (the logits of the next tokens). Events collect in
+    `events`. Needs no thread.
 
-    `admit` reads about `chunk` tokens, always fewer than twice as many, so that long prompts do not stall the batch.
+    `admit` reads about `chunk` tokens, always fewer than twice as many, so that long prompts do not
+    stall the batch.
     """
 
     def __init__(self, engine, num_rows, chunk):
@@ -166,7 +171,8 @@ class Scheduler:
         self.num_rows = num_rows
         self.chunk = chunk
 
-        # on a GPU all memory at once: when a cache grows, its steps must be recorded again, while everybody waits
+        # on a GPU all memory at once: when a cache grows, its steps must be recorded again, and
+        # everybody waits
         model = engine.model
         length = model.config.sequence_len if model.device.type == "cuda" else 256
         self.decoder = Decoder(model, num_rows, length=length)
@@ -176,7 +182,7 @@ class Scheduler:
         self.events = []        # since the last take_events
 
     def warm_up(self):
-        """Compile and record what takes a GPU seconds at first, before anybody waits. Returns the scheduler."""
+        """Compile and record what takes a GPU seconds at first. Returns the scheduler."""
         if compiles(self.engine.model.device):
             self.engine.model.compile_decoding()
             self.decoder.warm_up()
@@ -216,15 +222,16 @@ class Scheduler:
 
             if row.finish_reason or request.cancelled:
                 del self.running[row]
-                if row in self.decoder.rows:  # the decoder sees neither stop strings nor cancellations
+                # the decoder sees neither stop strings nor cancellations
+                if row in self.decoder.rows:
                     self.decoder.release(row)
 
     def forward(self):
-        """Compute the logits of the next tokens: the long part of a step, after its events are on their way."""
+        """Compute the logits of the next tokens: the long part of a step."""
         self.decoder.forward()
 
     def fail_batch(self, error):
-        """A step failed. Any row may be the reason, so all rows end; the waiting requests are served afterwards."""
+        """A step failed. Any row may be the reason, so all rows end; waiting requests do not."""
         self._fail(self.running.values(), error)
         self.running.clear()
         self.decoder.reset()  # allocates nothing, since memory may be what ran out
@@ -240,21 +247,21 @@ class Scheduler:
     # -- parts of a step
 
     def _find_short_prompts(self, budget):
-        """The first waiting requests whose prompts, padded to one length, fit in the budget together."""
+        """The first waiting requests whose prompts, padded to one length, fit in the budget."""
         short = []
         longest = 0
         most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)
         for request in islice(self.waiting, most):
             longest = max(longest, len(request.row.prompt))
             fits = (len(short) + 1) * longest <= budget
-            # prompts that are read alone: one that has begun or failed with others, one that wants log-probabilities
+            # read alone: one that has begun or failed with others, one that wants log-probabilities
             if request.prefill or request.scores_prompt or not fits:
                 break
             short.append(request)
         return short
 
     def _prefill_together(self, requests):
-        """Read the prompts of the first waiting requests in one forward pass. Returns the number of tokens read."""
+        """Read the first waiting prompts in one forward pass. Returns the number of tokens read."""
         prompts = [request.row.prompt for request in requests]
         try:
             logits = self.decoder.prefill_short(prompts)
@@ -269,7 +276,10 @@ class Scheduler:
         return sum(map(len, prompts))
 
     def _prefill_chunk(self):
-        """Read a chunk of the first waiting prompt; after the last one its row joins the batch. Returns tokens read."""
+        """
+        Read a chunk of the first waiting prompt; after the last one its row joins the batch. Returns
+        the number of tokens read.
+        """
         request = self.waiting[0]
         num_read = 0
         try:
@@ -287,10 +297,11 @@ class Scheduler:
         """A generator that reads the prompt of a request: see Decoder.prefill."""
         request.prompt_logprobs = []
         scores = request.prompt_logprobs if request.scores_prompt else None
-        return self.decoder.prefill(request.row.prompt, self.chunk, scores, request.row.num_top or 1)
+        row = request.row
+        return self.decoder.prefill(row.prompt, self.chunk, scores, row.num_top or 1)
 
     def _join_batch(self, request, logits, short=None):
-        """The prompt is read (short: its number in prefill_short). Send its echo and start decoding."""
+        """Start decoding after a prompt (short: its number in prefill_short). Sends the echo."""
         row = request.row
         try:
             if request.echo is not None:
@@ -318,8 +329,8 @@ class Scheduler:
 
 class Batcher(threading.Thread):
     """
-    The thread that decodes for all models of one device. `load()` is called in it and returns {name: Scheduler};
-    `deliver(events)` is called in it with lists of events. `submit` and `stop` work from any thread.
+    The thread that decodes for all models of one device. It calls `load()`, which returns {name:
+    Scheduler}, and `deliver(events)` with lists of events. `submit` and `stop` work from any thread.
     """
 
     def __init__(self, load, deliver, max_waiting):
@@ -340,7 +351,12 @@ class Batcher(threading.Thread):
 
     @property
     def num_waiting(self):
-        return len(self.inbox) + sum(len(scheduler.waiting) for scheduler in self.schedulers.values())
+        in_queues = sum(len(scheduler.waiting) for scheduler in self.schedulers.values())
+        return len(self.inbox) + in_queues
+
+    @property
+    def num_rows(self):
+        return sum(scheduler.num_rows for scheduler in self.schedulers.values())
 
     def submit(self, name, requests):
         """Queue requests for a model, all or none. Raises QueueFull."""
@@ -351,7 +367,7 @@ class Batcher(threading.Thread):
             self._changed.notify()
 
     def stop(self, grace_s):
-        """Go on with what was submitted for at most grace_s seconds, then end. Does not wait; `join` does."""
+        """Go on with what was submitted for at most grace_s seconds, then end. Does not wait."""
         with self._changed:
             self.deadline = time.monotonic() + grace_s
             self._changed.notify()
@@ -377,7 +393,7 @@ class Batcher(threading.Thread):
         return any(scheduler.busy for scheduler in self.schedulers.values())
 
     def _wait_for_work(self):
-        """Sleep until there is work, and hand it to the schedulers. Returns False when it is time to end."""
+        """Sleep until there is work, and hand it to the schedulers. False: it is time to end."""
         with self._changed:
             # `submit` and `stop` wake this thread up
             while not self.inbox and not self._busy and self.deadline is None:

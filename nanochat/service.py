@@ -1,9 +1,9 @@
 """
-Models by name, and the path of a request through them: from its fields to a batcher's queue, and from the events of
-the batcher to a stream or a JSON document.
+Models by name, and the path of a request through them: from its fields to a batcher's queue, and
+from the events of the batcher to a stream or a JSON document.
 
-A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for a model: tokenizing
-happens in worker threads, generation in the batchers.
+A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for a
+model: tokenizing happens in worker threads, generation in the batchers.
 """
 
 import asyncio
@@ -31,16 +31,19 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 
 class Service:
     """
-    Models by name, on one or more devices. `load(i)` returns {name: Scheduler} for device i and is called in the
-    thread of that device. temperature, top_k and max_tokens are for requests that leave them out.
+    Models by name, on one or more devices. `load(i)` returns {name: Scheduler} for device i and is
+    called in the thread of that device. temperature, top_k and max_tokens are for requests that
+    leave them out.
     """
 
-    def __init__(self, load, names, num_devices=1, max_waiting=256, temperature=0.8, top_k=50, max_tokens=512,
-                 ping_s=PING_S):
+    def __init__(self, load, names, num_devices=1, max_waiting=256,
+                 temperature=0.8, top_k=50, max_tokens=512, ping_s=PING_S):
         self.names = names  # the first is the default
         self.defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
         self.ping_s = ping_s
-        self.batchers = [Batcher(partial(load, i), self._deliver, max_waiting) for i in range(num_devices)]
+        self.batchers = []              # one for each device
+        for i in range(num_devices):
+            self.batchers.append(Batcher(partial(load, i), self._deliver, max_waiting))
         self.open_responses = set()     # submitted and not released
         self.started_at = time.time()
         self.loaded = False             # True: all models are, or have failed
@@ -73,7 +76,7 @@ class Service:
         return sum(batcher.num_waiting for batcher in self.batchers)
 
     def num_rows(self):
-        return sum(scheduler.num_rows for batcher in self.batchers for scheduler in batcher.schedulers.values())
+        return sum(batcher.num_rows for batcher in self.batchers)
 
     # -- start and stop
 
@@ -82,7 +85,10 @@ class Service:
         self.loop = asyncio.get_running_loop()
         for batcher in self.batchers:
             batcher.start()
-        self._tasks = [self.loop.create_task(self._watch_loading()), self.loop.create_task(self._ping())]
+        self._tasks = [
+            asyncio.create_task(self._watch_loading()),
+            asyncio.create_task(self._ping()),
+        ]
 
     async def _watch_loading(self):
         for batcher in self.batchers:
@@ -99,7 +105,7 @@ class Service:
             print(f"ready: {', '.join(self.names)}", flush=True)
 
     async def _ping(self):
-        """None in the queue of a response: time for a comment, so that no proxy takes the stream for dead."""
+        # None: time for a comment, so that no proxy takes the stream for dead
         while True:
             await asyncio.sleep(self.ping_s)
             for response in self.open_responses:
@@ -133,7 +139,7 @@ class Service:
     # -- requests
 
     def find_name(self, wanted):
-        """The name of a served model, asked for by its name, by its stage ('sft'), or not at all (the first)."""
+        """The name of a model, asked for by name, by stage ('sft'), or not at all (the first)."""
         for name in self.names:
             if not wanted or wanted in (name, name.split("-")[0]):
                 return name
@@ -148,14 +154,15 @@ class Service:
         return name, self.batchers[0].schedulers[name]
 
     def submit(self, response):
-        """Queue the requests of a response, all or none, at the least busy device. Raises HTTPException."""
+        """Queue the requests of a response, all or none, at one device. Raises HTTPException."""
         # every device has all models; the fewest requests are the shortest wait
         batcher = min(self.batchers, key=lambda batcher: batcher.num_running + batcher.num_waiting)
         try:
             batcher.submit(response.model, response.requests)
         except QueueFull as error:
             self.check_ready()  # the server may have been told to stop meanwhile
-            raise HTTPException(429, "Too many requests are waiting", {"Retry-After": "2"}) from error
+            message = "Too many requests are waiting"
+            raise HTTPException(429, message, {"Retry-After": "2"}) from error
         self.open_responses.add(response)
         self.prompt_tokens.inc(response.prompt_tokens)
 
@@ -175,8 +182,8 @@ class Service:
 
     async def events(self, response):
         """
-        Yield lists of a response's events until all of its requests have finished; after an error the caller ends it.
-        An empty list is a sign of life.
+        Yield lists of a response's events until all of its requests have finished; after an error
+        the caller stops. An empty list is a sign of life.
         """
         num_open = len(response.requests)
         latency = self.first_token_s
@@ -204,8 +211,8 @@ def _put_all(events):
 
 
 # -----------------------------------------------------------------------------
-# From a request's fields to a response that can be submitted. The build functions run in worker threads, since to
-# tokenize a long text takes seconds.
+# From a request's fields to a response that can be submitted. The build functions run in worker
+# threads, since to tokenize a long text takes seconds.
 
 
 def with_defaults(body, defaults):
@@ -216,7 +223,7 @@ def with_defaults(body, defaults):
 
 
 def make_requests(body, scheduler, prompts, tools):
-    """`n` requests for each of the prompts: (ids, text to echo or None). ValueError where one does not fit."""
+    """`n` requests for each prompt: (ids, text to echo or None). ValueError if one does not fit."""
     engine = scheduler.engine
     requests = []
     for prompt, echo in prompts:
@@ -234,7 +241,7 @@ def make_requests(body, scheduler, prompts, tools):
 
 
 def build_chat(body, model, scheduler):
-    """The response to a ChatRequest. The oldest messages are left out where the conversation is too long."""
+    """The response to a ChatRequest. Of a conversation that is too long the oldest turns go."""
     # at least half of the context is for the conversation, however long the answer may become
     max_length = scheduler.decoder.max_length
     max_prompt = max_length - min(body.max_tokens, max_length // 2)
@@ -249,7 +256,8 @@ def build_chat(body, model, scheduler):
 
 
 def build_completion(body, model, scheduler):
-    """The response to a CompletionRequest. A text prompt begins with <|bos|>, token ids are taken as they are."""
+    """The response to a CompletionRequest."""
+    # a text prompt begins with <|bos|>, token ids are taken as they are
     tokenizer = scheduler.engine.tokenizer
     prompts = []
     for prompt in body.prompts():
@@ -288,7 +296,7 @@ async def respond(service, http_request, body, build):
 
 
 class EventStream(StreamingResponse):
-    """A response as server-sent events. Its rows are freed however it ends, even if it ends before it begins."""
+    """Server-sent events. The rows are freed however it ends, even if it ends before it begins."""
 
     def __init__(self, service, response, include_usage):
         # X-Accel-Buffering: nginx would collect the text
@@ -333,7 +341,7 @@ async def complete(service, http_request, response):
         async for events in service.events(response):
             for event in events:
                 if event.error:
-                    # 499 is nginx's status for a client that has left: nobody reads it, but it is counted
+                    # 499: nginx's status for a client that has left. It is not read, but counted.
                     status = 499 if event.error == CLIENT_LEFT else 500
                     raise HTTPException(status, event.error)
             collected += events

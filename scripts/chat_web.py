@@ -1,13 +1,15 @@
 """
 Serve models to many people at once: a chat page, and an API that any OpenAI client can talk to.
 
-    python -m scripts.chat_web                                      (the newest SFT model, http://127.0.0.1:8000)
-    python -m scripts.chat_web --models base:d20,sft:d20,rl:d20     (several, chosen by name: base-d20, sft-d20, ...)
+    python -m scripts.chat_web                          (the newest SFT model, http://127.0.0.1:8000)
+    python -m scripts.chat_web --models base:d20,sft:d20         (several, chosen by name: sft-d20)
     NANOCHAT_API_KEY=... python -m scripts.chat_web --host 0.0.0.0 --num_gpus 8
 
-All requests for a model are decoded together, by one thread per device. Closing the connection frees the row within a
-step. Chat text is never logged. Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize · operations:
-/health /ready /metrics.
+All requests for a model are decoded together, by one thread per device. Closing the connection
+frees the row within a step. Chat text is never logged.
+
+Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize · operations: /health
+/ready /metrics.
 """
 
 import errno
@@ -45,15 +47,16 @@ from nanochat.service import GRACE_S, Service, build_chat, build_completion, res
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 MAX_BODY_BYTES = 4 * 2**20  # of a request
 OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")  # need no key
-CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src 'self' data:; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+# nothing but the page's own script and style, and calls of this server
+CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+       "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 # -----------------------------------------------------------------------------
 # Middleware, and errors in OpenAI's shape
 
 
 class Gate:
-    """The middleware around the routes: checks the key and the size of the body, and counts the response."""
+    """The middleware around the routes: checks key and size of the body, counts the response."""
 
     def __init__(self, app, service, api_key):
         self.app = app
@@ -120,7 +123,8 @@ async def on_invalid_request(request, error):
     # pydantic's errors of a body that is no JSON, that does not say it is, or that has wrong fields
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return error_response(400, f"The body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+        reason = f"{first['ctx']['error']} at character {first['loc'][1]}"
+        return error_response(400, f"The body is not JSON: {reason}")
     if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
         return error_response(415, "The request has no header 'Content-Type: application/json'")
     field, message = explain(error.errors())
@@ -151,16 +155,17 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
     }
     # FastAPI's own 422 is never sent; no /docs, since it would load scripts from elsewhere
     refused = {"4XX": {"description": "refused; the body is OpenAI's `error`"}}
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refused,
-                  exception_handlers=handlers)
+    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  responses=refused, exception_handlers=handlers)
 
     # the middleware that is added last is the outermost
     app.add_middleware(Gate, service=service, api_key=api_key)
     if not api_key:
-        # without a key only local names are served: a web page may give itself our address by DNS (rebinding)
+        # only local names: a web page may give itself our address by DNS (rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if cors_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"],
+                           allow_headers=["*"])
 
     add_api_routes(app, service)
     add_operations_routes(app, service)
@@ -192,10 +197,11 @@ def add_api_routes(app, service):
             if body.messages is None:
                 ids = tokenizer.encode(body.prompt)
             else:
-                ids = tokenizer.render_for_completion({"messages": [message.as_turn() for message in body.messages]})
+                turns = [message.as_turn() for message in body.messages]
+                ids = tokenizer.render_for_completion({"messages": turns})
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        # the JSON of a long text takes seconds: it is made here, in a worker thread, where nobody waits for it
+        # the JSON of a long text takes seconds: made here, in a worker thread, nobody waits for it
         return JSONResponse({
             "count": len(ids),
             "max_model_len": scheduler.decoder.max_length,
@@ -205,13 +211,13 @@ def add_api_routes(app, service):
 
 
 def model_card(service, name):
-    scheduler = service.batchers[0].schedulers.get(name)
+    scheduler = service.batchers[0].schedulers.get(name)  # None: not loaded yet
     return {
         "id": name,
         "object": "model",
         "created": int(service.started_at),
         "owned_by": "nanochat",
-        "max_model_len": scheduler.decoder.max_length if scheduler else None,  # None: not loaded yet
+        "max_model_len": scheduler.decoder.max_length if scheduler else None,
     }
 
 
@@ -237,7 +243,8 @@ def add_operations_routes(app, service):
 
 
 def page():
-    """The chat page. Its nonce, a new one each time, is what lets its own scripts and styles run, and no others."""
+    """The chat page."""
+    # a new nonce each time lets the page's own scripts and styles run, and no others
     nonce = secrets.token_urlsafe(16)
     html = (Path(__file__).parents[1] / "nanochat" / "ui.html").read_text(encoding="utf-8")
     headers = {
@@ -252,17 +259,9 @@ def page():
 # -----------------------------------------------------------------------------
 # Flags
 
-# flag -> smallest and largest value
-RANGES = {
-    "step": (0, math.inf),
-    "temperature": (0, 10),      # as in api.py
-    "top_k": (0, math.inf),      # 0 = off
-    "max_tokens": (1, math.inf),
-    "port": (0, 65535),          # 0 = any free one
-    "num_gpus": (1, math.inf),
-    "rows": (1, math.inf),
-    "max_waiting": (1, math.inf),
-}
+AT_LEAST = {"step": 0, "temperature": 0, "top_k": 0, "max_tokens": 1,
+            "port": 0, "num_gpus": 1, "rows": 1, "max_waiting": 1}
+AT_MOST = {"temperature": 10, "port": 65535}  # temperature: as in api.py
 
 
 def parse_args(argv=None):
@@ -271,28 +270,39 @@ def parse_args(argv=None):
     add("-i", "--source", default="sft", choices=STAGE_DIRS, help="stage of the model (default: sft)")
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
-    add("--models", help="several models, stage:tag or stage:tag:step, with commas between; the first is the default")
-    add("-t", "--temperature", type=float, default=0.8, help="for requests without one (default: 0.8)")
-    add("-k", "--top_k", "--top-k", type=int, default=50, help="for requests without one; 0 = off (default: 50)")
-    add("-m", "--max_tokens", "--max-tokens", type=int, default=512, help="for chats without one (default: 512)")
+    add("--models", help="several models, stage:tag or stage:tag:step, with commas between; "
+        "the first is the default")
+    add("-t", "--temperature", type=float, default=0.8,
+        help="for requests without one (default: 0.8)")
+    add("-k", "--top_k", "--top-k", type=int, default=50,
+        help="for requests without one; 0 = off (default: 50)")
+    add("-m", "--max_tokens", "--max-tokens", type=int, default=512,
+        help="for chats without one (default: 512)")
     add("-p", "--port", type=int, default=8000, help="0 = any free one (default: 8000)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="required of every request "
-        "(default: $NANOCHAT_API_KEY, which other users of this machine cannot read)")
-    add("--cors_origin", "--cors-origin", action="append", help="web origin that may call the API; may be repeated")
-    add("-n", "--num_gpus", "--num-gpus", type=int, default=1, help="GPUs, each with a copy of the models (default: 1)")
-    add("--rows", type=int, help="requests decoded at once on a device (default: by memory, at most 64 on a CPU, "
-        "256 on a GPU)")
-    add("--max_waiting", "--max-waiting", type=int, default=256, help="requests waiting per device (default: 256)")
+    add("--host", default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
+        help="required of every request (default: $NANOCHAT_API_KEY, which other users of this "
+        "machine cannot read)")
+    add("--cors_origin", "--cors-origin", action="append",
+        help="web origin that may call the API; may be repeated")
+    add("-n", "--num_gpus", "--num-gpus", type=int, default=1,
+        help="GPUs, each with a copy of the models (default: 1)")
+    add("--rows", type=int, help="requests decoded at once on a device (default: by memory, at "
+        "most 64 on a CPU, 256 on a GPU)")
+    add("--max_waiting", "--max-waiting", type=int, default=256,
+        help="requests that may wait per device (default: 256)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     args = parser.parse_args(argv)
 
-    # nan is in no range
-    for name, (low, high) in RANGES.items():
+    for name, low in AT_LEAST.items():
         value = getattr(args, name)
+        high = AT_MOST.get(name, math.inf)
+        # also refuses nan
         if value is not None and not low <= value <= high:
-            need = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={parser.get_default(name) or low}")
+            need = f"{low} to {high}" if name in AT_MOST else f"{low} or more"
+            example = parser.get_default(name) or low
+            raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={example}")
     return args
 
 
@@ -307,7 +317,8 @@ def find_models(args):
     for spec in specs:
         match = re.fullmatch(r"([^:]*):?([^:]*):?(\d*)", spec.strip())
         if match is None:
-            raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step", "for example --models=sft:d20")
+            raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step",
+                            "for example --models=sft:d20")
         stage, tag, step = match.groups()
 
         # the newest tag and step where none is named
@@ -325,7 +336,7 @@ def find_models(args):
 
 
 def load_schedulers(models, device_type, rows, i):
-    """{name: Scheduler} on device i for {name: (stage, tag, step)}, each with its share of the memory."""
+    """{name: Scheduler} on device i, for the models of `find_models`."""
     if device_type == "cuda":
         device = torch.device("cuda", i)
         torch.cuda.set_device(device)
@@ -376,8 +387,9 @@ def is_loopback(host):
 
 
 def listen(host, port):
-    """A socket on this address, before anything is loaded. A name with several addresses (localhost) means its IPv4."""
+    """A socket on this address, before anything is loaded. UserError if there can be none."""
     try:
+        # of a name with several addresses (localhost) the IPv4 one
         family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         return socket.create_server(address, family=family)
     except (OSError, UnicodeError) as error:  # UnicodeError: no machine can have such a name
@@ -395,23 +407,25 @@ def main():
     # refuse what cannot work before anything is loaded
     args = parse_args()
     if not is_loopback(args.host) and not args.api_key:
+        command = f"python -m scripts.chat_web --host={args.host}"
         raise UserError(f"--host={args.host} lets other machines in, which needs a key",
-                        f"NANOCHAT_API_KEY=$(openssl rand -hex 16) python -m scripts.chat_web --host={args.host}")
+                        f"NANOCHAT_API_KEY=$(openssl rand -hex 16) {command}")
     models = find_models(args)
     sock = listen(args.host, args.port)
 
     _, _, _, device = compute_init(args.device_type)
-    num_devices = max(1, torch.cuda.device_count())
-    if args.num_gpus > num_devices:
-        raise UserError(f"--num_gpus={args.num_gpus}, but there are {torch.cuda.device_count()}", "ask for fewer")
+    num_gpus = torch.cuda.device_count()
+    if args.num_gpus > max(1, num_gpus):
+        raise UserError(f"--num_gpus={args.num_gpus}, but there are {num_gpus}", "ask for fewer")
 
     # models load in the threads that will serve them
     load = partial(load_schedulers, models, device.type, args.rows)
-    service = Service(load, list(models), args.num_gpus, args.max_waiting, args.temperature, args.top_k,
-                      args.max_tokens)
+    service = Service(load, list(models), args.num_gpus, args.max_waiting,
+                      args.temperature, args.top_k, args.max_tokens)
     app = create_app(service, args.api_key, args.cors_origin, (*LOCAL_HOSTS, args.host))
     app.state.service = service
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S + 2)
+    config = uvicorn.Config(app, log_level="warning", access_log=False,
+                            timeout_graceful_shutdown=GRACE_S + 2)
     server = Server(config)
 
     # a model that cannot be loaded ends the server; its error is raised below
@@ -419,7 +433,8 @@ def main():
 
     host = f"[{args.host}]" if ":" in args.host else args.host  # an IPv6 address
     address = f"http://{host}:{sock.getsockname()[1]}"
-    print(f"{address} | device: {args.num_gpus} x {device.type} | loading: {', '.join(models)}", flush=True)
+    names = ", ".join(models)
+    print(f"{address} | device: {args.num_gpus} x {device.type} | loading: {names}", flush=True)
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error
