@@ -1,277 +1,352 @@
 """
-The web side of serving: models by name, from a request to choices, and from their events to a response.
+Models by name, and the path of a request through them: from its fields to a batcher's queue, and
+from the events of the batcher to a stream or a JSON document.
 
-A `Service` belongs to one event loop and feeds the decode threads, one a device. Nothing here waits for a model: what
-takes time happens in a decode thread (generation) or in a worker thread (tokenizing).
+A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for a
+model: tokenizing happens in worker threads, generation in the batchers.
 """
 
 import asyncio
 import gc
-import json
-import secrets
 import time
-from contextlib import aclosing
 from functools import partial
 
-import prometheus_client
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.engine import fit_conversation
-from nanochat.protocol import ChatReply, TextReply, error_body
+from nanochat.api import ChatResponse, TextResponse, error_body, sse
+from nanochat.engine import Row, fit_conversation
 from nanochat.sampling import Sampling
-from nanochat.serving import Call, Choice, DecodeThread, Event, QueueFull
+from nanochat.scheduler import Batcher, Event, QueueFull, Request
 from nanochat.streaming import ToolState
 
-PING_S = 15   # a comment on streams every so often, so that no proxy takes them for dead
-GONE = "The client has gone"
-GRACE_S = 20  # open streams may finish for so long when the server is told to stop
+PING_S = 15   # seconds between comments on all streams
+GRACE_S = 20  # seconds that open streams may go on once the server is told to stop
+CLIENT_LEFT = "The client has left"
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 # -----------------------------------------------------------------------------
-# The models, and the way to them
+# The models and their threads
 
 
 class Service:
     """
-    Models by name, one decode thread per device. `load(i)` makes the {name: Lane} of device i, in its thread. Lives
-    on one event loop, from `start` to `stop`.
+    Models by name, on one or more devices. `load(i)` returns {name: Scheduler} for device i and is
+    called in the thread of that device. temperature, top_k and max_tokens are for requests that
+    leave them out.
     """
 
-    def __init__(self, load, names, num_devices=1, max_waiting=256, temperature=0.8, top_k=50, max_tokens=512):
-        self.names = names
+    def __init__(self, load, names, num_devices=1, max_waiting=256,
+                 temperature=0.8, top_k=50, max_tokens=512, ping_s=PING_S):
+        self.names = names  # the first is the default
         self.defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
-        self.threads = [DecodeThread(partial(load, i), self._deliver, max_waiting) for i in range(num_devices)]
-        self.started_at, self.stopping, self.on_failure = time.time(), False, lambda: None
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        counter, gauge, histogram = (partial(kind, registry=registry) for kind in (
-            prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram))
-        self.requests = counter("nanochat_requests_total", "Responses", ["path", "code"])
+        self.ping_s = ping_s
+        self.batchers = []              # one for each device
+        for i in range(num_devices):
+            self.batchers.append(Batcher(partial(load, i), self._deliver, max_waiting))
+        self.open_responses = set()     # submitted and not released
+        self.started_at = time.time()
+        self.loaded = False             # True: all models are, or have failed
+        self.stopping = False
+        self.error = None               # why a model could not be loaded
+        self.on_failure = lambda: None  # called when a model cannot be loaded
+        self._add_metrics()
+
+    def _add_metrics(self):
+        # a registry of its own, since a process may have several services
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        latency = partial(Histogram, registry=self.registry, buckets=LATENCY_BUCKETS_S)
+
+        self.responses = counter("nanochat_requests_total", "Responses", ["path", "code"])
         self.prompt_tokens = counter("nanochat_prompt_tokens_total", "Tokens of prompts")
         self.generated_tokens = counter("nanochat_generation_tokens_total", "Tokens generated")
-        seconds = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
-        self.first_token_s = histogram("nanochat_time_to_first_token_seconds", "From request to text", buckets=seconds)
-        self.gap_s = histogram("nanochat_inter_token_seconds", "Between pieces of text", buckets=seconds)
-        gauge("nanochat_running", "Rows being generated").set_function(lambda: self.count("num_running"))
-        gauge("nanochat_waiting", "Choices that wait for a row").set_function(lambda: self.count("num_waiting"))
-        gauge("nanochat_rows", "Rows of the KV caches").set_function(
-            lambda: sum(lane.num_rows for thread in self.threads for lane in thread.lanes.values()))
+        self.first_token_s = latency("nanochat_time_to_first_token_seconds", "From request to text")
+        self.gap_s = latency("nanochat_inter_token_seconds", "Between pieces of text")
+        # gauges are read when somebody asks for /metrics
+        gauge("nanochat_running", "Rows being generated").set_function(self.num_running)
+        gauge("nanochat_waiting", "Requests that wait for a row").set_function(self.num_waiting)
+        gauge("nanochat_rows", "Rows of the KV caches").set_function(self.num_rows)
 
-    def count(self, what):
-        return sum(getattr(thread, what) for thread in self.threads)
+    def num_running(self):
+        return sum(batcher.num_running for batcher in self.batchers)
 
-    # -- life
+    def num_waiting(self):
+        return sum(batcher.num_waiting for batcher in self.batchers)
+
+    def num_rows(self):
+        return sum(batcher.num_rows for batcher in self.batchers)
+
+    # -- start and stop
 
     def start(self):
+        # models load in the batchers' threads; meanwhile requests are refused by `trouble`
         self.loop = asyncio.get_running_loop()
-        for thread in self.threads:
-            thread.start()
-        self._watcher = self.loop.create_task(self._watch_loading())
+        for batcher in self.batchers:
+            batcher.start()
+        self._tasks = [
+            asyncio.create_task(self._watch_loading()),
+            asyncio.create_task(self._ping()),
+        ]
 
     async def _watch_loading(self):
-        for thread in self.threads:
-            await asyncio.to_thread(thread.loaded.wait)
+        for batcher in self.batchers:
+            await asyncio.to_thread(batcher.loaded.wait)
+            self.error = self.error or batcher.error
+
+        # models stay: to search them for garbage would stop all streams for 0.1 s, again and again
         gc.collect()
-        gc.freeze()  # what is left stays; to search it for garbage would stop all streams for 0.1 s, again and again
-        if self.error is not None:
+        gc.freeze()
+        self.loaded = True
+        if self.error:
             self.on_failure()
         elif not self.stopping:
             print(f"ready: {', '.join(self.names)}", flush=True)
 
-    @property
-    def error(self):
-        return next((thread.error for thread in self.threads if thread.error is not None), None)
+    async def _ping(self):
+        # None: time for a comment, so that no proxy takes the stream for dead
+        while True:
+            await asyncio.sleep(self.ping_s)
+            for response in self.open_responses:
+                response.queue.put_nowait(None)
 
     @property
     def trouble(self):
-        """Why nothing can be served just now, or None."""
+        """Why nothing can be served now, or None."""
         if self.stopping:
             return "Shutting down"
-        if self.error is not None:
+        if self.error:
             return "The model could not be loaded"
-        return None if all(thread.loaded.is_set() for thread in self.threads) else "Loading model"
+        return None if self.loaded else "Loading model"
+
+    def check_ready(self):
+        if self.trouble:
+            raise HTTPException(503, self.trouble, {"Retry-After": "5"})
 
     def stop(self, grace_s=GRACE_S):
-        """Take nothing new; what is under way may finish within grace_s."""
+        """Accept nothing new; requests that were accepted may finish within grace_s."""
         self.stopping = True
-        for thread in self.threads:
-            thread.stop(grace_s)
+        for batcher in self.batchers:
+            batcher.stop(grace_s)
 
     async def join(self):
-        for thread in self.threads:
-            await asyncio.to_thread(thread.join)
+        for task in self._tasks:
+            task.cancel()
+        for batcher in self.batchers:
+            await asyncio.to_thread(batcher.join)
 
     # -- requests
 
-    def find_name(self, model):
-        """The name of a model asked for by its name, its stage, or not at all."""
-        name = model or self.names[0]
-        if name not in self.names:
-            name = next((n for n in self.names if n.split("-")[0] == model), None)
-        if name is None:
-            message = f"The model {model!r} is not served here; there is: {', '.join(self.names)}"
-            raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
-        return name
+    def find_name(self, wanted):
+        """The name of a model, asked for by name, by stage ('sft'), or not at all (the first)."""
+        for name in self.names:
+            if not wanted or wanted in (name, name.split("-")[0]):
+                return name
+        # detail as a dict: the fields of OpenAI's error
+        message = f"The model {wanted!r} is not served here; there is: {', '.join(self.names)}"
+        raise HTTPException(404, {"message": message, "param": "model", "code": "model_not_found"})
 
-    def resolve(self, model):
-        """(name of a model, its lane on the first device)."""
-        if self.trouble:
-            raise HTTPException(503, self.trouble, {"Retry-After": "5"})
-        name = self.find_name(model)
-        return name, self.threads[0].lanes[name]
+    def find_model(self, wanted):
+        """(name, its scheduler on the first device)."""
+        self.check_ready()
+        name = self.find_name(wanted)
+        return name, self.batchers[0].schedulers[name]
+
+    def submit(self, response):
+        """Queue the requests of a response, all or none, at one device. Raises HTTPException."""
+        # every device has all models; the fewest requests are the shortest wait
+        batcher = min(self.batchers, key=lambda batcher: batcher.num_running + batcher.num_waiting)
+        try:
+            batcher.submit(response.model, response.requests)
+        except QueueFull as error:
+            self.check_ready()  # the server may have been told to stop meanwhile
+            message = "Too many requests are waiting"
+            raise HTTPException(429, message, {"Retry-After": "2"}) from error
+        self.open_responses.add(response)
+        self.prompt_tokens.inc(response.prompt_tokens)
+
+    def release(self, response):
+        """Free the rows of a response that is over, or whose client has left."""
+        # no effect on requests that have ended
+        for request in response.requests:
+            request.cancelled = True
+        self.open_responses.discard(response)
+        self.generated_tokens.inc(response.completion_tokens())
 
     def _deliver(self, events):
-        """Called by a decode thread: one wake-up of the event loop for all events of a step."""
+        """Called by a batcher: the events of a step cost one wake-up of the event loop."""
+        # the loop is closed where a test or a crash did not wait for the threads
         if events and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_put_all, events)
 
-    async def follow(self, name, choices, call):
+    async def events(self, response):
         """
-        Submit choices and yield lists of their events until all have ended. The first list is empty: it says that
-        the queue took them. Closing the generator frees their rows. An empty list later on is a sign of life.
+        Yield lists of a response's events until all of its requests have finished; after an error
+        the caller stops. An empty list is a sign of life.
         """
-        last, num_tokens, num_open, call.queue = time.monotonic(), {}, len(choices), asyncio.Queue()
-        try:
-            min(self.threads, key=lambda t: t.num_running + t.num_waiting).submit(name, choices)
-        except QueueFull:
-            if self.trouble:  # it began while the request was read
-                raise HTTPException(503, self.trouble, {"Retry-After": "5"}) from None
-            raise HTTPException(429, "Too many requests are waiting", {"Retry-After": "2"}) from None
-        self.prompt_tokens.inc(sum(len(choice.prompt) for choice in choices))
-        beat = asyncio.create_task(_beat(call.queue))
-        try:
-            yield []
-            while num_open:
-                events = [await call.queue.get()]
-                while not call.queue.empty():
-                    events.append(call.queue.get_nowait())
-                events = [event for event in events if event is not None]
-                if any(event.text for event in events):
-                    now = time.monotonic()
-                    (self.gap_s if num_tokens else self.first_token_s).observe(now - last)
-                    last = now
-                for event in events:
-                    num_tokens[event.index] = max(event.num_tokens, num_tokens.get(event.index, 0))
-                    num_open -= bool(event.finish_reason or event.error)
-                yield events
-        finally:
-            beat.cancel()
-            call.cancelled = True
-            self.generated_tokens.inc(sum(num_tokens.values()))
+        num_open = len(response.requests)
+        latency = self.first_token_s
+        last = time.monotonic()
+        while num_open:
+            # everything that has arrived: where clients are slow, several steps become one write
+            events = [await response.queue.get()]
+            while not response.queue.empty():
+                events.append(response.queue.get_nowait())
+            events = [event for event in events if event is not None]
 
-
-async def _beat(queue):
-    """Wake up whoever reads from the queue now and then: cheaper than a time limit on each wait."""
-    while True:
-        await asyncio.sleep(PING_S)
-        queue.put_nowait(None)
+            num_open -= sum(event.finish_reason is not None for event in events)
+            # latencies are between pieces of text, not between events
+            if any(event.text for event in events):
+                now = time.monotonic()
+                latency.observe(now - last)
+                latency = self.gap_s
+                last = now
+            yield events
 
 
 def _put_all(events):
-    for call, event in events:
-        if not call.cancelled:
-            call.queue.put_nowait(event)
+    for event in events:
+        event.request.queue.put_nowait(event)
 
 
 # -----------------------------------------------------------------------------
-# From a request to choices
+# From a request's fields to a response that can be submitted. The build functions run in worker
+# threads, since to tokenize a long text takes seconds.
 
 
-def make_choices(service, lane, call, request, prompts, max_tokens, seed, tools):
-    """The choices of a request: `n` for each of its prompts (lists of ids)."""
-    engine, vocab_size = lane.engine, lane.engine.tokenizer.get_vocab_size()
-    for prompt in prompts:
-        lane.decoder.check_prompt(prompt)
-        if max(prompt) >= vocab_size:
-            raise ValueError(f"token id {max(prompt)} is not in the vocabulary of {vocab_size}")
-    wanted = {name: value if value is not None else service.defaults.get(name) for name, value in (
-        (name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p"))}
-    wanted["top_k"] = max(0, wanted["top_k"])
-    choices, n = [], request.n or 1
-    for index in range(len(prompts) * n):
-        sampling = Sampling(**wanted, seed=f"{seed}:{index}")
-        scores = [] if getattr(request, "echo", False) and request.num_top() is not None else None
-        choices.append(Choice(prompts[index // n], sampling, max_tokens, engine.stop_tokens,
-                              ToolState(engine.tokenizer) if tools else None, request.num_top(),
-                              tokenizer=engine.tokenizer, call=call, index=index, stops=request.stops(),
-                              prompt_scores=scores))
-    return choices
+def with_defaults(body, defaults):
+    """The request with the server's values for those of its fields that are None."""
+    # the other defaults are in api.py: those are not flags of the server
+    missing = {name: value for name, value in defaults.items() if getattr(body, name) is None}
+    return body.model_copy(update=missing)
 
 
-def begin_chat(service, request, call, stream, kind=ChatReply):
-    """(name, choices, reply) of a chat request. Tokenizes, so it runs in a thread of its own."""
-    name, lane = service.resolve(request.model)
-    context, tokenizer = lane.decoder.max_length, lane.engine.tokenizer
-    max_tokens = request.max_completion_tokens or request.max_tokens or service.defaults["max_tokens"]
-    # at least half of the context is for the conversation, however long an answer may become
-    messages = [message.as_turn() for message in request.messages]
-    prompt, num_dropped = fit_conversation(tokenizer, messages, context - min(max_tokens, context // 2))
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    choices = make_choices(service, lane, call, request, [prompt], max_tokens, seed, tools=True)
-    about = {"seed": seed, "max_context": context, "dropped_messages": num_dropped}
-    return name, choices, kind(name, tokenizer, len(prompt), about, num_choices=len(choices), stream=stream)
+def make_requests(body, scheduler, prompts, tools):
+    """`n` requests for each prompt: (ids, text to echo or None). ValueError if one does not fit."""
+    engine = scheduler.engine
+    requests = []
+    for prompt, echo in prompts:
+        scheduler.decoder.check_prompt(prompt)
+        for _ in range(body.n):
+            index = len(requests)
+            # the first completion is the same for every n
+            seed = f"{body.seed}:{index}"
+            sampling = Sampling(body.temperature, max(0, body.top_k), body.top_p, body.min_p, seed)
+            # only chat models have learned to call tools
+            tool = ToolState(engine.tokenizer) if tools else None
+            row = Row(prompt, sampling, body.max_tokens, engine.stop_tokens, tool, body.num_top())
+            requests.append(Request(row, engine.tokenizer, index, body.stops(), echo))
+    return requests
 
 
-def begin_completion(service, request, call, stream):
-    """The same for a completion: text begins with <|bos|>, token ids are taken as they are."""
-    name, lane = service.resolve(request.model)
-    tokenizer = lane.engine.tokenizer
-    prompts = [tokenizer.encode(prompt, prepend="<|bos|>") if isinstance(prompt, str) else list(prompt)
-               for prompt in request.prompts()]
-    max_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    choices = make_choices(service, lane, call, request, prompts, max_tokens, seed, tools=False)
-    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in request.prompts()]
-    echoes = {choice.index: texts[choice.index // (request.n or 1)] for choice in choices} if request.echo else {}
-    about = {"seed": seed, "max_context": lane.decoder.max_length}
-    hidden = len("<|bos|>") if isinstance(request.prompts()[0], str) else 0
-    return name, choices, TextReply(name, tokenizer, sum(map(len, prompts)), about, echoes=echoes, hidden=hidden)
+def build_chat(body, model, scheduler):
+    """The response to a ChatRequest. Of a conversation that is too long the oldest turns go."""
+    # at least half of the context is for the conversation, however long the answer may become
+    max_length = scheduler.decoder.max_length
+    max_prompt = max_length - min(body.max_tokens, max_length // 2)
+
+    # the system message and the newest question are always kept
+    messages = [message.as_turn() for message in body.messages]
+    prompt, num_dropped = fit_conversation(scheduler.engine.tokenizer, messages, max_prompt)
+
+    requests = make_requests(body, scheduler, [(prompt, None)], tools=True)
+    about = {"seed": body.seed, "max_context": max_length, "dropped_messages": num_dropped}
+    return ChatResponse(model, requests, len(prompt), about)
 
 
-async def respond(service, http_request, request, begin, stream=None):
-    """Answer a request: a stream of server-sent events, or one JSON document."""
-    call, stream = Call(), bool(request.stream if stream is None else stream)
+def build_completion(body, model, scheduler):
+    """The response to a CompletionRequest."""
+    # a text prompt begins with <|bos|>, token ids are taken as they are
+    tokenizer = scheduler.engine.tokenizer
+    prompts = []
+    for prompt in body.prompts():
+        if isinstance(prompt, str):
+            text = prompt
+            prompt = tokenizer.encode(text, prepend="<|bos|>")
+        else:
+            text = tokenizer.decode(prompt)  # also refuses ids that are not in the vocabulary
+        prompts.append((prompt, text if body.echo else None))
+
+    requests = make_requests(body, scheduler, prompts, tools=False)
+    prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
+    about = {"seed": body.seed, "max_context": scheduler.decoder.max_length}
+    return TextResponse(model, requests, prompt_tokens, about)
+
+
+# -----------------------------------------------------------------------------
+# From events to HTTP
+
+
+async def respond(service, http_request, body, build):
+    """Answer a request: with a stream of server-sent events, or with one JSON document."""
+    # all devices have the same models: the first one's scheduler tells the limits
+    model, scheduler = service.find_model(body.model)
+    body = with_defaults(body, service.defaults)
     try:
-        name, choices, reply = await asyncio.to_thread(begin, service, request, call, stream)
-    except ValueError as error:  # a conversation or a prompt that cannot be
+        response = await asyncio.to_thread(build, body, model, scheduler)
+    except ValueError as error:  # a conversation or a prompt that does not fit
         raise HTTPException(400, str(error)) from error
-    events = service.follow(name, choices, call)
-    await anext(events)  # in the queue now, or refused
-    if not stream:
-        return JSONResponse(await whole_response(http_request, call, events, reply))
-    include_usage = bool(request.stream_options and request.stream_options.include_usage)
-    return StreamingResponse(event_stream(events, reply, include_usage), media_type="text/event-stream",
-                             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    # refused here, if at all, while the status can still say so
+    service.submit(response)
+    if body.stream:
+        return EventStream(service, response, body.stream_options.include_usage)
+    return JSONResponse(await complete(service, http_request, response))
 
 
-async def event_stream(events, reply, include_usage):
-    async with aclosing(events):
-        yield reply.opening()
-        async for batch in events:
-            text = ""
-            for event in batch:
-                reply.feed(event)
-                if event.error:
-                    yield f"{text}data: {json.dumps(error_body(event.error, 500))}\n\n"
-                    return
-                text += reply.chunk(event)
-            yield text or ": ping\n\n"
-        yield reply.closing(include_usage)
+class EventStream(StreamingResponse):
+    """Server-sent events. The rows are freed however it ends, even if it ends before it begins."""
+
+    def __init__(self, service, response, include_usage):
+        # X-Accel-Buffering: nginx would collect the text
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        content = stream_events(service, response, include_usage)
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self.release = partial(service.release, response)
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.release()
 
 
-async def whole_response(http_request, call, events, reply):
-    async def watch():  # nothing else notices a client that goes away before its answer
+async def stream_events(service, response, include_usage):
+    yield response.opening()
+    # one write for all events that arrived together
+    async for events in service.events(response):
+        text = ""
+        for event in events:
+            if event.error:
+                yield text + sse(error_body(event.error, 500))
+                return
+            text += response.chunk(event)
+        yield text or ": ping\n\n"
+    yield response.closing(include_usage)
+
+
+async def complete(service, http_request, response):
+    """The whole response, a dict."""
+
+    async def watch_client():  # nothing else notices that a client leaves before its answer
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
-        call.queue.put_nowait(Event(0, error=GONE))
+        response.queue.put_nowait(Event(response.requests[0], error=CLIENT_LEFT))
 
-    watcher = asyncio.create_task(watch())
+    # the client's leaving comes as an event, like the end of an answer
+    watcher = asyncio.create_task(watch_client())
+    collected = []
     try:
-        async with aclosing(events):
-            async for batch in events:
-                for event in batch:
-                    reply.feed(event)
-                    if event.error:  # 499 is what nginx made of it: nobody reads it, but it is counted
-                        raise HTTPException(499 if event.error == GONE else 500, event.error)
+        async for events in service.events(response):
+            for event in events:
+                if event.error:
+                    # 499: nginx's status for a client that has left. It is not read, but counted.
+                    status = 499 if event.error == CLIENT_LEFT else 500
+                    raise HTTPException(status, event.error)
+            collected += events
     finally:
         watcher.cancel()
-    return reply.whole()
+        service.release(response)
+    return response.whole(collected)

@@ -1,7 +1,7 @@
 """
 A stand-in for scripts/chat_web on 127.0.0.1: it serves the page with the same headers and answers from a script of
 canned streams, delays and faults, so that a browser can be tried against what real servers do wrong. Requests are
-checked and events written by the server's own nanochat/protocol.py.
+checked and events written by the server's own nanochat/api.py.
 
     with PageServer() as server:
         server.script = [Answer(["Hel", "lo"]), Answer(status=429, headers={"Retry-After": "1"})]  # one per request
@@ -20,9 +20,10 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
-from nanochat.protocol import ChatReply, ChatRequest, error_body
-from nanochat.serving import Event
+from nanochat.api import ChatRequest, ChatResponse, error_body
+from nanochat.scheduler import Event
 from scripts.chat_web import page
 
 MAX_CONTEXT = 2048  # tokens
@@ -65,11 +66,12 @@ class Pieces(list):
         return "".join(self[i] for i in ids).encode()
 
 
-def event_of(piece, num_tokens, tokenizer, with_scores):
+def event_of(piece, request, with_logprobs):
     kind, text = piece if isinstance(piece, tuple) else ("text", piece)
+    encode = request.tokenizer.encode
     logprob, top = token_odds(text)
-    score = tokenizer.encode(text), (logprob, [(tokenizer.encode(other), q) for other, q in top])
-    return Event(0, text, kind, [score] if with_scores and kind != "python_output" else [], num_tokens)
+    entry = encode(text), (logprob, [(encode(other), q) for other, q in top]), 0
+    return Event(request, text, kind, [entry] if with_logprobs and kind != "python_output" else [])
 
 
 def unescape(stream):
@@ -134,7 +136,7 @@ class PageServer:
             return fail(handler, 401, "invalid API key")
         self.requests.append((body, dict(handler.headers)))
         try:
-            request = ChatRequest(**body)
+            chat = ChatRequest(**body)
         except ValueError as error:
             return fail(handler, 400, str(error))
         answer = self.script.pop(0) if self.script else self.default
@@ -144,11 +146,11 @@ class PageServer:
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.end_headers()
         try:
-            self.stream(handler, answer, request)
+            self.stream(handler, answer, body, chat)
         except OSError:  # the client went away
             self.hung_up.set()
 
-    def stream(self, handler, answer, request):
+    def stream(self, handler, answer, body, chat):
         def write(text):
             data, size = (unescape(text) if answer.slice_bytes else text).encode(), answer.slice_bytes or 1 << 20
             for i in range(0, len(data), size):
@@ -157,26 +159,24 @@ class PageServer:
                 if answer.slice_bytes:
                     time.sleep(0.001)  # or the kernel joins the slices again
 
-        about = {"seed": request.seed or 1234, "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
-        tokenizer = Pieces()
-        wire = ChatReply(request.model, tokenizer, answer.prompt_tokens, about, stream=True)
+        about = {"seed": body.get("seed", 1234), "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
+        row = SimpleNamespace(tokens=[])
+        request = SimpleNamespace(index=0, tokenizer=Pieces(), row=row)
+        response = ChatResponse(body.get("model"), [request], answer.prompt_tokens, about)
 
-        def tell(event):
-            wire.feed(event)
-            write(wire.chunk(event))
-
-        write(wire.opening())
+        write(response.opening())
         for i, piece in enumerate(answer.pieces):
             if i == answer.cut:
                 return kill(handler)
             if i == answer.hold and self.wait_for_release(handler):
                 return
             time.sleep(answer.pace_s)
-            tell(event_of(piece, i + 1, tokenizer, request.logprobs))
+            row.tokens.append(i)
+            write(response.chunk(event_of(piece, request, chat.logprobs)))
         if answer.error:
             return write(f"data: {json.dumps(error_body(answer.error, 500))}\n\n")
-        tell(Event(0, num_tokens=len(answer.pieces), finish_reason=answer.finish))
-        write(wire.closing(request.stream_options.include_usage))
+        write(response.chunk(Event(request, finish_reason=answer.finish)))
+        write(response.closing(chat.stream_options.include_usage))
 
     def wait_for_release(self, handler):
         """True when the client hung up first."""

@@ -9,8 +9,8 @@ import torch
 import uvicorn
 
 from nanochat.engine import Engine
+from nanochat.scheduler import Scheduler
 from nanochat.service import Service
-from nanochat.serving import Lane
 from scripts.chat_web import Server, create_app
 from tests.tiny import tiny_model
 
@@ -36,7 +36,7 @@ def tiny_service(tokenizer, sequence_len=128, num_rows=4, chunk=32, endless=Fals
     engine = tiny_engine(tokenizer, sequence_len)
     engine.stop_tokens = frozenset() if endless else engine.stop_tokens
     settings = {"max_tokens": 16, **settings}
-    return Service(lambda i: {MODEL: Lane(engine, num_rows, chunk)}, [MODEL], **settings)
+    return Service(lambda i: {MODEL: Scheduler(engine, num_rows, chunk)}, [MODEL], **settings)
 
 
 def tool_script(tokenizer):
@@ -47,7 +47,7 @@ def tool_script(tokenizer):
 
 class Scripted:
     """Stands in for a model, for one conversation at a time: every answer is the same list of ids. Before place `hold`
-    of it the decode thread waits for `release`."""
+    of it the batcher waits for `release`."""
 
     def __init__(self, script, tokenizer, sequence_len=256, hold=None):
         model = tiny_model(tokenizer.get_vocab_size(), sequence_len)
@@ -78,7 +78,7 @@ def running_server(service, **app_settings):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            while not (server.started and all(decode.loaded.is_set() for decode in service.threads)):
+            while not (server.started and service.trouble is None):
                 time.sleep(0.01)
                 assert thread.is_alive()
             yield f"http://127.0.0.1:{sock.getsockname()[1]}", server

@@ -112,7 +112,7 @@ def send(address, path, body):
 def test_who_leaves_frees_the_row(service, address, stream):
     before = num_generated(service)
     connection = send(address, "/v1/completions", {"prompt": [1], "max_tokens": 4000, "stream": stream, "seed": 5})
-    assert wait_for(lambda: service.count("num_running") == 1)
+    assert wait_for(lambda: service.num_running() == 1)
     if stream:
         received = b""
         while b"text_completion" not in received:  # head, comment and first event come in one piece or in several
@@ -120,7 +120,7 @@ def test_who_leaves_frees_the_row(service, address, stream):
             assert part, received
             received += part
     connection.close()
-    assert wait_for(lambda: service.count("num_running") == 0)
+    assert wait_for(lambda: service.num_running() == 0)
     assert wait_for(lambda: num_generated(service) > before or not stream)
     assert num_generated(service) - before < 3000  # long before its end
 
@@ -128,20 +128,20 @@ def test_who_leaves_frees_the_row(service, address, stream):
 def test_who_leaves_the_queue_is_forgotten(service, address):
     body = {"prompt": [1], "max_tokens": 4000, "stream": True}
     connections = [send(address, "/v1/completions", body) for _ in range(5)]
-    assert wait_for(lambda: service.count("num_running") == 2 and service.count("num_waiting") == 3)
+    assert wait_for(lambda: service.num_running() == 2 and service.num_waiting() == 3)
     for connection in connections:
         connection.close()
-    assert wait_for(lambda: service.count("num_running") == service.count("num_waiting") == 0)
+    assert wait_for(lambda: service.num_running() == service.num_waiting() == 0)
 
 
 def test_health_is_quick_while_all_rows_are_busy(service, address, client):
     body = {"prompt": [1], "max_tokens": 4000, "stream": True}
     connections = [send(address, "/v1/completions", body) for _ in range(2)]
-    assert wait_for(lambda: service.count("num_running") == 2)
+    assert wait_for(lambda: service.num_running() == 2)
     assert client.with_options(timeout=1).models.list().data
     for connection in connections:
         connection.close()
-    assert wait_for(lambda: service.count("num_running") == 0)
+    assert wait_for(lambda: service.num_running() == 0)
 
 
 # -- stopping
@@ -158,7 +158,7 @@ def test_a_signal_lets_open_streams_finish(tokenizer):
     service = tiny_service(tokenizer, sequence_len=1024, endless=True)
     with running_server(service) as (address, server):
         connection = send(address, "/v1/completions", {"prompt": [1], "max_tokens": 200, "stream": True})
-        assert wait_for(lambda: service.count("num_running") == 1)
+        assert wait_for(lambda: service.num_running() == 1)
         server.handle_exit(signal.SIGTERM, None)
         assert service.trouble == "Shutting down"
         text = read_all(connection)
@@ -169,7 +169,7 @@ def test_streams_that_take_too_long_are_ended_with_a_word(tokenizer):
     service = tiny_service(tokenizer, sequence_len=4096, endless=True)
     with running_server(service) as (address, server):
         connection = send(address, "/v1/completions", {"prompt": [1], "max_tokens": 4000, "stream": True, "seed": 5})
-        assert wait_for(lambda: service.count("num_running") == 1)
+        assert wait_for(lambda: service.num_running() == 1)
         service.stop(grace_s=0.2)
         server.should_exit = True
         text = read_all(connection)

@@ -6,8 +6,8 @@ import pytest
 from page_driver import open_browser, open_page
 
 from nanochat.engine import Engine
+from nanochat.scheduler import Scheduler
 from nanochat.service import Service
-from nanochat.serving import Lane
 from tests.servers import MODEL, QUESTION, TOOL_ANSWER, Scripted, running_server, tiny_service, tool_script, wait_for
 
 
@@ -20,7 +20,7 @@ def browser():
 def test_an_answer_streams_shows_its_tokens_is_found_again_and_goes_back_as_it_was_written(browser, tokenizer):
     script = tool_script(tokenizer)
     model = Scripted(script, tokenizer, hold=len(tokenizer.encode(TOOL_ANSWER[0]["text"])))
-    service = Service(lambda i: {MODEL: Lane(Engine(model, tokenizer), 1, 32)}, [MODEL])
+    service = Service(lambda i: {MODEL: Scheduler(Engine(model, tokenizer), 1, 32)}, [MODEL])
     with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
         chat.send(QUESTION["content"])
         chat.see("Let me add them:")
@@ -53,9 +53,9 @@ def test_stopping_frees_the_row_and_a_refusal_is_told(browser, tokenizer):
         chat.page.keyboard.press("Escape")
         chat.send("Go on for ever")
         assert wait_for(lambda: chat.page.evaluate("currentRun()?.turn.parts.length"))
-        assert service.count("num_running") == 1
+        assert service.num_running() == 1
         chat.button("Stop").click()
         chat.wait()
-        assert wait_for(lambda: service.count("num_running") == 0)
+        assert wait_for(lambda: service.num_running() == 0)
         chat.say("word " * 5000)
         chat.see("the newest message takes")

@@ -1,5 +1,6 @@
 """The web server in process: what its endpoints answer."""
 
+import asyncio
 import json
 import time
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from nanochat.api import CompletionRequest, token_text
 from nanochat.engine import Engine, fit_conversation
-from nanochat.protocol import token_text
-from nanochat.service import Service
-from nanochat.serving import Lane
+from nanochat.scheduler import Scheduler
+from nanochat.service import Service, build_completion, respond
 from scripts.chat_web import create_app
 from tests.servers import (
     HELLO,
@@ -59,19 +60,19 @@ def test_a_stream_says_what_the_whole_response_says(client):
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in stream}) == 1
 
 
-def test_a_stream_with_nothing_to_say_shows_that_it_lives(client, monkeypatch):
-    def forward(lane):
-        time.sleep(0.1)
-        real(lane)
-    real = Lane.forward
-    monkeypatch.setattr(Lane, "forward", forward)
-    monkeypatch.setattr("nanochat.service.PING_S", 0.02)
-    response = chat(client, stream=True, max_tokens=3)
+def test_a_stream_with_nothing_to_say_shows_that_it_lives(tokenizer):
+    service = tiny_service(tokenizer, ping_s=0.02)
+    with TestClient(create_app(service), base_url=URL) as client:
+        assert wait_for(lambda: service.trouble is None)
+        scheduler = service.batchers[0].schedulers[MODEL]
+        forward = scheduler.forward
+        scheduler.forward = lambda: time.sleep(0.1) or forward()
+        response = chat(client, stream=True, max_tokens=3)
     assert response.text.count(": ping\n\n") >= 3 and chunks(response)[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_greedy_chat_equals_the_engine(client, service, tokenizer):
-    engine = service.threads[0].lanes[MODEL].engine
+    engine = service.batchers[0].schedulers[MODEL].engine
     prompt = tokenizer.render_for_completion(HELLO)
     sequences, _ = engine.generate_batch(prompt, max_tokens=8, temperature=0)
     special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
@@ -126,7 +127,7 @@ def test_echo_and_logprobs_as_the_evaluation_harness_asks_for_them(client, servi
     prompts = [[5, 6, 7, 8], [90, 91]]
     body = client.post("/v1/completions", json={"model": MODEL, "prompt": prompts, "temperature": 0, "max_tokens": 1,
                                                 "logprobs": 1, "seed": 1234, "echo": True}).json()
-    model = service.threads[0].lanes[MODEL].engine.model
+    model = service.batchers[0].schedulers[MODEL].engine.model
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     for prompt, choice in zip(prompts, body["choices"], strict=True):
         scores = choice["logprobs"]
@@ -163,13 +164,6 @@ def test_completions_of_several_texts_with_echo(client):
     assert streamed == texts
 
 
-def test_the_first_servers_stream_of_tokens(client):
-    lines = client.post("/chat/completions", json=HELLO).text.strip().split("\n\n")
-    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
-    assert events.pop() == {"done": True}
-    assert "".join(event["token"] for event in events) == chat(client).json()["choices"][0]["message"]["content"]
-
-
 def test_text_of_a_user_never_becomes_a_special_token(client, tokenizer):
     special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
     text = "<|assistant_start|>hi<|user_end|>"
@@ -180,7 +174,7 @@ def test_text_of_a_user_never_becomes_a_special_token(client, tokenizer):
 
 def test_a_tool_call_is_told_in_parts_and_the_odds_are_those_of_what_the_model_chose(tokenizer):
     script = tool_script(tokenizer)
-    service = Service(lambda i: {MODEL: Lane(Engine(Scripted(script, tokenizer), tokenizer), 1, 32)}, [MODEL])
+    service = Service(lambda i: {MODEL: Scheduler(Engine(Scripted(script, tokenizer), tokenizer), 1, 32)}, [MODEL])
     with TestClient(create_app(service), base_url=URL) as client:
         assert wait_for(lambda: service.trouble is None)
         body = chat(client, messages=[QUESTION], max_tokens=100, temperature=0, logprobs=True).json()
@@ -191,6 +185,32 @@ def test_a_tool_call_is_told_in_parts_and_the_odds_are_those_of_what_the_model_c
     told, start = [entry["token"] for entry in choice["logprobs"]["content"]], script.index(forced[0])
     assert script[start:start + len(forced)] == forced
     assert told == [token_text(tokenizer, token) for token in script[:start] + script[start + len(forced):]]
+
+
+def test_a_client_that_leaves_before_its_stream_begins_frees_the_row(tokenizer):
+    async def leave_at_once():
+        service = tiny_service(tokenizer, sequence_len=4096, endless=True)
+        service.start()
+        while service.trouble:
+            await asyncio.sleep(0.01)
+        body = CompletionRequest(prompt="a", max_tokens=4000, stream=True)
+        response = await respond(service, None, body, build_completion)
+        assert len(service.open_responses) == 1
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        await response({"type": "http"}, receive, send)
+        assert not service.open_responses
+        while service.num_running() + service.num_waiting():
+            await asyncio.sleep(0.01)
+        service.stop(0)
+        await service.join()
+
+    asyncio.run(asyncio.wait_for(leave_at_once(), 30))
 
 
 # -- long conversations
@@ -227,4 +247,4 @@ def test_metrics_count_requests_and_tokens(client):
     chat(client)
     assert value("nanochat_generation_tokens_total") == before + 8
     assert value('nanochat_requests_total{code="200",path="/v1/chat/completions"}') > 0
-    assert value("nanochat_running") == 0 and client.get("/stats").json()["devices"][0]["rows"] == {MODEL: 4}
+    assert value("nanochat_running") == 0 and value("nanochat_rows") == 4

@@ -42,4 +42,4 @@ def test_no_request_of_any_kind_is_a_5xx(tokenizer, mode, num_examples):
             if operation.ok().definition.raw.get("requestBody") or mode == schemathesis.GenerationMode.POSITIVE:
                 fuzz(client, operation.ok())
     print(dict(seen))
-    assert seen[400] and sum(seen.values()) > 3 * num_examples
+    assert seen[400] and sum(seen.values()) >= 3 * num_examples

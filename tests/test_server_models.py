@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError, run_script
 from nanochat.engine import Engine
 from nanochat.service import Service
-from scripts.chat_web import create_app, find_models, load_lanes, main, parse_args
+from scripts.chat_web import create_app, find_models, load_schedulers, main, parse_args
 from tests.servers import HELLO, URL, chat, wait_for
 from tests.tiny import tiny_model
 
@@ -88,11 +88,11 @@ def test_the_newest_step_or_the_one_that_is_asked_for():
 
 def test_two_devices_share_the_requests():
     models = find_models(parse_args(["--models", "base:d2,sft:d2"]))
-    service = Service(partial(load_lanes, models, "cpu", 1), list(models), num_devices=2)
+    service = Service(partial(load_schedulers, models, "cpu", 1), list(models), num_devices=2)
     with TestClient(create_app(service), base_url=URL) as client:
         assert wait_for(lambda: service.trouble is None)
-        for thread in service.threads:
-            thread.lanes["base-d2"].engine.stop_tokens = frozenset()
+        for batcher in service.batchers:
+            batcher.schedulers["base-d2"].engine.stop_tokens = frozenset()
         long = {"model": "base", "prompt": [1], "max_tokens": 120, "temperature": 0}
         texts, seen = [None] * 4, set()
 
@@ -103,11 +103,11 @@ def test_two_devices_share_the_requests():
         for thread in asking:
             thread.start()
         while any(thread.is_alive() for thread in asking):
-            seen |= {i for i, thread in enumerate(service.threads) if thread.num_running}
+            seen |= {i for i, batcher in enumerate(service.batchers) if batcher.num_running}
             time.sleep(0.005)
         assert seen == {0, 1} and len(set(texts)) == 1
-        devices = client.get("/stats").json()["devices"]
-        assert [device["rows"] for device in devices] == [{"base-d2": 1, "sft-d2": 1}] * 2
+        assert [list(batcher.schedulers) for batcher in service.batchers] == [["base-d2", "sft-d2"]] * 2
+        assert "nanochat_rows 4.0" in client.get("/metrics").text
         assert client.post("/v1/chat/completions", json={**HELLO, "model": "sft-d2"}).status_code == 200
 
 
