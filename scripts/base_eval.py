@@ -20,7 +20,8 @@ import torch
 from nanochat.checkpoint_manager import find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script, write_text
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.core_eval import NUM_TASKS, evaluate_core, get_eval_bundle, load_tasks
+from nanochat.core_bundle import NUM_TASKS, get_eval_bundle, load_tasks
+from nanochat.core_eval import evaluate_core
 from nanochat.report import get_report
 from nanochat.training import check_settings
 

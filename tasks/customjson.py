@@ -19,23 +19,24 @@ class CustomJSON(Task):
 
     def __init__(self, filepath=None, **kwargs):
         super().__init__(**kwargs)
-        path = Path(filepath) if filepath is not None else get_data_root() / IDENTITY
-        self.conversations = read_conversations(path)
-
-    def num_examples(self):
-        return len(self.conversations)
+        path = get_data_root() / IDENTITY if filepath is None else Path(filepath)
+        self.rows = read_conversations(path)
 
     def get_example(self, index):
-        return {"messages": self.conversations[index]}
+        return {"messages": self.rows[index]}
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
-    """The messages of each line; a file without any is as wrong as one that is not there."""
+    """The messages of each line. A file without any is as wrong as one that is not there."""
     if not path.is_file():
-        raise UserError(f"no file of conversations at {path}",
-                        "put one there, a JSON list of {role, content} messages a line, or name another file")
-    conversations = [check_messages(data.get("messages") if isinstance(data, dict) else data, where)
-                     for where, data in read_jsonl(path)]
+        raise UserError(
+            f"no file of conversations at {path}",
+            "put one there, a JSON list of {role, content} messages a line, or name another file",
+        )
+    conversations = []
+    for where, data in read_jsonl(path):
+        messages = data.get("messages") if isinstance(data, dict) else data
+        conversations.append(check_messages(messages, where))
     if not conversations:
         raise UserError(f"{path} holds no conversation")
     return conversations

@@ -30,9 +30,17 @@ def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, que
     Small talk, multiple choice (if questions), word problems with the calculator, identity, spelling, and the
     conversations of the user's own file `data`. All examples, shuffled.
     """
-    return TaskMixture([SmolTalk("train"), *[MMLU("auxiliary_train")] * questions, GSM8K(split="train"),
-                        *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
-                        SpellingBee(spellingbee_size, "train"), *own_conversations(data)])
+    tasks = [SmolTalk("train")]
+    if questions:
+        tasks.append(MMLU("auxiliary_train"))
+    tasks += [
+        GSM8K(split="train"),
+        *identity_tasks(identity_epochs),
+        SimpleSpelling(spelling_size, "train"),
+        SpellingBee(spellingbee_size, "train"),
+        *own_conversations(data),
+    ]
+    return TaskMixture(tasks)
 
 
 def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size=0, data=None):
@@ -40,7 +48,14 @@ def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size,
     Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full; and
     chain_size longer ones, made of these.
     """
-    tasks = [ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
-             SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
-             SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"), *own_conversations(data)]
+    tasks = [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K(split="train"),
+        SmolTalk("train", stop=smoltalk_size),
+        *identity_tasks(identity_epochs),
+        SimpleSpelling(spelling_size, "train"),
+        SpellingBee(spellingbee_size, "train"),
+        *own_conversations(data),
+    ]
     return TaskMixture([*tasks, TaskChain(tasks, chain_size)])
