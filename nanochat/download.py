@@ -41,6 +41,7 @@ SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard that
 
 NUM_TRIES = 5
 TIMEOUT_S = 30         # without a byte
+ETAG_TIMEOUT_S = 10    # until the hub says what it has
 MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts requests in windows of 5 minutes
 CHUNK_BYTES = 1 << 20  # read from a connection or a file at a time
 
@@ -176,7 +177,7 @@ def ask_hub(repo_id: str, filename: str, revision: str = "main"):
     endpoint = hub_endpoint()
     url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
     with hub_errors(url):
-        return get_hf_file_metadata(url, endpoint=endpoint)
+        return get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=endpoint)
 
 
 def shard_name(index: int) -> str:

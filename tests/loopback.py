@@ -32,7 +32,8 @@ class Fault:
     headers: dict = field(default_factory=dict)  # added to the answer, or put in the place of its own
     cut: int | None = None       # close the connection after this many bytes of the body
     stall: int | None = None     # send this many bytes of the body, then nothing more
-    flip: bool = False           # the same number of bytes, one of them wrong
+    flip: bool = False           # the same number of bytes, the last of them wrong
+    swap: tuple = (b"", b"")     # the same number of bytes, the first replaced by the second
     ranges: bool = True          # False: ignore Range, answer 200 and all of it
     pace_s: float = 0.0          # wait this long after every 64 KiB
 
@@ -125,6 +126,7 @@ class FaultServer:
             start = int(asked[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
+        body = body.replace(*fault.swap)
         if fault.flip:
             body = body[:-1] + bytes([body[-1] ^ 1])
         self._send(handler, status, headers | {"Content-Length": str(len(body))} | fault.headers, body, fault)
@@ -140,6 +142,8 @@ class FaultServer:
         elif action == "paths-info":
             fields = json.loads(posted) if posted[:1] == b"{" else parse_qs(posted.decode())
             answer = [self._entry(prefix, n) for n in names if n in fields["paths"]]
+        elif "recursive=true" in handler.path.lower():
+            answer = [self._entry(prefix, n) for n in names]
         else:
             inside = [n for n in names if n.startswith(folder)]
             answer = [self._entry(prefix, n) for n in inside if "/" not in n.removeprefix(folder)]
