@@ -48,11 +48,16 @@ class CoreTask:
 
 
 def get_eval_bundle(fetch=download_url) -> Path:
-    """The bundle's folder: in the data mirror if there is one, else in the base directory, downloaded once."""
+    """
+    The bundle's folder: in the data mirror if there is one, else in the base directory, downloaded
+    once.
+    """
     data_dir = get_data_dir()
     if data_dir is not None:
         return data_dir / "eval_bundle"
     bundle_dir = get_base_dir() / "eval_bundle"
+
+    # one process of each machine downloads and unpacks it
     _, local_rank, _ = get_dist_info()
     if local_rank == 0 and not (bundle_dir / "core.yaml").exists():
         zip_path = fetch(BUNDLE_URL, get_base_dir() / "eval_bundle.zip")
@@ -65,8 +70,9 @@ def get_eval_bundle(fetch=download_url) -> Path:
 
 def _unpack(zip_path, bundle_dir):
     """
-    Unpack next to bundle_dir, then rename, so that it is there only when it is whole. The checksums inside the zip are
-    checked. `zipfile` itself drops `..` and roots from names, and makes no links.
+    Unpack next to bundle_dir, then rename, so that it is there only when it is whole. The checksums
+    inside the zip are checked. `zipfile` itself drops `..` and roots from names, and makes no
+    links.
     """
     remedy = f"rm {zip_path}, and it is downloaded again"
     with tempfile.TemporaryDirectory(dir=bundle_dir.parent) as folder:
@@ -78,8 +84,8 @@ def _unpack(zip_path, bundle_dir):
 
         found = list(Path(folder).rglob("core.yaml"))
         if len(found) != 1:
-            raise UserError(f"{zip_path} holds {len(found)} files core.yaml, exactly one is needed", remedy)
-        shutil.rmtree(bundle_dir, ignore_errors=True)
+            raise UserError(f"{zip_path} holds {len(found)} files core.yaml, needed: one", remedy)
+        shutil.rmtree(bundle_dir, ignore_errors=True)  # without core.yaml: not a whole one
         os.replace(found[0].parent, bundle_dir)
 
 
@@ -88,21 +94,27 @@ def _unpack(zip_path, bundle_dir):
 
 
 def load_tasks(bundle_dir) -> list[CoreTask]:
-    """All tasks of the bundle with their questions. Raises a UserError that names a wrong or missing file."""
+    """
+    All tasks of the bundle with their questions. Raises a UserError that names a wrong or missing
+    file.
+    """
     bundle_dir = Path(bundle_dir)
     for name in ("core.yaml", "eval_meta_data.csv"):
         if not (bundle_dir / name).is_file():
             raise UserError(
                 f"no evaluation bundle: {bundle_dir / name} is missing",
-                f"put the contents of {BUNDLE_URL} there, or unset NANOCHAT_DATA_DIR to download it",
+                f"put the contents of {BUNDLE_URL} there, or unset NANOCHAT_DATA_DIR to download "
+                "it",
             )
+    # how the user gets a good copy, for the hints below
     remedy = f"restore it from {BUNDLE_URL}"
     if get_data_dir() is None:
         remedy = f"rm -r {bundle_dir} {bundle_dir}.zip, and it is downloaded again"
 
     try:
         with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
-            baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+            rows = csv.DictReader(file)
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         config = yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))
         tasks = [_read_task(entry, baselines, bundle_dir, remedy) for entry in config["icl_tasks"]]
     except UserError:
@@ -110,7 +122,8 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
     except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"core.yaml or eval_meta_data.csv in {bundle_dir} is damaged: {type(error).__name__}: {reason}",
+            f"core.yaml or eval_meta_data.csv in {bundle_dir} is damaged: "
+            f"{type(error).__name__}: {reason}",
             remedy,
         ) from error
     if not tasks:

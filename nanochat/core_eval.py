@@ -1,15 +1,18 @@
 """
-The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks that a base model can be asked, of three kinds.
+The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks that a base model can be asked, of
+three kinds.
 
-    multiple_choice      one context, several continuations: which one has the lowest loss per token?
-    schema               several contexts, one continuation: after which one does it have the lowest loss per token?
+    multiple_choice      one context, several continuations: which has the lowest loss per token?
+    schema               several contexts, one continuation: after which does it have the lowest
+                         loss per token?
     language_modeling    one context, one continuation: does greedy decoding produce exactly it?
 
-A task's accuracy is centred, (accuracy - baseline) / (1 - baseline), so that guessing is 0 and perfection 1; CORE is
-the mean over the tasks. For two tasks the baseline is above chance (boolq 62%, commonsense_qa 40.3%), so the CORE of
-guessing is -0.026, and it is stated beside the model's. Few-shot examples are drawn for each question, from a seed of
-its own: they are the same for any number of questions, ranks and rows in a batch. Left out: the average over
-categories, which the questions of jeopardy have.
+A task's accuracy is centred, (accuracy - baseline) / (1 - baseline), so that guessing is 0 and
+perfection 1; CORE is the mean over the tasks. For two tasks the baseline is above chance (boolq
+62%, commonsense_qa 40.3%), so the CORE of guessing is -0.026, and it is stated beside the model's.
+Few-shot examples are drawn for each question, from a seed of its own: they are the same for any
+number of questions, ranks and rows in a batch. Left out: the average over categories, which the
+questions of jeopardy have.
 
 The tasks are read by core_bundle.py.
 """
@@ -25,23 +28,29 @@ import torch.nn.functional as F
 
 from nanochat.distributed import gather_objects, rank, world_size
 
-CHUNK_QUESTIONS = 256  # tokenized and sorted by length at a time: enough for even batches, little to hold
+CHUNK_QUESTIONS = 256  # sorted by length at a time: enough for even batches, little to hold
 
 # -----------------------------------------------------------------------------
 # Text: which questions, which examples, which prompts
 
 
 def pick_questions(task, max_per_task=-1):
-    """Row numbers to ask: all, or the first ones of a shuffle that depends on the task's name alone."""
+    """
+    Row numbers to ask: all, or the first ones of a shuffle that depends on the task's name alone.
+    """
     num_rows = len(task.rows)
     order = random.Random(task.label).sample(range(num_rows), num_rows)
     return order[:max_per_task] if max_per_task > 0 else order
 
 
 def pick_fewshot(task, index):
-    """Row numbers of the solved examples of question `index`: never the question, nor a row that says the same."""
+    """
+    Row numbers of the solved examples of question `index`: never the question, nor a row that says
+    the same.
+    """
     num_rows = len(task.rows)
-    num_drawn = min(num_rows, 4 * (task.num_fewshot + 1))  # more than enough to step over duplicates of the question
+    # four times as many as needed: enough to step over duplicates of the question
+    num_drawn = min(num_rows, 4 * (task.num_fewshot + 1))
     drawn = random.Random(f"{task.label}:{index}").sample(range(num_rows), num_drawn)
     question = task.rows[index]
     others = [i for i in drawn if task.rows[i] != question]
@@ -49,7 +58,9 @@ def pick_fewshot(task, index):
 
 
 def get_options(row, kind):
-    """The (context, continuation) pairs of a row: one per option, a single one for language modeling."""
+    """
+    The (context, continuation) pairs of a row: one per option, a single one for language modeling.
+    """
     if kind == "multiple_choice":
         return [(row["query"], choice) for choice in row["choices"]]
     if kind == "schema":
@@ -59,16 +70,19 @@ def get_options(row, kind):
 
 def render_prompts(task, index):
     """
-    The texts of question `index`, one per option, each ending in its continuation: the solved examples with a blank
-    line after each, then the question. Language modeling gets a second text, that without the continuation; it ends in
-    no white space, because a space belongs to the token of the word that follows it.
+    The texts of question `index`, one per option, each ending in its continuation: the solved
+    examples with a blank line after each, then the question. Language modeling gets a second text,
+    that without the continuation; it ends in no white space, because a space belongs to the token
+    of the word that follows it.
     """
+    # the solved examples
     shots = ""
     for i in pick_fewshot(task, index):
         row = task.rows[i]
         context, continuation = get_options(row, task.kind)[row.get("gold", 0)]
         shots += f"{context}{task.delimiter}{continuation}\n\n"
 
+    # the question
     texts = []
     options = get_options(task.rows[index], task.kind)
     for context, continuation in options:
@@ -85,7 +99,10 @@ def render_prompts(task, index):
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence for the model. Its loss counts on ids[start:]; the last id is only ever a target, never an input."""
+    """
+    A sequence for the model. Its loss counts on ids[start:]; the last id is only ever a target,
+    never an input.
+    """
     ids: list   # of token ids, <|bos|> first
     start: int  # >= 1
 
@@ -109,7 +126,10 @@ def num_common_prefix(sequences):
 
 
 def make_rows(kind, sequences):
-    """The token ids of `render_prompts`' texts -> Rows. Each keeps at least one id before its start and one after."""
+    """
+    The token ids of `render_prompts`' texts -> Rows. Each keeps at least one id before its start
+    and one after.
+    """
     longest_start = min(map(len, sequences)) - 1
     if kind == "multiple_choice":  # from where the options differ
         start = min(num_common_prefix(sequences), longest_start)
@@ -118,15 +138,18 @@ def make_rows(kind, sequences):
         backwards = [ids[::-1] for ids in sequences]
         num_shared = min(num_common_prefix(backwards), longest_start)
         return [Row(ids, len(ids) - num_shared) for ids in sequences]
-    # language modeling: a token may join the end of the context and the begin of the continuation, so what counts is
-    # all that differs from the tokens of the context alone
+    # language modeling: a token may join the end of the context and the begin of the continuation,
+    # so what counts is all that differs from the tokens of the context alone
     full, context = sequences
     start = min(num_common_prefix([full, context]), len(full) - 1)
     return [Row(full, start)]
 
 
 def cut_row(row, max_seq_len):
-    """Drop what does not fit into the model from the left, right after <|bos|>; -> (row, whether it was cut)."""
+    """
+    Drop what does not fit into the model from the left, right after <|bos|>; -> (row, whether it
+    was cut).
+    """
     num_dropped = len(row.ids) - 1 - max_seq_len
     if num_dropped <= 0:
         return row, False
@@ -141,15 +164,16 @@ def cut_row(row, max_seq_len):
 @torch.no_grad()
 def score_rows(model, rows, device, batch_tokens):
     """
-    -> for each row (mean loss over its targets, ids that greedy decoding gives in their place). Rows of similar length
-    go together, padded on the right, where a causal model does not look; rows with the same input (options of one
-    token) share one forward pass.
+    -> for each row (mean loss over its targets, ids that greedy decoding gives in their place).
+    Rows of similar length go together, padded on the right, where a causal model does not look;
+    rows with the same input (options of one token) share one forward pass.
     """
     members = {}  # input ids -> numbers of the rows that have them
     for i, row in enumerate(rows):
         members.setdefault(row.inputs, []).append(i)
     inputs = sorted(members, key=len, reverse=True)  # longest first: memory runs out at once
 
+    # as many inputs at a time as fit when padded to the longest
     scores = {}  # number of the row -> its score
     while inputs:
         size = max(1, batch_tokens // len(inputs[0]))
@@ -168,9 +192,13 @@ def score_batch(model, batch, rows, device):
         ids[b, : len(sequence)] = torch.tensor(sequence)
     logits = model(ids.to(device))  # (B, T, V)
 
-    # the logits that predict a target are one to its left. Picking them first leaves far fewer: (K, V)
+    # the logits that predict a target are one to its left. Picking them first leaves far fewer: (K,
+    # V)
     places = {sequence: b for b, sequence in enumerate(batch)}
-    logits = torch.cat([logits[places[row.inputs], row.start - 1 : len(row.inputs)] for row in rows])
+    logits = torch.cat([
+        logits[places[row.inputs], row.start - 1 : len(row.inputs)]
+        for row in rows
+    ])
     targets = torch.tensor(flatten(row.targets for row in rows), device=device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none").tolist()
     greedy = logits.argmax(dim=-1).tolist()
@@ -199,15 +227,19 @@ def ask_questions(model, tokenizer, device, task, indices, max_seq_len, batch_to
 
 
 def make_record(task, tokenizer, index, cut_rows, scores):
-    """The result of question `index`, from its rows, (row, whether it was cut) each, and their scores."""
+    """
+    The result of question `index`, from its rows, (row, whether it was cut) each, and their scores.
+    """
     losses = [loss for loss, _ in scores]
-    if task.kind == "language_modeling":  # one row: right only if greedy decoding gives every target
+    if task.kind == "language_modeling":
+        # one row: right only if greedy decoding gives every target
         row, _ = cut_rows[0]
         _, greedy = scores[0]
         gold = tokenizer.decode(row.targets)
         prediction = tokenizer.decode(greedy)
         correct = greedy == row.targets
     else:
+        # the option with the lowest loss
         gold = task.rows[index]["gold"]
         prediction = losses.index(min(losses))
         correct = prediction == gold
@@ -229,14 +261,30 @@ def flatten(groups):
 
 
 def split_like(items, groups):
-    """Split a list into parts as long as the groups: split_like("abc", [[1], [2, 3]]) == [["a"], ["b", "c"]]."""
+    """
+    Split a list into parts as long as the groups: split_like("abc", [[1], [2, 3]]) == [["a"], ["b",
+    "c"]].
+    """
     rest = iter(items)
     return [list(islice(rest, len(group))) for group in groups]
 
 
-def evaluate_task(model, tokenizer, device, task, *, max_seq_len, max_per_task=-1, batch_tokens=16384):
-    """One task, shared by the ranks -> (result dict, records of all questions), the same on every rank."""
+def evaluate_task(
+    model,
+    tokenizer,
+    device,
+    task,
+    *,
+    max_seq_len,
+    max_per_task=-1,
+    batch_tokens=16384,
+):
+    """
+    One task, shared by the ranks -> (result dict, records of all questions), the same on every
+    rank.
+    """
     start_time = time.time()
+    # this rank's questions
     indices = pick_questions(task, max_per_task)[rank() :: world_size()]
     records = []
     for i in range(0, len(indices), CHUNK_QUESTIONS):
@@ -244,6 +292,7 @@ def evaluate_task(model, tokenizer, device, task, *, max_seq_len, max_per_task=-
         records += ask_questions(model, tokenizer, device, task, chunk, max_seq_len, batch_tokens)
     records = sorted(gather_objects(records), key=lambda record: record["index"])
 
+    # statistics; the standard error is the binomial one
     n = len(records)
     accuracy = sum(record["correct"] for record in records) / n
     stderr = math.sqrt(accuracy * (1 - accuracy) / n)
@@ -278,10 +327,10 @@ def evaluate_core(
     on_task=None,
 ):
     """
-    CORE of `model`, any causal callable: ids (B, T) int64 -> logits (B, T, V). `max_seq_len` is the longest T that it
-    takes, `batch_tokens` the largest B x T (float32 logits take 4 V bytes each), `on_task(result, records)` is called
-    after each task. -> {"core", "stderr", "guessing" (the CORE of blind guesses), "n", "truncated", "tasks": [result
-    dicts]}. Every rank must call this.
+    CORE of `model`, any causal callable: ids (B, T) int64 -> logits (B, T, V). `max_seq_len` is the
+    longest T that it takes, `batch_tokens` the largest B x T (float32 logits take 4 V bytes each),
+    `on_task(result, records)` is called after each task. -> {"core", "stderr", "guessing" (the CORE
+    of blind guesses), "n", "truncated", "tasks": [result dicts]}. Every rank must call this.
     """
     results = []
     for task in tasks:
@@ -301,8 +350,9 @@ def evaluate_core(
     def total(key):
         return sum(result[key] for result in results)
 
+    # the tasks are independent, so the variances of their accuracies add up
     num_tasks = len(results)
-    variance = sum(result["centered_stderr"] ** 2 for result in results)  # of the sum over the tasks
+    variance = sum(result["centered_stderr"] ** 2 for result in results)
     return {
         "core": total("centered") / num_tasks,
         "guessing": total("centered_guess") / num_tasks,

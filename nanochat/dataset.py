@@ -1,15 +1,17 @@
 """
-The corpus on disk: which documents are for training and which for validation, and the one walk over them. Also the
-command that downloads the default corpus: python -m nanochat.dataset -n 8
+The corpus on disk: which documents are for training and which for validation, and the one walk over
+them. Also the command that downloads the default corpus: python -m nanochat.dataset -n 8
 
 Where documents come from, first match:
-  1. `--data=PATH`: a file, a folder (with its subfolders) or a glob of .parquet, .jsonl, .txt; see documents.py
+  1. `--data=PATH`: a file, a folder (with its subfolders) or a glob of .parquet, .jsonl, .txt; see
+     documents.py
   2. $NANOCHAT_DATA_DIR/pretrain/shard_*.parquet: the local mirror; nothing is downloaded
-  3. <base_dir>/base_data: shards of the shuffled ClimbMix 400B (6,543 of about 100 MB each), of which the last is
-     always downloaded and always the validation set
+  3. <base_dir>/base_data: shards of the shuffled ClimbMix 400B (6,543 of about 100 MB each), of
+     which the last is always downloaded and always the validation set
 
 Which documents are held out for validation is fixed by two rules, however many processes read:
-  - if all files are called shard_*.parquet and there are two or more, those of the last file by path;
+  - if all files are called shard_*.parquet and there are two or more, those of the last file by
+    path;
   - otherwise the last 5% of all documents, in the order of the paths: at least 1, at most 2,000.
 """
 
@@ -45,8 +47,8 @@ class Span:
 
 def get_spans(data: str | None, split: str) -> list[Span]:
     """
-    The documents of `split` ("train" or "val") in file order; `data` is the user's --data. Text files are read through
-    once to count their rows; parquet files state them.
+    The documents of `split` ("train" or "val") in file order; `data` is the user's --data. Text
+    files are read through once to count their rows; parquet files state them.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, needed: 'train' or 'val'")
@@ -54,15 +56,19 @@ def get_spans(data: str | None, split: str) -> list[Span]:
     counts = [count_rows(path) for path in paths]
     total = sum(counts)
 
-    # number the documents of all files in a row: train is [0, num_train), val is [num_train, total)
+    # how many documents are held out: the two rules above
     if len(paths) > 1 and all(path.match("shard_*.parquet") for path in paths):
-        num_train = total - counts[-1]
+        num_val = counts[-1]
     else:
-        num_train = total - min(max(1, int(VAL_FRAC * total)), MAX_VAL_DOCS)
-    first, last = (0, num_train) if split == "train" else (num_train, total)
+        num_val = min(max(1, int(VAL_FRAC * total)), MAX_VAL_DOCS)
     if total == 1:  # a page of text: enough to try things on
         print0(f"note: {paths[0].parent} holds one document, so the {split} split is all of it")
-        first, last = (0, 1)
+        num_val = 0
+        split = "train"
+
+    # counted over all files, train is [0, total - num_val) and val the rest
+    first = 0 if split == "train" else total - num_val
+    last = total - num_val if split == "train" else total
 
     # the part of that range in each file
     spans = []
@@ -89,9 +95,12 @@ def describe_spans(spans):
 
 
 def find_files(data):
-    """The files of the corpus, sorted by path. Raises a UserError with the remedy when there are none."""
+    """
+    The files of the corpus, sorted by path. Raises a UserError with the remedy when there are none.
+    """
     if data is not None:
         return _find_own_files(data)
+    # shards: of the mirror, else the downloaded ones
     mirror = get_data_dir()
     folder = base_data_dir() if mirror is None else mirror / "pretrain"
     files = sorted(folder.glob("shard_*.parquet"))
@@ -101,12 +110,14 @@ def find_files(data):
             "put shards there; or give your own text by --data=PATH; or unset it and run "
             "python -m nanochat.dataset -n 8",
         )
+    # without its last shard the corpus would be held out otherwise than in all other runs
     val_name = shard_name(NUM_SHARDS - 1)
     if mirror is None and (len(files) < 2 or files[-1].name != val_name):
         raise UserError(
-            f"{folder} has {len(files)} shards, needed: some for training, and {val_name} for validation",
-            "run python -m nanochat.dataset -n 8, or give your own text by --data=PATH, or a local mirror by "
-            "NANOCHAT_DATA_DIR",
+            f"{folder} has {len(files)} shards, needed: some for training, and {val_name} for "
+            "validation",
+            "run python -m nanochat.dataset -n 8, or give your own text by --data=PATH, or a local "
+            "mirror by NANOCHAT_DATA_DIR",
         )
     return files
 
@@ -122,8 +133,8 @@ def _find_own_files(data):
         problem = "holds no text file" if matches else "does not exist"
         raise UserError(
             f"--data={data} {problem}",
-            "needed: a file, a folder or a quoted glob of .parquet, .jsonl, .txt (the latter two also .gz, .zst), "
-            "for example --data=notes.txt",
+            "needed: a file, a folder or a quoted glob of .parquet, .jsonl, .txt (the latter two also "
+            ".gz, .zst), for example --data=notes.txt",
         )
     return sorted(files)
 
@@ -134,8 +145,8 @@ def _find_own_files(data):
 
 def read_documents(span: Span, row: int = 0) -> Iterator[tuple[int, str]]:
     """
-    Yield (row within the span, text) for the documents from `row` on. Empty texts are skipped but counted as rows, so
-    that the other rows keep their numbers; how many there were is logged.
+    Yield (row within the span, text) for the documents from `row` on. Empty texts are skipped but
+    counted as rows, so that the other rows keep their numbers; how many there were is logged.
     """
     num_empty = 0
     for file_row, text in read_rows(span.path, span.start + row, span.stop):
@@ -156,7 +167,10 @@ def iter_texts(data: str | None, split: str) -> Iterator[str]:
             num_texts += 1
             yield text
     if num_texts == 0:
-        raise UserError(f"{spans[0].path.parent}: every document for {split} is empty", "needed: text in at least one")
+        raise UserError(
+            f"{spans[0].path.parent}: every document for {split} is empty",
+            "needed: text in at least one",
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -164,18 +178,23 @@ def iter_texts(data: str | None, split: str) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(prog="python -m nanochat.dataset", description=f"Download shards of {REPO_ID}.")
-    parser.add_argument("-n", type=int, required=True, metavar="SHARDS", help="training shards of 100 MB; -1 = all")
-    parser.add_argument("-w", type=int, default=8, metavar="WORKERS", help="downloads at a time (default 8)")
+    description = f"Download shards of {REPO_ID}."
+    parser = ArgumentParser(prog="python -m nanochat.dataset", description=description)
+    num_help = "training shards of 100 MB; -1 = all"
+    parser.add_argument("-n", type=int, required=True, metavar="SHARDS", help=num_help)
+    workers_help = "downloads at a time (default 8)"
+    parser.add_argument("-w", type=int, default=8, metavar="WORKERS", help=workers_help)
     args = parser.parse_args(argv)
     num_train = NUM_SHARDS - 1 if args.n == -1 else args.n
     if not 1 <= num_train < NUM_SHARDS or args.w < 1:
         raise UserError(
-            f"-n {args.n} -w {args.w}, needed: 1 to {NUM_SHARDS - 1} shards (-1 = all), 1 or more workers",
+            f"-n {args.n} -w {args.w}, needed: 1 to {NUM_SHARDS - 1} shards (-1 = all), 1 or more "
+            "workers",
             "for example: python -m nanochat.dataset -n 8 -w 8",
         )
     if get_data_dir() is not None:
-        print(f"NANOCHAT_DATA_DIR is set: {len(find_files(None))} shards are there, nothing is downloaded")
+        num_files = len(find_files(None))
+        print(f"NANOCHAT_DATA_DIR is set: {num_files} shards are there, nothing is downloaded")
         return
     logging.basicConfig(format="%(message)s")
     download_shards(num_train, args.w)

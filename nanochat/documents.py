@@ -3,17 +3,20 @@ The documents in one file. A row is one document, whatever the format:
 
     .parquet    a row of the string column `text`
     .jsonl      a line, an object with a string `text`; a blank line is a row with the empty text
-    .txt        the text up to a line `<|endoftext|>`; in a file without any such line, the text up to the first blank
-                line after 4,000 characters, or up to the first line end after 8,000
+    .txt        the text up to a line `<|endoftext|>`; in a file without any such line, the text up
+                to the first blank line after 4,000 characters, or up to the first line end after
+                8,000
 
-.jsonl and .txt may be compressed (.gz, .zst). All readers stream: memory holds one document, or one batch of parquet
-rows. A bad row raises a UserError that names the file, the line (from 1) or row (from 0), and the field.
+.jsonl and .txt may be compressed (.gz, .zst). All readers stream: memory holds one document, or one
+batch of parquet rows. A bad row raises a UserError that names the file, the line (from 1) or row
+(from 0), and the field.
 """
 
 import codecs
 import io
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,15 +25,18 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError
 
 SEPARATOR = b"<|endoftext|>"
-CUT_CHARS = 4000   # a .txt without separators is cut at a blank line after this many, at any line after twice as many
-BATCH_ROWS = 256   # parquet rows decoded at a time
+CUT_CHARS = 4000  # of a .txt: cut at a blank line after this many, at any line after twice as many
+BATCH_ROWS = 256  # parquet rows decoded at a time
 
 # -----------------------------------------------------------------------------
 # Any format
 
 
 def file_format(path: Path) -> str | None:
-    """The format by the name: notes.txt.gz -> 'txt', a.parquet -> 'parquet', README.md -> None (not a corpus file)."""
+    """
+    The format by the name: notes.txt.gz -> 'txt', a.parquet -> 'parquet', README.md -> None (not a
+    corpus file).
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".parquet"]:  # compresses its own columns, so there is no .parquet.gz
         return "parquet"
@@ -53,8 +59,12 @@ def count_rows(path: Path) -> int:
 
 def read_rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, str]]:
     """Yield (row, text) for the rows [start, stop) of the file."""
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
-    return readers[file_format(path)](path, start, stop)
+    kind = file_format(path)
+    if kind == "parquet":
+        return _read_parquet(path, start, stop)
+    if kind == "jsonl":
+        return _read_jsonl(path, start, stop)
+    return islice(enumerate(_cut_text(path)), start, stop)
 
 
 # -----------------------------------------------------------------------------
@@ -62,9 +72,12 @@ def read_rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, str]]:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open the file, read its footer and check its `text` column. Raises a UserError if it is not a whole shard."""
+    """
+    Open the file, read its footer and check its `text` column. Raises a UserError if it is not a
+    whole shard.
+    """
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)  # if the writer stored checksums
+        file = pq.ParquetFile(path, page_checksum_verification=True)  # if there are checksums
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: not a readable parquet file ({_first_line(error)})",
@@ -122,11 +135,8 @@ def _parquet_text(value, where):
 
 
 def _read_jsonl(path, start, stop):
-    for row, line in enumerate(_read_lines(path)):
-        if row >= stop:
-            return
-        if row >= start:
-            yield row, _jsonl_text(line, f"{path}:{row + 1}")
+    for row, line in islice(enumerate(_read_lines(path)), start, stop):
+        yield row, _jsonl_text(line, f"{path}:{row + 1}")
 
 
 def _jsonl_text(line, where):
@@ -137,7 +147,8 @@ def _jsonl_text(line, where):
     except UnicodeDecodeError as error:
         raise _not_utf8(where, "field text", error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})", 'needed: one object a line, {"text": "..."}') from error
+        hint = 'needed: one object a line, {"text": "..."}'
+        raise UserError(f"{where}: not JSON ({error})", hint) from error
     text = record.get("text") if isinstance(record, dict) else None
     return _check_text(text, where)
 
@@ -146,18 +157,13 @@ def _jsonl_text(line, where):
 # txt
 
 
-def _read_txt(path, start, stop):
-    for row, text in enumerate(_cut_text(path)):
-        if row >= stop:
-            return
-        if row >= start:
-            yield row, text
-
-
 def _cut_text(path):
-    """Yield the documents of a .txt. The cuts depend on the file alone, so every pass finds the same rows."""
+    """
+    Yield the documents of a .txt. The cuts depend on the file alone, so every pass finds the same
+    rows.
+    """
     has_separators = any(line.strip() == SEPARATOR for line in _read_lines(path))
-    lines = []
+    lines = []     # of the document that is being read
     num_chars = 0
     for number, line in enumerate(_read_lines(path), start=1):
         try:
@@ -170,10 +176,12 @@ def _cut_text(path):
             lines.append(text)
             num_chars += len(text)
 
+        # does the document end here?
         if has_separators:
             is_end = is_separator
         else:
-            is_end = num_chars >= (2 * CUT_CHARS if line.strip() else CUT_CHARS)
+            is_blank = not line.strip()
+            is_end = num_chars >= (CUT_CHARS if is_blank else 2 * CUT_CHARS)
         if is_end:
             yield from _join_lines(lines)
             lines = []
@@ -213,7 +221,8 @@ def _check_text(value, where):
     """Return the value of a `text` field if it is a string that UTF-8 can hold."""
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"of type {type(value).__name__}"
-        raise UserError(f"{where}: field text is {found}, needed: a string", "mend or delete that row")
+        hint = "mend or delete that row"
+        raise UserError(f"{where}: field text is {found}, needed: a string", hint)
     try:
         value.encode("utf-8")  # JSON can spell half of a surrogate pair
     except UnicodeEncodeError as error:
@@ -222,7 +231,8 @@ def _check_text(value, where):
 
 
 def _not_utf8(where, field, error):
-    return UserError(f"{where}: {field} is not valid UTF-8 ({error.reason})", "mend or delete that row")
+    hint = "mend or delete that row"
+    return UserError(f"{where}: {field} is not valid UTF-8 ({error.reason})", hint)
 
 
 def _first_line(error):

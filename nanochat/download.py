@@ -1,28 +1,27 @@
 """
-Downloads: the shards of the default corpus from the Hugging Face hub, and single files from other hosts.
+Downloads: the shards of the default corpus from the Hugging Face hub, and single files from other
+hosts.
 
-A file gets its final name by a rename, after it was checked. So a file with its final name is whole and is not fetched
-again, and a killed process leaves nothing that could be taken for a whole file.
+A file gets its final name by a rename, after it was checked. So a file with its final name is whole
+and is not fetched again, and a killed process leaves nothing that could be taken for a whole file.
 
-    hub           by huggingface_hub, which knows the hub's protocols and continues a broken connection. It checks only
-                  the size (2.4.0), so the sha256 that the hub states for a large file is compared here.
-    other hosts   by `requests`. A broken connection starts over: these files have a few megabytes.
+The hub: by huggingface_hub, which knows the hub's protocols and continues a broken connection. It
+checks only the size (2.4.0), so the sha256 that the hub states for a large file is compared here.
 
-Proxies are honoured, and on the hub HF_ENDPOINT (a mirror) and HF_TOKEN. huggingface_hub reads HF_HUB_DOWNLOAD_TIMEOUT
-(seconds without a byte, 10 by default) itself, and its first import reads it, hence the late imports here.
+Other hosts: by `requests`. A broken connection starts over: these files have a few megabytes.
+
+Proxies are honoured, and on the hub HF_ENDPOINT (a mirror) and HF_TOKEN. huggingface_hub reads
+HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte, default 10) when it is imported, hence the late
+imports here.
 """
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from email.utils import parsedate_to_datetime
 from multiprocessing import TimeoutError as StillRunning
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,12 +36,12 @@ from nanochat.documents import open_parquet
 
 REPO_ID = "karpathy/climbmix-400b-shuffle"
 NUM_SHARDS = 6543          # shard_00000 ... shard_06542
-SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard that has not arrived
+SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard
 
 NUM_TRIES = 5
-TIMEOUT_S = 30         # without a byte
-ETAG_TIMEOUT_S = 10    # until the hub says what it has
-MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts requests in windows of 5 minutes
+TIMEOUT_S = 30         # without a byte, of a host other than the hub
+HUB_TIMEOUT_S = 10     # until the hub says what it has
+MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts in 5-minute windows
 CHUNK_BYTES = 1 << 20  # read from a connection or a file at a time
 
 log = logging.getLogger(__name__)
@@ -51,8 +50,14 @@ log = logging.getLogger(__name__)
 # Errors and retries
 
 
-class DiskFullError(UserError):
-    """No room for the file. Other downloads would fail as well, so they are not tried."""
+class DiskError(UserError):
+    """The disk refused the file. Other downloads would fail as well, so they are not tried."""
+
+    def __init__(self, error: OSError, path):
+        super().__init__(
+            f"{path}: {error.strerror}",
+            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk that you may write to",
+        )
 
 
 class TryAgain(Exception):
@@ -63,49 +68,38 @@ class TryAgain(Exception):
         self.wait_s = wait_s
 
 
-def retry(attempt: Callable, name: str, sleep=time.sleep):
-    """Call attempt() up to NUM_TRIES times, as long as it raises TryAgain. Returns its result."""
-    for number in range(1, NUM_TRIES + 1):
+def retry(attempt, name: str, sleep=time.sleep):
+    """
+    Call attempt() until it does not raise TryAgain, at most NUM_TRIES times, and return its result.
+    The waits between the tries double, unless the server says how long to wait.
+    """
+    for number in range(NUM_TRIES):
         try:
             return attempt()
-        except TryAgain as problem:
-            if number == NUM_TRIES:
-                raise UserError(
-                    f"{name}: gave up after {NUM_TRIES} tries: {problem}",
-                    "run the same command again later; behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to a mirror "
-                    "of the hub",
-                ) from problem
-            wait_s = 2 ** (number - 1) if problem.wait_s is None else problem.wait_s
-            log.warning("%s: %s; trying again in %.0f s", name, problem, wait_s)
+        except TryAgain as error:
+            problem = error
+        if number < NUM_TRIES - 1:
+            wait_s = 2**number if problem.wait_s is None else problem.wait_s
+            log.warning("%s: %s; trying again in %d s", name, problem, wait_s)
             sleep(wait_s)
+    raise UserError(
+        f"{name}: gave up after {NUM_TRIES} tries: {problem}",
+        "run the same command again later; behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to "
+        "a mirror of the hub",
+    ) from problem
 
 
 def status_error(name, status, headers):
     """The exception for an HTTP status other than success."""
     if status in (408, 429) or status >= 500:
-        return TryAgain(f"HTTP {status}", _retry_after_s(headers.get("Retry-After", "")))
+        retry_after = headers.get("Retry-After", "")  # seconds; a date is ignored
+        wait_s = min(int(retry_after), MAX_WAIT_S) if retry_after.isdigit() else None
+        return TryAgain(f"HTTP {status}", wait_s)
     if status in (401, 403):
-        return UserError(f"{name}: no access (HTTP {status})", "set HF_TOKEN to a token that may read it")
-    return UserError(f"{name}: not found (HTTP {status})", "set HF_ENDPOINT to a mirror that has it")
-
-
-def _retry_after_s(value):
-    """A Retry-After header in seconds: the header holds seconds or a date. None if it is absent or unreadable."""
-    try:
-        wait_s = int(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return None
-    return min(max(wait_s, 0), MAX_WAIT_S)
-
-
-def disk_error(error, path):
-    """The UserError for an OSError while `path` was written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"{path}: the disk is full",
-            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk, and run the same command again",
-        )
-    return UserError(f"{path}: {error.strerror}", "set NANOCHAT_BASE_DIR to a folder that you may write to")
+        hint = "set HF_TOKEN to a token that may read it"
+        return UserError(f"{name}: no access (HTTP {status})", hint)
+    hint = "set HF_ENDPOINT to a mirror that has it"
+    return UserError(f"{name}: not found (HTTP {status})", hint)
 
 
 # -----------------------------------------------------------------------------
@@ -122,18 +116,19 @@ def hold_lock(path: Path):
 
 
 def check_sha256(path: Path, expected: str):
-    """Raise TryAgain, and delete the file, if its sha256 is not `expected` (hex)."""
+    """Delete the file and raise TryAgain if its sha256 is not `expected` (hex)."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    if digest.hexdigest() != expected:
+    found = digest.hexdigest()
+    if found != expected:
         path.unlink()
-        raise TryAgain(f"damaged: sha256 {digest.hexdigest()[:12]}... where {expected[:12]}... belongs")
+        raise TryAgain(f"damaged: sha256 {found[:12]}... where {expected[:12]}... belongs")
 
 
 def move_into_place(temporary: Path, path: Path):
-    """Rename a whole file; its bytes go to the disk first, so that this also holds after a power cut."""
+    """Rename a whole file. Its bytes go to the disk first, so this also holds after a power cut."""
     with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -144,40 +139,48 @@ def move_into_place(temporary: Path, path: Path):
 
 
 def hub_endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return endpoint.rstrip("/")
 
 
 @contextmanager
 def hub_errors(name):
-    """Turn the errors of huggingface_hub and of the HTTP library below it into TryAgain or a UserError."""
-    from huggingface_hub.errors import HTTPError  # of its HTTP library, which changes between versions
+    """
+    Turn errors of huggingface_hub and of its HTTP library into TryAgain or a UserError. `name` says
+    in the message what was asked for.
+    """
+    from huggingface_hub.errors import HTTPError  # of its HTTP library, which changed with versions
 
     try:
         yield
     except (HTTPError, OSError) as error:
+        # the answer of the hub may be the cause of the cause
         response = getattr(error, "response", None)
         while response is None and error.__cause__ is not None:
             error = error.__cause__
             response = getattr(error, "response", None)
         if response is not None:
             raise status_error(name, response.status_code, response.headers) from error
-        if getattr(error, "errno", None) and not isinstance(error, (ConnectionError, TimeoutError)):
-            raise disk_error(error, error.filename or name) from error
+
+        # an error of the disk has a number, and so do broken connections
+        is_network = isinstance(error, (ConnectionError, TimeoutError))
+        if getattr(error, "errno", None) and not is_network:
+            raise DiskError(error, error.filename or name) from error
         reason = str(error).split("\n")[0]
         raise TryAgain(f"{type(error).__name__} {reason}") from error
 
 
 def ask_hub(repo_id: str, filename: str, revision: str = "main"):
     """
-    What the hub says about a file of a dataset repository: an object with commit_hash, size (bytes) and etag, which is
-    the sha256 in hex for large files. Raises TryAgain or a UserError.
+    What the hub says about a file of a dataset repository: an object with commit_hash, size (bytes)
+    and etag, which is the sha256 in hex for a large file. Raises TryAgain or a UserError.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     endpoint = hub_endpoint()
     url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
     with hub_errors(url):
-        return get_hf_file_metadata(url, timeout=ETAG_TIMEOUT_S, endpoint=endpoint)
+        return get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S, endpoint=endpoint)
 
 
 def shard_name(index: int) -> str:
@@ -190,9 +193,13 @@ def base_data_dir() -> Path:
 
 
 def fetch_shard(name: str, folder: Path, staging: Path) -> None:
-    """Download one shard into `staging`, check it, and move it to `folder`. Raises TryAgain or a UserError."""
+    """
+    Download one shard into `staging`, check it, and move it to `folder`. Raises TryAgain or a
+    UserError.
+    """
     from huggingface_hub import hf_hub_download
 
+    # the commit ties the bytes to the hash, should the repository change in between
     facts = ask_hub(REPO_ID, name)
     with hub_errors(name):
         downloaded = hf_hub_download(
@@ -203,12 +210,14 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
             local_dir=staging,
             endpoint=hub_endpoint(),
         )
+
+    # a mirror may state no sha256; then the parquet footer is what can be checked
     temporary = Path(downloaded)
     if re.fullmatch("[0-9a-f]{64}", facts.etag or ""):
         check_sha256(temporary, facts.etag)
     try:
         open_parquet(temporary).close()
-    except UserError as error:  # a mirror may state no sha256
+    except UserError as error:
         temporary.unlink()
         raise TryAgain(str(error).split("\n")[0]) from error
     move_into_place(temporary, folder / name)
@@ -216,74 +225,74 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
 
 def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=time.sleep) -> None:
     """
-    Bring shards 0 ... num_train - 1 and the last one, which is for validation, into base_data, `workers` at a time.
-    Shards that are there are kept. Raises a UserError that names the shards that could not be downloaded.
+    Bring shards 0 ... num_train - 1 and the last one, which is for validation, into base_data,
+    `workers` at a time. Shards that are there are kept. Raises a UserError that names the shards
+    that could not be downloaded.
     """
     folder = base_data_dir()
     staging = folder / "incoming"
     names = [shard_name(index) for index in (NUM_SHARDS - 1, *range(num_train))]
 
-    # a second process that wants shards waits here, and then finds them
+    def try_shard(name):
+        try:
+            retry(lambda: fetch(name, folder, staging), name, sleep)
+        except UserError as error:
+            return name, error
+        except OSError as error:
+            return name, DiskError(error, name)
+        return name, None
+
+    # a second process that wants shards waits for the lock, and then finds them
+    failed = []
     with hold_lock(folder / "download.lock"), logging_redirect_tqdm():
-        missing = [name for name in names if not (folder / name).is_file()]
         for leftover in staging.rglob("*.incomplete"):  # of a killed process
             leftover.unlink()
-
-        def try_shard(name):
-            try:
-                retry(lambda: fetch(name, folder, staging), name, sleep)
-            except (UserError, OSError) as error:
-                return name, error
-            return name, None
-
-        errors = {}
-        for name, error in _run_with_bar(try_shard, missing, workers, folder, staging):
-            if isinstance(error, DiskFullError):
+        missing = [name for name in names if not (folder / name).is_file()]
+        for name, error in run_with_bar(try_shard, missing, workers, folder, staging):
+            if isinstance(error, DiskError):
                 raise error
             if error is not None:
                 log.warning("%s", error)
-                errors[name] = error
-
+                failed.append(name)
         shutil.rmtree(staging, ignore_errors=True)
-    if errors:
+    if failed:
         raise UserError(
-            f"{len(errors)} of {len(names)} shards are missing: {', '.join(sorted(errors))}",
+            f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))}",
             f"python -m nanochat.dataset -n {num_train} tries them again and keeps the rest",
         )
 
 
-def _run_with_bar(function, names, workers, folder, staging):
-    """Yield function(name) for every name, in the order of completion, while a bar shows the bytes on the disk."""
+def run_with_bar(function, names, workers, folder, staging):
+    """
+    Yield function(name) for every name, in the order in which they end, and show one progress bar
+    of the bytes on the disk.
+    """
     from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()  # one bar for all shards instead of one for each
-    num_done = 0
-    bar = tqdm(
-        total=SHARD_BYTES * len(names),
-        desc=f"{len(names)} shards",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-    )
-    # threads of a ThreadPool are daemons: Ctrl-C need not wait for the shards that are on their way
+    disable_progress_bars()  # of the library: one for each shard
+    num_left = len(names)
+    total = SHARD_BYTES * num_left
+    bar = tqdm(total=total, desc=f"{num_left} shards", unit="B", unit_scale=True, mininterval=1)
+
+    # threads of a ThreadPool are daemons: Ctrl-C need not wait for shards on their way
     with bar, ThreadPool(workers) as pool:
         results = pool.imap_unordered(function, names)
-        while num_done < len(names):
+        while num_left:
             result = None
             try:
                 result = results.next(timeout=0.5)
-                num_done += 1
+                num_left -= 1
             except StillRunning:
                 pass
-            done = [_size(folder / name) for name in names]
-            arriving = [_size(path) for path in staging.rglob("*.incomplete")]
-            bar.update(sum(done) + sum(arriving) - bar.n)
+            sizes = [file_size(folder / name) for name in names]
+            sizes += [file_size(path) for path in staging.rglob("*.incomplete")]
+            bar.update(sum(sizes) - bar.n)
             if result is not None:
                 yield result
 
 
-def _size(path):
-    """Bytes of a file; 0 if there is none (any more)."""
+def file_size(path):
+    """Bytes of a file; 0 if there is none, as when it was just renamed."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -294,26 +303,33 @@ def _size(path):
 # Other hosts
 
 
-def download_url(url: str, path: Path, sha256: str | None = None, timeout=TIMEOUT_S, sleep=time.sleep) -> Path:
+def download_url(
+    url: str,
+    path: Path,
+    sha256: str | None = None,
+    timeout: float = TIMEOUT_S,
+    sleep=time.sleep,
+) -> Path:
     """
-    Download `url` to `path`, unless that is there, and return the path. Without a sha256 (hex) only the length that
-    the server states can be checked, which is said. `timeout` is in seconds without a byte. Failure is a UserError.
+    Download `url` to `path`, unless that is there, and return the path. Without a sha256 (hex) only
+    the length that the server states can be checked, and a warning says so. `timeout` is in seconds
+    without a byte. Failure is a UserError.
     """
     try:
-        with hold_lock(path.with_name(f"{path.name}.lock")):
+        with hold_lock(path.with_name(f"{path.name}.lock")):  # one process downloads, others wait
             if not path.is_file():
-                retry(lambda: _fetch_url(url, path, sha256, timeout), url, sleep)
+                retry(lambda: fetch_url(url, path, sha256, timeout), url, sleep)
                 if sha256 is None:
-                    log.warning("%s: no checksum of this file is known, so only its length was checked", path)
+                    log.warning("%s: no checksum is known, so its bytes are unverified", path)
     except OSError as error:
-        raise disk_error(error, path) from error
+        raise DiskError(error, path) from error
     return path
 
 
-def _fetch_url(url, path, sha256, timeout):
+def fetch_url(url, path, sha256, timeout):
+    """One try of download_url. Raises TryAgain, a UserError or an OSError."""
     temporary = path.with_name(f"{path.name}.part")
-    # identity: the Content-Length of a compressed answer is not the file's
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}  # else Content-Length is not the file's
     try:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code != 200:
@@ -324,7 +340,6 @@ def _fetch_url(url, path, sha256, timeout):
             stated = response.headers.get("Content-Length")
     except requests.RequestException as error:
         raise TryAgain(f"{type(error).__name__} {error}") from error
-
     size = temporary.stat().st_size
     if stated is not None and size != int(stated):
         raise TryAgain(f"the connection closed at {size} of {stated} bytes")

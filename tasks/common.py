@@ -1,9 +1,10 @@
 """
-What the tasks share: `Task`, the ways to join tasks, the check of conversations read from files, the text of a
-multiple-choice question, and reading the final answer of a solution. Where a task's rows come from is tasks/hub.py.
+What the tasks share: `Task`, the ways to join tasks, the check of conversations read from files,
+the text of a multiple-choice question, and reading the final answer of a solution. Where a task's
+rows come from is tasks/hub.py.
 
-A task is a sized, indexable set of conversations: a user's question and the right answer. The same object serves
-training (index it) and evaluation (`evaluate` grades a model's answer).
+A task is a sized, indexable set of conversations: a user's question and the right answer. The same
+object serves training (index it) and evaluation (`evaluate` grades a model's answer).
 """
 
 import json
@@ -21,12 +22,14 @@ from nanochat.common import UserError
 
 class Task:
     """
-    A subclass sets `eval_type` and `rows` (or defines `num_examples`), and defines `get_example` and, if it can be
-    graded, `evaluate`. start, stop, step show a slice of it, as rows[start:stop:step] would: GSM8K(stop=100) and
-    GSM8K(start=100) share no problem. A stop past the end means the end.
+    A subclass sets `eval_type` and `rows` (or defines `num_examples`), and defines `get_example`
+    and, if it can be graded, `evaluate`. start, stop, step show a slice of it, as
+    rows[start:stop:step] would: GSM8K(stop=100) and GSM8K(start=100) share no problem. A stop past
+    the end means the end.
     """
 
-    # "generative": evaluate() gets the text that the model wrote; "categorical": the letter it finds most likely
+    # "generative": evaluate() gets the text that the model wrote; "categorical": the letter it
+    # finds most likely
     eval_type = "generative"
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
@@ -49,7 +52,8 @@ class Task:
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Is `completion` a right answer to this conversation's question?"""
-        raise NotImplementedError(f"{type(self).__name__} is for training only, it cannot grade an answer")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} is for training only, it cannot grade an answer")
 
     def reward(self, conversation: dict, completion: str) -> float:
         """The reward of the completion in reinforcement learning: 1 if it is right, else 0."""
@@ -62,7 +66,8 @@ class Task:
         return len(self._indices())
 
     def __getitem__(self, index):
-        return self.get_example(self._indices()[index])  # the range raises the IndexError that ends a for loop
+        # the range raises the IndexError that ends a for loop
+        return self.get_example(self._indices()[index])
 
 
 def check_option(task, name, value, allowed):
@@ -73,8 +78,10 @@ def check_option(task, name, value, allowed):
 
 
 def shuffled(items, seed: str):
-    """A shuffled list. Python promises only of random() that it never changes, hence no rng.shuffle."""
-    rng = random.Random(seed)  # seeded by a text, since Random(-1) and Random(1) are the same generator
+    """
+    A shuffled list. Python promises only of random() that it never changes, hence no rng.shuffle.
+    """
+    rng = random.Random(seed)  # seeded by a text, since Random(-1) and Random(1) are the same
     return sorted(items, key=lambda _: rng.random())
 
 
@@ -93,7 +100,8 @@ class TaskSequence(Task):
     def __init__(self, tasks, **kwargs):
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        self.ends = list(accumulate(len(task) for task in self.tasks))  # task t holds [ends[t-1], ends[t])
+        # task t holds [ends[t-1], ends[t])
+        self.ends = list(accumulate(len(task) for task in self.tasks))
 
     def num_examples(self):
         return self.ends[-1] if self.ends else 0
@@ -108,9 +116,9 @@ class TaskMixture(TaskSequence):
     """
     The tasks shuffled together, in an order that depends on the seed alone.
 
-    Without weights every example appears once. weights are the shares of the tasks in the mixture, at any scale; the
-    mixture is then as large as it can be without repeating an example: weights=[0.5, 0.5] over 7,473 and 99,842
-    examples draws 7,473 of each.
+    Without weights every example appears once. weights are the shares of the tasks in the mixture,
+    at any scale; the mixture is then as large as it can be without repeating an example:
+    weights=[0.5, 0.5] over 7,473 and 99,842 examples draws 7,473 of each.
     """
 
     def __init__(self, tasks, weights=None, seed=42, **kwargs):
@@ -136,7 +144,10 @@ class TaskMixture(TaskSequence):
 
 
 def share_out(sizes, weights):
-    """How many examples to draw from each task: in proportion to the weights, as many as the smallest one allows."""
+    """
+    How many examples to draw from each task: in proportion to the weights, as many as the smallest
+    one allows.
+    """
     total = sum(weights)
     if len(weights) != len(sizes) or min(weights) < 0 or not 0 < total < float("inf"):
         raise UserError(
@@ -149,15 +160,19 @@ def share_out(sizes, weights):
         if weight > 0
     )
     if scale == 0:
-        raise UserError(f"TaskMixture(weights={weights}): a task with a weight is empty, the sizes are {sizes}")
-    return [int(weight * scale + 1e-6) for weight in weights]  # 1e-6: rounding may give 29.999999 for 30
+        raise UserError(
+            f"TaskMixture(weights={weights}): a task with a weight is empty",
+            f"the sizes are {sizes}",
+        )
+    # 1e-6: rounding may give 29.999999 for 30
+    return [int(weight * scale + 1e-6) for weight in weights]
 
 
 class TaskChain(Task):
     """
-    `size` conversations that change their subject: each joins two to four examples of any of the tasks. A small model
-    that only ever saw a question type on its own fails when it comes second: it goes on with the first subject.
-    Example i depends on the seed and i alone.
+    `size` conversations that change their subject: each joins two to four examples of any of the
+    tasks. A small model that only ever saw a question type on its own fails when it comes second:
+    it goes on with the first subject. Example i depends on the seed and i alone.
     """
 
     def __init__(self, tasks, size, seed=42, **kwargs):
@@ -188,7 +203,8 @@ class TaskChain(Task):
 
 def read_jsonl(path):
     """Yield ("<path>, line <n>", value) for each line of a JSONL file. Blank lines are skipped."""
-    with open(path, encoding="utf-8-sig") as lines:  # -sig: some editors put a mark at the start of a file
+    # -sig: some editors put a mark at the start of a file
+    with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -201,8 +217,9 @@ def read_jsonl(path):
 
 def check_messages(messages, where: str):
     """
-    Return `messages` if they are a conversation to learn from: an optional system message, then user and assistant in
-    turns, each with a text or a list of parts. Else raise a UserError that begins with `where` and names the field.
+    Return `messages` if they are a conversation to learn from: an optional system message, then
+    user and assistant in turns, each with a text or a list of parts. Else raise a UserError that
+    begins with `where` and names the field.
     """
     if not isinstance(messages, list) or not messages:
         raise bad_field(where, "messages", messages, "a list of messages")
@@ -259,7 +276,10 @@ def exchange(question, answer) -> list[dict]:
 
 
 class MultipleChoice(Task):
-    """Graded by which of conversation["letters"] the model finds most likely as the first token of its answer."""
+    """
+    Graded by which of conversation["letters"] the model finds most likely as the first token of its
+    answer.
+    """
 
     eval_type = "categorical"
 
@@ -273,8 +293,9 @@ class MultipleChoice(Task):
 
 def render_mc(question: str, letters, choices) -> str:
     """
-    A multiple-choice question as text. The letter stands last, where a small model finds it more easily, and has no
-    space before it, since " A" is another token than the "A" that begins the answer.
+    A multiple-choice question as text. The letter stands last, where a small model finds it more
+    easily, and has no space before it, since " A" is another token than the "A" that begins the
+    answer.
 
     >>> print(render_mc("What do cows drink?", ["A", "B"], ["Milk", "Water"]))
     What do cows drink?
@@ -289,13 +310,18 @@ def render_mc(question: str, letters, choices) -> str:
     return "\n".join(lines)
 
 
-# a sign, a currency, digits with or without commas and decimals, or a fraction. [0-9]: \d knows other scripts too
-NUMBER = re.compile(r"([-+\u2212]?)[ $€£]*([-+\u2212]?)([0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)")
+# a sign, a currency, digits with or without commas and decimals, or a fraction. [0-9]: \d knows
+# other scripts too
+NUMBER = re.compile(
+    r"([-+\u2212]?)[ $€£]*([-+\u2212]?)"
+    r"([0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)"
+)
 
 
 def parse_answer(text: str) -> Fraction | None:
     r"""
-    The first number after the last "####", on its line, or None. By value, so 18, 18., 18.00 and $18 are equal.
+    The first number after the last "####", on its line, or None. By value, so 18, 18., 18.00 and
+    $18 are equal.
 
     >>> parse_answer("Each costs 2+2 = 4.\n#### $4,000.00 in all")
     Fraction(4000, 1)

@@ -1,9 +1,11 @@
 """
-Your own conversations, from a JSONL file: each line a list of messages, or an object with such a list as "messages".
+Your own conversations, from a JSONL file: each line a list of messages, or an object with such a
+list as "messages".
 
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am nanochat."}]
 
-Every line is read and checked when the task is made, so that a bad one shows before training begins, not during it.
+Every line is read and checked when the task is made, so that a bad one shows before training
+begins, not during it.
 """
 
 from pathlib import Path
@@ -15,7 +17,10 @@ IDENTITY = "identity_conversations.jsonl"  # who the model says it is
 
 
 class CustomJSON(Task):
-    """filepath None: the identity conversations of the mirror $NANOCHAT_DATA_DIR, else of the base directory."""
+    """
+    filepath None: the identity conversations of the mirror $NANOCHAT_DATA_DIR, else of the base
+    directory.
+    """
 
     def __init__(self, filepath=None, **kwargs):
         super().__init__(**kwargs)

@@ -1,13 +1,14 @@
 """
 Chat evaluation: the table of tasks, and the two ways to ask a model a task's questions.
 
-A categorical task (multiple choice) is one forward pass a question: the answer is the letter with the highest logit
-where the assistant's answer would begin, among those that the question offers. A generative task lets the engine write,
-with its tools, and grades the text; of n samples a problem pass@k is estimated without bias (arXiv 2107.03374).
+A categorical task (multiple choice) is one forward pass a question: the answer is the letter with
+the highest logit where the assistant's answer would begin, among those that the question offers. A
+generative task lets the engine write, with its tools, and grades the text; of n samples a problem
+pass@k is estimated without bias (arXiv 2107.03374).
 
-Both return (result, records): a dict of figures, and a record for JSONL of every single answer. They are the same on
-every rank, for any number of ranks and any batch size, except for ties within float rounding. All ranks must call
-them.
+Both return (result, records): a dict of figures, and a record for JSONL of every single answer.
+They are the same on every rank, for any number of ranks and any batch size, except for ties within
+float rounding. All ranks must call them.
 """
 
 import math
@@ -34,7 +35,8 @@ from tasks.spellingbee import SpellingBee
 # -----------------------------------------------------------------------------
 # The table of tasks
 
-# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9 of 2,000
+# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9
+# of 2,000
 TASKS = {
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
@@ -54,7 +56,9 @@ def available_tasks() -> list[str]:
 
 
 def parse_names(text: str) -> list[str]:
-    """Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"]."""
+    """
+    Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"].
+    """
     names = []
     lowered = {name.lower(): name for name in TASKS}
     for typed in text.split("|"):
@@ -77,7 +81,10 @@ def centered(name: str, accuracy: float) -> float:
 
 
 def chat_core(results: dict[str, dict]) -> dict | None:
-    """ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if one is missing."""
+    """
+    ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if
+    one is missing.
+    """
     if not set(CHATCORE_TASKS) <= set(results):
         return None
     value = 0.0
@@ -99,7 +106,10 @@ def chat_core(results: dict[str, dict]) -> dict | None:
 
 
 def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
-    """Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2, 3]."""
+    """
+    Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2,
+    3].
+    """
     if len(ids) <= max_tokens:
         return ids
     num_last = max_tokens - 1
@@ -108,9 +118,10 @@ def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
 
 def read_questions(task, tokenizer, max_prompt, max_problems):
     """
-    This rank's share of the problems: [(conversation, prompt ids, record)]. The record is the part of the result that
-    is known before the model answers. A limited number of problems is drawn from the whole task (MMLU is sorted by
-    subject): always the same ones, and a larger number includes a smaller.
+    This rank's share of the problems: [(conversation, prompt ids, record)]. The record is the part
+    of the result that is known before the model answers. A limited number of problems is drawn from
+    the whole task (MMLU is sorted by subject): always the same ones, and a larger number includes a
+    smaller.
     """
     rank, _, num_ranks = get_dist_info()
     chosen = range(len(task))
@@ -136,19 +147,26 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
 
 
 def gather_records(answer_questions, device):
-    """The records that answer_questions() returns on all ranks, on every rank, by problem and sample. Collective."""
+    """
+    The records that answer_questions() returns on all ranks, on every rank, by problem and sample.
+    Collective.
+    """
     records = gather_objects(run_together(answer_questions, device))
     return sorted(records, key=itemgetter("index", "sample"))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, include a right one: 1 - C(n - c, k) / C(n, k)."""
+    """
+    The chance that k of n samples, c of them right, include a right one: 1 - C(n - c, k) / C(n, k).
+    """
     num_all_wrong = math.comb(n - c, k)
     return 1 - num_all_wrong / math.comb(n, k)
 
 
 def summarize(task, records) -> dict:
-    """{accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}"""
+    """
+    {accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}
+    """
     num_right = Counter()  # index -> right samples
     num_samples = Counter()
     truncated = set()
@@ -163,8 +181,8 @@ def summarize(task, records) -> dict:
         raise UserError(f"{type(task).__name__} has no problem to ask")
     samples = max(num_samples.values())  # the same for all problems
 
-    # The error is over problems, since the samples of one problem are not independent. With one sample it is the
-    # binomial sqrt(p (1 - p) / n).
+    # The error is over problems, since the samples of one problem are not independent. With one
+    # sample it is the binomial sqrt(p (1 - p) / n).
     rates = [right / samples for right in num_right.values()]
     accuracy = sum(rates) / n
     variance = sum((rate - accuracy) ** 2 for rate in rates) / n
@@ -225,12 +243,14 @@ def evaluate_categorical(task, model, tokenizer, *, batch_rows=32, max_problems=
 @torch.inference_mode()
 def letter_logits(model, prompts, letter_ids, batch_rows):
     """
-    The logits, before the cap, of the tokens letter_ids[i] after prompts[i], as a list of floats for each prompt.
-    Prompts of similar length go together, padded on the right, where a causal model does not look.
+    The logits, before the cap, of the tokens letter_ids[i] after prompts[i], as a list of floats
+    for each prompt. Prompts of similar length go together, padded on the right, where a causal
+    model does not look.
     """
     logits = [None] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])  # longest first: memory runs out at once
+    # longest first: memory runs out at once
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_rows):
         batch = order[start : start + batch_rows]
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)  # (B, T)
@@ -259,7 +279,10 @@ def evaluate_generative(
     max_problems=-1,
     seed=42,
 ):
-    """A prompt may fill the model's context except for max_new_tokens, or a quarter of it if that is less."""
+    """
+    A prompt may fill the model's context except for max_new_tokens, or a quarter of it if that is
+    less.
+    """
     context = engine.model.config.sequence_len
     max_prompt = context - min(max_new_tokens, context // 4)
 
@@ -280,7 +303,9 @@ def evaluate_generative(
         with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
             for row in engine.generate_rows(rows, batch_rows):
                 conversation, record = asked[id(row)]
-                tokens = row.tokens[:-1] if row.finish_reason == "stop" else row.tokens  # without the stop token
+                tokens = row.tokens
+                if row.finish_reason == "stop":
+                    tokens = tokens[:-1]
                 completion = tokenizer.decode(tokens)  # with tool calls and their results
                 record["completion"] = completion
                 record["finish_reason"] = row.finish_reason

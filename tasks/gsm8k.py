@@ -1,8 +1,9 @@
 r"""
-GSM8K: grade-school word problems (arXiv 2110.14168, huggingface.co/datasets/openai/gsm8k; train 7,473, test 1,319).
+GSM8K: grade-school word problems (arXiv 2110.14168, huggingface.co/datasets/openai/gsm8k; train
+7,473, test 1,319).
 
-A solution calls a calculator as it goes, "He pays 12*3=$<<12*3=36>>36.\n#### 36". The call becomes a python part and
-its result a python_output part, as the engine does it while the model writes.
+A solution calls a calculator as it goes, "He pays 12*3=$<<12*3=36>>36.\n#### 36". The call becomes
+a python part and its result a python_output part, as the engine does it while the model writes.
 """
 
 import re
@@ -47,8 +48,9 @@ def solution_parts(solution: str) -> list[dict]:
     done = 0
     for call in CALL.finditer(solution):
         expression, result = call.groups()
-        # Our calculator's own result where it has one, since the model will read that later: 3% differ in form (4.8,
-        # not 4.80), and it cannot do 11 of the 10,618 calls in the first 2,000 training and all test problems.
+        # Our calculator's own result where it has one, since the model will read that later: 3%
+        # differ in form (4.8, not 4.80), and it cannot do 11 of the 10,618 calls in the first 2,000
+        # training and all test problems.
         output = use_calculator(expression) or result
         parts += [
             {"type": "text", "text": solution[done : call.start()]},

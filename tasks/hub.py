@@ -1,14 +1,16 @@
 """
-Where the rows of the tasks come from: the local mirror $NANOCHAT_DATA_DIR if it is set, else the Hugging Face hub.
+Where the rows of the tasks come from: the local mirror $NANOCHAT_DATA_DIR if it is set, else the
+Hugging Face hub.
 
 A mirror holds parquet files with the columns that the hub has, and nothing else is read then:
 
     tasks/{gsm8k,humaneval,mmlu,arc_easy,arc_challenge}_<split>.parquet
     chat/train_*.parquet, chat/test.parquet    (messages: list of {role, content})
 
-From the hub, a data set is downloaded by the library `datasets` at a pinned commit, once: it is checked, kept in the
-base directory under datasets/, and later read from there without the network. `datasets` itself checks only the size of
-what it downloads; the hashes are checked by huggingface_hub.
+From the hub, a data set is downloaded by the library `datasets` at a pinned commit, once: it is
+checked, kept in the base directory under datasets/, and later read from there without the network.
+`datasets` itself checks only the size of what it downloads; the hashes are checked by
+huggingface_hub.
 """
 
 import os
@@ -20,15 +22,25 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir, get_data_dir, print0
 from nanochat.download import TryAgain, ask_hub, hold_lock, hub_endpoint, hub_errors, retry
+from tasks.common import bad_field
 
-# name: (repository, commit, configuration). The commit is pinned, so that all runs read the same rows
+# name: (repository, configuration)
 HUB = {
-    "gsm8k": ("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main"),
-    "mmlu": ("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe", "all"),
-    "arc_easy": ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", "ARC-Easy"),
-    "arc_challenge": ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", "ARC-Challenge"),
-    "humaneval": ("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "openai_humaneval"),
-    "smoltalk": ("HuggingFaceTB/smol-smoltalk", "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc", "default"),
+    "gsm8k": ("openai/gsm8k", "main"),
+    "mmlu": ("cais/mmlu", "all"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+    "humaneval": ("openai/openai_humaneval", "openai_humaneval"),
+    "smoltalk": ("HuggingFaceTB/smol-smoltalk", "default"),
+}
+
+# repository: commit. Pinned, so that all runs read the same rows
+COMMITS = {
+    "openai/gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "openai/openai_humaneval": "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    "HuggingFaceTB/smol-smoltalk": "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
 }
 
 
@@ -38,8 +50,9 @@ class DamagedError(Exception):
 
 class Rows:
     """
-    The rows of a `datasets.Dataset` as dicts. columns: name -> type that each value must have. sources: the files that
-    the rows come from, (name, number of rows) each, so that an error can name the place.
+    The rows of a `datasets.Dataset` as dicts. columns: name -> type that each value must have.
+    sources: the files that the rows come from, (name, number of rows) each, so that an error can
+    name the place.
     """
 
     def __init__(self, dataset, columns: dict[str, type], sources: list[tuple[str, int]]):
@@ -54,7 +67,7 @@ class Rows:
         row = self.dataset[index]
         for field, kind in self.columns.items():
             if not isinstance(row[field], kind):
-                raise UserError(f"{self.where(index)}, field {field}: got {row[field]!r}, need {kind.__name__}")
+                raise bad_field(self.where(index), f"field {field}", row[field], kind.__name__)
         return row
 
     def where(self, index):
@@ -109,7 +122,8 @@ def read_table(path, columns):
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file: {error}", f"rm '{path}' and get it again") from error
+        hint = f"rm '{path}' and get it again"
+        raise UserError(f"{path} is not a whole parquet file: {error}", hint) from error
     check_columns(path, table.column_names, columns)
     # the metadata may describe columns that are left out here
     return table.select(list(columns)).replace_schema_metadata()
@@ -122,7 +136,8 @@ def read_table(path, columns):
 def load_from_hub(name: str, split: str, columns: dict[str, type]) -> Rows:
     from datasets import load_from_disk  # takes seconds to import
 
-    repo, commit, config = HUB[name]
+    repo, config = HUB[name]
+    commit = COMMITS[repo]
     folder = get_base_dir() / "datasets" / repo / commit / config
     with hold_lock(folder.with_name(f"{config}.lock")):  # one process downloads, the others wait
         if not folder.is_dir():
@@ -134,7 +149,10 @@ def load_from_hub(name: str, split: str, columns: dict[str, type]) -> Rows:
 
 
 def fetch(repo, commit, config, folder):
-    """Download a data set, all its splits, check it, and save it as `folder`, which appears only when it is whole."""
+    """
+    Download a data set, all its splits, check it, and save it as `folder`, which appears only when
+    it is whole.
+    """
     print0(f"downloading {config} of {repo}")
     work = folder.with_name(f"{config}.incoming")
     shutil.rmtree(work, ignore_errors=True)  # of a killed process
@@ -153,15 +171,18 @@ def fetch(repo, commit, config, folder):
     try:
         dataset = retry(attempt, f"data set {repo}")
     except UserError as error:
-        message = str(error)
-        raise UserError(f"{message}; or `export NANOCHAT_DATA_DIR=/path/to/a/mirror` with its files") from error
+        other_way = "or `export NANOCHAT_DATA_DIR=/path/to/a/mirror` with its files"
+        raise UserError(f"{error}; {other_way}") from error
     dataset.save_to_disk(str(work / "whole"))
     os.replace(work / "whole", folder)
     shutil.rmtree(work)
 
 
 def load_checked(repo, commit, config, cache_dir, force):
-    """A datasets.DatasetDict of all splits. force: download again what is there. May raise a DamagedError."""
+    """
+    A datasets.DatasetDict of all splits. force: download again what is there. May raise a
+    DamagedError.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
@@ -169,12 +190,20 @@ def load_checked(repo, commit, config, cache_dir, force):
     mode = "force_redownload" if force else "reuse_dataset_if_exists"
     with hub_errors(f"data set {repo}"):
         try:
-            dataset = load_dataset(repo, config, revision=commit, cache_dir=str(cache_dir), download_mode=mode)
+            dataset = load_dataset(
+                repo,
+                config,
+                revision=commit,
+                cache_dir=str(cache_dir),
+                download_mode=mode,
+            )
         except OSError:
             raise
         except (DatasetsError, pa.ArrowException) as error:
             raise DamagedError(str(error)) from error
-        report = HfApi(hub_endpoint()).verify_repo_checksums(repo, repo_type="dataset", revision=commit)
+        hub = HfApi(hub_endpoint())
+        report = hub.verify_repo_checksums(repo, repo_type="dataset", revision=commit)
     if report.mismatches:
-        raise DamagedError(f"the sha256 of {report.mismatches[0]['path']} is not the one that the hub states")
+        path = report.mismatches[0]["path"]
+        raise DamagedError(f"the sha256 of {path} is not the one that the hub states")
     return dataset

@@ -1,6 +1,7 @@
 """
-HumanEval: 164 Python functions to write from their signature and docstring (arXiv 2107.03374, huggingface.co/datasets/
-openai/openai_humaneval). An answer is right if the problem's tests pass in the sandbox of nanochat/execution.py.
+HumanEval: 164 Python functions to write from their signature and docstring (arXiv 2107.03374,
+huggingface.co/datasets/ openai/openai_humaneval). An answer is right if the problem's tests pass in
+the sandbox of nanochat/execution.py.
 """
 
 import re
@@ -11,14 +12,15 @@ from nanochat.execution import execute_code
 from tasks.common import Task, exchange
 from tasks.hub import load_rows
 
-FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)  # a code block; one cut off by the token limit too
+# a code block; one cut off by the token limit too
+FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 COLUMNS = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
 
 
 class HumanEval(Task):
     """
-    For evaluation only: it has no training split. allow_unsafe runs the programs where the system cannot confine them;
-    timeout is in seconds a program.
+    For evaluation only: it has no training split. allow_unsafe runs the programs where the system
+    cannot confine them; timeout is in seconds a program.
     """
 
     eval_type = "generative"
@@ -46,16 +48,19 @@ class HumanEval(Task):
             conversation["entry_point"],
         )
         try:
-            return execute_code(program, timeout=self.timeout, allow_unsafe=self.allow_unsafe).success
+            result = execute_code(program, timeout=self.timeout, allow_unsafe=self.allow_unsafe)
         except ValueError as error:  # no sandbox on this system: that does not make an answer wrong
-            raise UserError(f"HumanEval: {error}", "leave HumanEval out, or evaluate on Linux 5.13 or newer") from error
+            hint = "leave HumanEval out, or evaluate on Linux 5.13 or newer"
+            raise UserError(f"HumanEval: {error}", hint) from error
+        return result.success
 
 
 def build_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
     """
-    The prompt, the model's code, the tests. The code may go on where the prompt stopped (a function's body), or define
-    the function anew: the prompt alone is a function that only has a docstring, and the later definition wins. So the
-    prompt's imports and helper functions are there in both cases.
+    The prompt, the model's code, the tests. The code may go on where the prompt stopped (a
+    function's body), or define the function anew: the prompt alone is a function that only has a
+    docstring, and the later definition wins. So the prompt's imports and helper functions are there
+    in both cases.
     """
     code = extract_code(completion, entry_point)
     is_body = not defines(code, entry_point)

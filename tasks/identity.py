@@ -1,11 +1,14 @@
 """
-Does the model know who it is? Held-out questions about itself, from the file tasks/identity_test.jsonl of the mirror
-$NANOCHAT_DATA_DIR, else of the base directory. dev/gen_synthetic_data.py writes one; your own has an object a line:
+Does the model know who it is? Held-out questions about itself, from the file
+tasks/identity_test.jsonl of the mirror $NANOCHAT_DATA_DIR, else of the base directory.
+dev/gen_synthetic_data.py writes one; your own has an object a line:
 
-    {"messages": [{"role": "user", "content": "Who made you?"}, {"role": "assistant", "content": "Jo Smith made me."}],
+    {"messages": [{"role": "user", "content": "Who made you?"},
+                  {"role": "assistant", "content": "Jo Smith made me."}],
      "accept": ["Jo Smith", "Dr. Smith"]}
 
-An answer is right if it holds one of the phrases in `accept` as whole words, whatever the case and the line breaks.
+An answer is right if it holds one of the phrases in `accept` as whole words, whatever the case and
+the line breaks.
 """
 
 import re
@@ -21,7 +24,9 @@ def identity_path() -> Path:
 
 
 class Identity(Task):
-    """For evaluation only; to train on, there are the identity conversations of tasks/customjson.py."""
+    """
+    For evaluation only; to train on, there are the identity conversations of tasks/customjson.py.
+    """
 
     eval_type = "generative"
 
@@ -39,8 +44,10 @@ class Identity(Task):
 
 def holds(text: str, phrase: str) -> bool:
     """
-    >>> holds("I am nanochat,\\na small Language  Model.", "language model"), holds("Who knows?", "no")
-    (True, False)
+    >>> holds("I am nanochat,\\na small Language  Model.", "language model")
+    True
+    >>> holds("Who knows?", "no")
+    False
     """
     words = map(re.escape, phrase.split())
     pattern = r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)"

@@ -1,6 +1,7 @@
 """
-MMLU: four-way questions from 57 school subjects (arXiv 2009.03300, huggingface.co/datasets/cais/mmlu). Training uses
-the auxiliary set of 99,842 questions from other exams; `all` has the benchmark: test 14,042, validation 1,531, dev 285.
+MMLU: four-way questions from 57 school subjects (arXiv 2009.03300,
+huggingface.co/datasets/cais/mmlu). Training uses the auxiliary set of 99,842 questions from other
+exams; `all` has the benchmark: test 14,042, validation 1,531, dev 285.
 """
 
 from nanochat.common import UserError
@@ -31,7 +32,8 @@ class MMLU(MultipleChoice):
         choices = row["choices"]
         answer = row["answer"]
         if len(choices) != len(LETTERS) or answer not in range(len(LETTERS)):
-            raise UserError(f"{self.rows.where(index)}: need 4 choices and an answer from 0 to 3, got {row!r:.200}")
+            where = self.rows.where(index)
+            raise UserError(f"{where}: need 4 choices and an answer from 0 to 3, got {row!r:.200}")
         conversation = self.conversation(row["question"], LETTERS, choices, LETTERS[answer])
         conversation["subject"] = row["subject"]  # for results by subject
         return conversation

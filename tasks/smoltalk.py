@@ -1,6 +1,7 @@
 """
-SmolTalk: general conversations, made for models under 1B parameters (huggingface.co/datasets/HuggingFaceTB/
-smol-smoltalk: train 460,341, test 24,229). From a mirror: whatever conversations chat/ holds.
+SmolTalk: general conversations, made for models under 1B parameters
+(huggingface.co/datasets/HuggingFaceTB/ smol-smoltalk: train 460,341, test 24,229). From a mirror:
+whatever conversations chat/ holds.
 """
 
 from tasks.common import Task, check_messages, check_option

@@ -1,13 +1,15 @@
 """
-Two tasks made from a list of English words. A model reads tokens, not letters, so it has to be taught how a word is
-spelled, and counting letters is a small chain of reasoning on top:
+Two tasks made from a list of English words. A model reads tokens, not letters, so it has to be
+taught how a word is spelled, and counting letters is a small chain of reasoning on top:
 
     SimpleSpelling   "Spell the word apple."           -> "The word apple is spelled a p p l e."
-    SpellingBee      "How many p are there in apple?"  -> spells it, counts along, checks with the python tool, #### 2
+    SpellingBee      "How many p are there in apple?"  -> spells it, counts along, checks with the
+                                                          python tool, #### 2
 
-The spaces matter: " p" is one and the same token in every place, where letters joined by commas or dashes need not be.
-The words of the test split never occur in training, in either task: the word itself decides its split (is_test_word).
-Example i of a split depends on its name and i alone, so a task may be of any size, and a larger one begins the same.
+The spaces matter: " p" is one and the same token in every place, where letters joined by commas or
+dashes need not be. The words of the test split never occur in training, in either task: the word
+itself decides its split (is_test_word). Example i of a split depends on its name and i alone, so a
+task may be of any size, and a larger one begins the same.
 """
 
 import gzip
@@ -24,7 +26,7 @@ from tasks.common import Task, check_option, exchange, parse_answer, pick
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 WORD = re.compile("[a-z]{3,15}")  # few people ask about longer ones; leaves 358,606 of 370,099
-ABSENT_FRAC = 0.1  # this share of questions asks for any letter, mostly one that the word does not have
+ABSENT_FRAC = 0.1  # of the questions ask for any letter, mostly one that the word does not have
 
 # -----------------------------------------------------------------------------
 # Words
@@ -77,39 +79,52 @@ def load_words(path: Path) -> dict[str, list[str]]:
 SPELL_PHRASES = (
     "Spell the word {word}.", "Spell {word}", "How do you spell {word}?", "How is {word} spelled?",
     "Can you spell {word} for me?", "Spell out {word}, please.", "What are the letters of {word}?",
-    "Give me the letters in {word}, one by one.", "Please write {word} letter by letter.", "spelling of {word}",
+    "Give me the letters in {word}, one by one.", "Please write {word} letter by letter.",
+    "spelling of {word}",
 )
 
 COUNT_PHRASES = (
     # questions
-    "How many {letter} are in {word}?", "How many {letter} are there in {word}?", "How many {letter}s are in {word}?",
-    "How many {letter}s does {word} have?", "How many {letter}s do you see in {word}?",
-    "How many times does {letter} occur in {word}?", "How many times does the letter {letter} appear in {word}?",
-    "How many times is {letter} used in the word {word}?", "How many of the letters in {word} are {letter}?",
-    "How often does {letter} appear in {word}?", "How often do you write {letter} when you write {word}?",
-    "In the word {word}, how many {letter}s are there?", "In {word}, how often does one find {letter}?",
-    "What is the number of {letter}s in {word}?", "What is the count of the letter {letter} in {word}?",
-    "Looking at {word}, how many {letter}s can you find?", "If I spell {word}, how many {letter}s do I need?",
-    "The word {word}: how many {letter}s?", "{word} has how many {letter}s?", "Which number of {letter}s is in {word}?",
-    "Are there any {letter}s in {word}, and how many?", "Does {word} contain the letter {letter}? How many times?",
+    "How many {letter} are in {word}?", "How many {letter} are there in {word}?",
+    "How many {letter}s are in {word}?", "How many {letter}s does {word} have?",
+    "How many {letter}s do you see in {word}?", "How many times does {letter} occur in {word}?",
+    "How many times does the letter {letter} appear in {word}?",
+    "How many times is {letter} used in the word {word}?",
+    "How many of the letters in {word} are {letter}?", "How often does {letter} appear in {word}?",
+    "How often do you write {letter} when you write {word}?",
+    "In the word {word}, how many {letter}s are there?",
+    "In {word}, how often does one find {letter}?", "What is the number of {letter}s in {word}?",
+    "What is the count of the letter {letter} in {word}?",
+    "Looking at {word}, how many {letter}s can you find?",
+    "If I spell {word}, how many {letter}s do I need?", "The word {word}: how many {letter}s?",
+    "{word} has how many {letter}s?", "Which number of {letter}s is in {word}?",
+    "Are there any {letter}s in {word}, and how many?",
+    "Does {word} contain the letter {letter}? How many times?",
     # requests
-    "Count the {letter}s in {word}.", "Count how many {letter}s are in {word}.", "Count the letter {letter} in {word}",
-    "Please count every {letter} in the word {word}.", "Could you count the {letter}s in {word} for me?",
-    "Can you tell me how many {letter}s {word} has?", "Tell me how many times {letter} is in {word}.",
-    "Tell me the number of {letter}s in {word}.", "Find all the {letter}s in {word} and count them.",
-    "Give me the count of {letter} in {word}.", "I need to know how many {letter}s there are in {word}.",
-    "I am solving a puzzle: how many {letter}s does {word} have?", "My child asks how many {letter}s are in {word}.",
-    "Help me count {letter} in {word}", "Quick question: how many {letter}s in {word}?",
+    "Count the {letter}s in {word}.", "Count how many {letter}s are in {word}.",
+    "Count the letter {letter} in {word}", "Please count every {letter} in the word {word}.",
+    "Could you count the {letter}s in {word} for me?",
+    "Can you tell me how many {letter}s {word} has?",
+    "Tell me how many times {letter} is in {word}.", "Tell me the number of {letter}s in {word}.",
+    "Find all the {letter}s in {word} and count them.", "Give me the count of {letter} in {word}.",
+    "I need to know how many {letter}s there are in {word}.",
+    "I am solving a puzzle: how many {letter}s does {word} have?",
+    "My child asks how many {letter}s are in {word}.", "Help me count {letter} in {word}",
+    "Quick question: how many {letter}s in {word}?",
     # as typed in a hurry
-    "how many {letter} in {word}", "count {letter} in {word}", "{word}: number of {letter}", "{letter}s in {word}?",
-    "number of {letter} in {word}", "{letter} count {word}", "how often {letter} in {word}",
+    "how many {letter} in {word}", "count {letter} in {word}", "{word}: number of {letter}",
+    "{letter}s in {word}?", "number of {letter} in {word}", "{letter} count {word}",
+    "how often {letter} in {word}",
     # other languages
-    "¿Cuántas {letter} hay en {word}?", "¿Cuántas veces aparece {letter} en {word}?", "Cuenta las {letter} de {word}.",
-    "Combien de {letter} y a-t-il dans {word} ?", "Combien de fois trouve-t-on {letter} dans {word} ?",
-    "Wie viele {letter} hat {word}?", "Wie oft kommt {letter} in {word} vor?", "Zähle die {letter} in {word}.",
-    "Quante {letter} ci sono in {word}?", "Quantas {letter} tem {word}?", "Hoeveel {letter} zitten er in {word}?",
-    "Ile liter {letter} jest w słowie {word}?", "Сколько букв {letter} в слове {word}?", "{word} 里有几个 {letter}？",
-    "{word} kelimesinde kaç {letter} var?", "{word}に{letter}はいくつありますか？", "{word}에 {letter}가 몇 개 있나요?",
+    "¿Cuántas {letter} hay en {word}?", "¿Cuántas veces aparece {letter} en {word}?",
+    "Cuenta las {letter} de {word}.", "Combien de {letter} y a-t-il dans {word} ?",
+    "Combien de fois trouve-t-on {letter} dans {word} ?", "Wie viele {letter} hat {word}?",
+    "Wie oft kommt {letter} in {word} vor?", "Zähle die {letter} in {word}.",
+    "Quante {letter} ci sono in {word}?", "Quantas {letter} tem {word}?",
+    "Hoeveel {letter} zitten er in {word}?", "Ile liter {letter} jest w słowie {word}?",
+    "Сколько букв {letter} в слове {word}?", "{word} 里有几个 {letter}？",
+    "{word} kelimesinde kaç {letter} var?", "{word}に{letter}はいくつありますか？",
+    "{word}에 {letter}가 몇 개 있나요?",
 )
 
 QUOTES = ("{}", "{}", "'{}'", '"{}"')  # bare half of the time
@@ -131,7 +146,8 @@ def ask(rng, phrases, word, letter=""):
 
 def spell(word: str) -> str:
     """
-    Each letter after a space: " b" is another token than "b", and in a question a letter mostly follows a space.
+    Each letter after a space: " b" is another token than "b", and in a question a letter mostly
+    follows a space.
 
     >>> spell("bee")
     'The word bee is spelled b e e.'
@@ -141,13 +157,19 @@ def spell(word: str) -> str:
 
 
 def count_letter(word: str, letter: str) -> list[dict]:
-    """The worked solution as parts: spelled, counted along with the running total, checked by a call, answered."""
+    """
+    The worked solution as parts: spelled, counted along with the running total, checked by a call,
+    answered.
+    """
     total = 0
     steps = []
     for c in word:
         total += c == letter
         steps.append(f"{c} {total}")
-    counting = f"{spell(word)}\nCounting {letter}: {', '.join(steps)}.\nThat makes {total}, let me check: "
+    counting = (
+        f"{spell(word)}\nCounting {letter}: {', '.join(steps)}.\n"
+        f"That makes {total}, let me check: "
+    )
     # double quotes: the tokenizer's split cuts 'strawberry into the contraction 's and trawberry
     call = f'"{word}".count("{letter}")'
     return [
@@ -163,7 +185,10 @@ def count_letter(word: str, letter: str) -> list[dict]:
 
 
 class WordTask(Task):
-    """A task of any size over the words of one split. A subclass makes an example from an rng, in make_example."""
+    """
+    A task of any size over the words of one split. A subclass makes an example from an rng, in
+    make_example.
+    """
 
     def __init__(self, size=1000, split="train", **kwargs):
         super().__init__(**kwargs)
@@ -178,8 +203,8 @@ class WordTask(Task):
         return self.size
 
     def get_example(self, index):
-        seed = f"{type(self).__name__}:{self.split}:{index}"  # text, since seeds -1 and 1 are the same
-        rng = random.Random(seed)
+        # seeded by a text, since the seeds -1 and 1 are the same
+        rng = random.Random(f"{type(self).__name__}:{self.split}:{index}")
         word = pick(rng, self.words)
         question, answer = self.make_example(rng, word)
         return {"messages": exchange(question, answer)}

@@ -22,12 +22,13 @@ from nanochat import download
 from nanochat.common import UserError
 from tasks import hub as task_hub
 from tasks.gsm8k import GSM8K
-from tasks.hub import HUB
+from tasks.hub import COMMITS, HUB
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, find_words
 
 ROOT = Path(__file__).parent.parent
-REPO, COMMIT, CONFIG = HUB["gsm8k"]
+REPO, CONFIG = HUB["gsm8k"]
+COMMIT = COMMITS[REPO]
 FILES = f"/datasets/{REPO}/resolve/main"  # the server takes every commit for main
 TRAIN = f"{FILES}/main/train-00000-of-00001.parquet"
 TEST = f"{FILES}/main/test-00000-of-00001.parquet"
@@ -118,7 +119,8 @@ def test_a_mirror_has_the_same_rows(hub, tmp_path, monkeypatch):
 
 
 def test_every_data_set_is_pinned_to_a_commit():
-    for repo, commit, config in HUB.values():
+    for repo, config in HUB.values():
+        commit = COMMITS[repo]
         assert len(commit) == 40 and int(commit, 16) and repo.count("/") == 1 and config
 
 
@@ -170,7 +172,7 @@ def test_a_data_set_that_has_vanished_is_named(hub):
 
 
 def test_a_hub_that_never_answers_is_given_up(hub, monkeypatch):
-    monkeypatch.setattr(download, "ETAG_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(download, "HUB_TIMEOUT_S", 0.2)
     hub.head_faults[f"{FILES}/README.md"] = repeat(Fault(stall=0))
     started = time.monotonic()
     with pytest.raises(UserError, match=f"data set {REPO}: gave up after .*timed out"):
