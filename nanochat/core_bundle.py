@@ -82,6 +82,7 @@ def _unpack(zip_path, bundle_dir):
         except (zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{zip_path} is damaged: {error}", remedy) from error
 
+        # the zip holds a folder, whose name is not relied on
         found = list(Path(folder).rglob("core.yaml"))
         if len(found) != 1:
             raise UserError(f"{zip_path} holds {len(found)} files core.yaml, needed: one", remedy)
@@ -98,6 +99,7 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
     All tasks of the bundle with their questions. Raises a UserError that names a wrong or missing
     file.
     """
+    # the two files that describe the tasks
     bundle_dir = Path(bundle_dir)
     for name in ("core.yaml", "eval_meta_data.csv"):
         if not (bundle_dir / name).is_file():
@@ -111,13 +113,14 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
     if get_data_dir() is None:
         remedy = f"rm -r {bundle_dir} {bundle_dir}.zip, and it is downloaded again"
 
+    # a value that is missing or of another type is a LookupError, TypeError or ValueError
     try:
         with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         config = yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))
         tasks = [_read_task(entry, baselines, bundle_dir, remedy) for entry in config["icl_tasks"]]
-    except UserError:
+    except UserError:  # is a ValueError too, and says more than what follows
         raise
     except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
@@ -142,7 +145,7 @@ def _read_task(entry, baselines, bundle_dir, remedy):
         rows,
         num_fewshot=int(entry["num_fewshot"][0]),
         delimiter=entry.get("continuation_delimiter", " "),
-        baseline=baselines[label] / 100,
+        baseline=baselines[label] / 100,  # the file has percent
     )
 
 
@@ -164,8 +167,10 @@ def _parse_row(line, fields, where, remedy):
         row = json.loads(line)
     except ValueError:
         row = None
+    # JSON, but maybe a list or a number
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object: {line[:80]!r}", remedy)
+    # other fields are allowed
     missing = sorted(fields - row.keys())
     if missing:
         raise UserError(f"{where} has no field {missing}", remedy)

@@ -38,6 +38,7 @@ def pick_questions(task, max_per_task=-1):
     """
     Row numbers to ask: all, or the first ones of a shuffle that depends on the task's name alone.
     """
+    # one order of all rows, so that a larger number includes a smaller
     num_rows = len(task.rows)
     order = random.Random(task.label).sample(range(num_rows), num_rows)
     return order[:max_per_task] if max_per_task > 0 else order
@@ -130,6 +131,7 @@ def make_rows(kind, sequences):
     The token ids of `render_prompts`' texts -> Rows. Each keeps at least one id before its start
     and one after.
     """
+    # an option may be the beginning of another, or the same
     longest_start = min(map(len, sequences)) - 1
     if kind == "multiple_choice":  # from where the options differ
         start = min(num_common_prefix(sequences), longest_start)
@@ -168,6 +170,7 @@ def score_rows(model, rows, device, batch_tokens):
     Rows of similar length go together, padded on the right, where a causal model does not look;
     rows with the same input (options of one token) share one forward pass.
     """
+    # which rows share an input
     members = {}  # input ids -> numbers of the rows that have them
     for i, row in enumerate(rows):
         members.setdefault(row.inputs, []).append(i)
@@ -187,6 +190,7 @@ def score_rows(model, rows, device, batch_tokens):
 
 def score_batch(model, batch, rows, device):
     """Score `rows` in one forward pass over `batch`, their input ids, longest first."""
+    # padded with id 0, which nobody looks at
     ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # (B, T)
     for b, sequence in enumerate(batch):
         ids[b, : len(sequence)] = torch.tensor(sequence)
@@ -199,10 +203,13 @@ def score_batch(model, batch, rows, device):
         logits[places[row.inputs], row.start - 1 : len(row.inputs)]
         for row in rows
     ])
+
+    # loss and greedy choice of all targets at once: (K,) each
     targets = torch.tensor(flatten(row.targets for row in rows), device=device)
     losses = F.cross_entropy(logits.float(), targets, reduction="none").tolist()
     greedy = logits.argmax(dim=-1).tolist()
 
+    # back to one group a row
     spans = [row.targets for row in rows]
     scores = zip(split_like(losses, spans), split_like(greedy, spans), strict=True)
     return [(sum(row_losses) / len(row_losses), row_greedy) for row_losses, row_greedy in scores]
@@ -290,12 +297,14 @@ def evaluate_task(
     for i in range(0, len(indices), CHUNK_QUESTIONS):
         chunk = indices[i : i + CHUNK_QUESTIONS]
         records += ask_questions(model, tokenizer, device, task, chunk, max_seq_len, batch_tokens)
+    # those of all ranks, in an order that does not depend on how they were shared
     records = sorted(gather_objects(records), key=lambda record: record["index"])
 
     # statistics; the standard error is the binomial one
     n = len(records)
     accuracy = sum(record["correct"] for record in records) / n
     stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+    # language modeling cannot be guessed
     guess = 0.0  # accuracy of choosing blindly among the options
     if task.kind != "language_modeling":
         guess = sum(1 / len(record["losses"]) for record in records) / n
@@ -344,6 +353,7 @@ def evaluate_core(
             batch_tokens=batch_tokens,
         )
         results.append(result)
+        # all tasks may take hours: the caller shows and saves each
         if on_task is not None:
             on_task(result, records)
 

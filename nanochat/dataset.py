@@ -28,8 +28,8 @@ from nanochat.configurator import ArgumentParser
 from nanochat.documents import count_rows, file_format, read_rows
 from nanochat.download import NUM_SHARDS, REPO_ID, base_data_dir, download_shards, shard_name
 
-VAL_FRAC = 0.05
-MAX_VAL_DOCS = 2000
+VAL_FRAC = 0.05      # of all documents, held out if there is no validation shard
+MAX_VAL_DOCS = 2000  # enough for an estimate; the rest is for training
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ def get_spans(data: str | None, split: str) -> list[Span]:
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, needed: 'train' or 'val'")
+
+    # how many documents each file has
     paths = find_files(data)
     counts = [count_rows(path) for path in paths]
     total = sum(counts)
@@ -89,6 +91,7 @@ def get_spans(data: str | None, split: str) -> list[Span]:
 
 def describe_spans(spans):
     """A short text that changes when the files of the spans do: a resumed run compares it."""
+    # names and rows, not paths: the folder may have moved
     listing = " ".join(f"{span.path.name}:{span.start}-{span.stop}" for span in spans)
     num_docs = sum(span.stop - span.start for span in spans)
     return f"{num_docs:,} documents in {len(spans)} files, crc32 {zlib.crc32(listing.encode()):08x}"
@@ -123,20 +126,25 @@ def find_files(data):
 
 
 def _find_own_files(data):
+    # a name that exists is no pattern, even if it has a * in it
     pattern = os.path.expanduser(data)
     matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+
+    # folders are searched through; other files in them, such as README.md, are left out
     files = set()
     for match in map(Path, matches):
         candidates = match.rglob("*") if match.is_dir() else [match]
         files.update(path for path in candidates if file_format(path) and path.is_file())
+
+    # nothing there, or nothing to read there?
     if not files:
         problem = "holds no text file" if matches else "does not exist"
         raise UserError(
             f"--data={data} {problem}",
-            "needed: a file, a folder or a quoted glob of .parquet, .jsonl, .txt (the latter two also "
-            ".gz, .zst), for example --data=notes.txt",
+            "needed: a file, a folder or a quoted glob of .parquet, .jsonl, .txt (the latter two "
+            "also .gz, .zst), for example --data=notes.txt",
         )
-    return sorted(files)
+    return sorted(files)  # by path: the order decides what is held out
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +159,7 @@ def read_documents(span: Span, row: int = 0) -> Iterator[tuple[int, str]]:
     num_empty = 0
     for file_row, text in read_rows(span.path, span.start + row, span.stop):
         if text:
-            yield file_row - span.start, text
+            yield file_row - span.start, text  # the file counts from its own first row
         else:
             num_empty += 1
     if num_empty:
@@ -185,6 +193,8 @@ def main(argv: list[str] | None = None):
     workers_help = "downloads at a time (default 8)"
     parser.add_argument("-w", type=int, default=8, metavar="WORKERS", help=workers_help)
     args = parser.parse_args(argv)
+
+    # the last shard is not for training, so there is one less
     num_train = NUM_SHARDS - 1 if args.n == -1 else args.n
     if not 1 <= num_train < NUM_SHARDS or args.w < 1:
         raise UserError(
@@ -192,11 +202,14 @@ def main(argv: list[str] | None = None):
             "workers",
             "for example: python -m nanochat.dataset -n 8 -w 8",
         )
+
+    # a mirror is all there is
     if get_data_dir() is not None:
         num_files = len(find_files(None))
         print(f"NANOCHAT_DATA_DIR is set: {num_files} shards are there, nothing is downloaded")
         return
-    logging.basicConfig(format="%(message)s")
+
+    logging.basicConfig(format="%(message)s")  # tries that failed and shards that did not come
     download_shards(num_train, args.w)
     print(f"{base_data_dir()}: {num_train} training shards and the validation shard are ready")
 

@@ -37,6 +37,7 @@ def file_format(path: Path) -> str | None:
     The format by the name: notes.txt.gz -> 'txt', a.parquet -> 'parquet', README.md -> None (not a
     corpus file).
     """
+    # notes.v2.TXT.gz -> .v2, .txt, .gz
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".parquet"]:  # compresses its own columns, so there is no .parquet.gz
         return "parquet"
@@ -84,6 +85,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
             "delete it; python -m nanochat.dataset downloads a missing shard again",
         ) from error
 
+    # the column that is read, and what it holds
     types = {field.name: field.type for field in file.schema_arrow}
     if types.get("text") not in (pa.string(), pa.large_string()):
         file.close()
@@ -96,10 +98,11 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def _read_parquet(path, start, stop):
     with open_parquet(path) as file:
-        group_stop = 0
+        group_stop = 0  # rows in the groups so far
         for group in range(file.num_row_groups):
             group_start = group_stop
             group_stop += file.metadata.row_group(group).num_rows
+            # groups outside [start, stop) are not decoded
             if group_start >= stop:
                 return
             if group_stop > start:
@@ -140,6 +143,7 @@ def _read_jsonl(path, start, stop):
 
 
 def _jsonl_text(line, where):
+    # a blank line is a row, so that line numbers and rows agree
     if not line.strip():
         return ""
     try:
@@ -149,6 +153,7 @@ def _jsonl_text(line, where):
     except (ValueError, RecursionError) as error:
         hint = 'needed: one object a line, {"text": "..."}'
         raise UserError(f"{where}: not JSON ({error})", hint) from error
+    # a list or a number has no field at all
     text = record.get("text") if isinstance(record, dict) else None
     return _check_text(text, where)
 
@@ -171,6 +176,7 @@ def _cut_text(path):
         except UnicodeDecodeError as error:
             raise _not_utf8(f"{path}:{number}", "the text", error) from error
 
+        # a separator is no text
         is_separator = has_separators and line.strip() == SEPARATOR
         if not is_separator:
             lines.append(text)
@@ -186,7 +192,7 @@ def _cut_text(path):
             yield from _join_lines(lines)
             lines = []
             num_chars = 0
-    yield from _join_lines(lines)
+    yield from _join_lines(lines)  # what is left at the end of the file
 
 
 def _join_lines(lines):
@@ -206,6 +212,7 @@ def _read_lines(path):
     try:
         # pyarrow reads all frames of a .gz or .zst, and raises if the last one is cut short
         with io.BufferedReader(pa.input_stream(str(path), compression=codec), 1 << 20) as file:
+            # Windows editors begin a file with a byte order mark
             line = file.readline().removeprefix(codecs.BOM_UTF8)
             while line:
                 yield line

@@ -56,7 +56,8 @@ class DiskError(UserError):
     def __init__(self, error: OSError, path):
         super().__init__(
             f"{path}: {error.strerror}",
-            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk that you may write to",
+            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk that you may write "
+            "to",
         )
 
 
@@ -65,7 +66,7 @@ class TryAgain(Exception):
 
     def __init__(self, reason, wait_s=None):
         super().__init__(reason)
-        self.wait_s = wait_s
+        self.wait_s = wait_s  # seconds
 
 
 def retry(attempt, name: str, sleep=time.sleep):
@@ -77,7 +78,7 @@ def retry(attempt, name: str, sleep=time.sleep):
         try:
             return attempt()
         except TryAgain as error:
-            problem = error
+            problem = error  # Python forgets `error` after this block
         if number < NUM_TRIES - 1:
             wait_s = 2**number if problem.wait_s is None else problem.wait_s
             log.warning("%s: %s; trying again in %d s", name, problem, wait_s)
@@ -91,10 +92,12 @@ def retry(attempt, name: str, sleep=time.sleep):
 
 def status_error(name, status, headers):
     """The exception for an HTTP status other than success."""
+    # request timeout, too many requests, trouble of the server: may pass
     if status in (408, 429) or status >= 500:
         retry_after = headers.get("Retry-After", "")  # seconds; a date is ignored
         wait_s = min(int(retry_after), MAX_WAIT_S) if retry_after.isdigit() else None
         return TryAgain(f"HTTP {status}", wait_s)
+    # the rest stays as it is
     if status in (401, 403):
         hint = "set HF_TOKEN to a token that may read it"
         return UserError(f"{name}: no access (HTTP {status})", hint)
@@ -121,7 +124,7 @@ def check_sha256(path: Path, expected: str):
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    found = digest.hexdigest()
+    found = digest.hexdigest()  # 64 characters, of which the message shows 12
     if found != expected:
         path.unlink()
         raise TryAgain(f"damaged: sha256 {found[:12]}... where {expected[:12]}... belongs")
@@ -177,6 +180,7 @@ def ask_hub(repo_id: str, filename: str, revision: str = "main"):
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
+    # said explicitly: the library's own default is what HF_ENDPOINT was at its import
     endpoint = hub_endpoint()
     url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
     with hub_errors(url):
@@ -231,8 +235,10 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
     """
     folder = base_data_dir()
     staging = folder / "incoming"
+    # the validation shard first: without it none of the others can be used
     names = [shard_name(index) for index in (NUM_SHARDS - 1, *range(num_train))]
 
+    # runs in a thread, so errors are returned: one shard's failure must not end the others
     def try_shard(name):
         try:
             retry(lambda: fetch(name, folder, staging), name, sleep)
@@ -247,6 +253,7 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
     with hold_lock(folder / "download.lock"), logging_redirect_tqdm():
         for leftover in staging.rglob("*.incomplete"):  # of a killed process
             leftover.unlink()
+        # what has its final name is whole
         missing = [name for name in names if not (folder / name).is_file()]
         for name, error in run_with_bar(try_shard, missing, workers, folder, staging):
             if isinstance(error, DiskError):
@@ -254,7 +261,10 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
             if error is not None:
                 log.warning("%s", error)
                 failed.append(name)
+        # the library's own notes; its shards have been moved away
         shutil.rmtree(staging, ignore_errors=True)
+
+    # all others are there: the same command fetches just these
     if failed:
         raise UserError(
             f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))}",
@@ -278,12 +288,14 @@ def run_with_bar(function, names, workers, folder, staging):
     with bar, ThreadPool(workers) as pool:
         results = pool.imap_unordered(function, names)
         while num_left:
+            # wait for the next shard, but not longer than the bar may stand still
             result = None
             try:
                 result = results.next(timeout=0.5)
                 num_left -= 1
             except StillRunning:
                 pass
+            # shards that are there, and those on their way
             sizes = [file_size(folder / name) for name in names]
             sizes += [file_size(path) for path in staging.rglob("*.incomplete")]
             bar.update(sum(sizes) - bar.n)
@@ -328,6 +340,7 @@ def download_url(
 
 def fetch_url(url, path, sha256, timeout):
     """One try of download_url. Raises TryAgain, a UserError or an OSError."""
+    # a part of an earlier try is written over
     temporary = path.with_name(f"{path.name}.part")
     headers = {"Accept-Encoding": "identity"}  # else Content-Length is not the file's
     try:
@@ -340,6 +353,8 @@ def fetch_url(url, path, sha256, timeout):
             stated = response.headers.get("Content-Length")
     except requests.RequestException as error:
         raise TryAgain(f"{type(error).__name__} {error}") from error
+
+    # some versions of the library take a connection that ends early for the end of the file
     size = temporary.stat().st_size
     if stated is not None and size != int(stated):
         raise TryAgain(f"the connection closed at {size} of {stated} bytes")

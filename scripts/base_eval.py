@@ -41,6 +41,7 @@ batch_tokens: int = 16384      # most tokens in a forward pass; halve it when me
 device_type: str = ""          # cuda, mps or cpu; empty = detect
 
 REPORT_COLUMNS = ["task", "accuracy", "stderr", "centered", "n", "truncated"]
+# the columns of the two tables
 CSV_COLUMNS = ["task", "accuracy", "stderr", "n", "baseline"]
 CSV_COLUMNS += ["centered", "centered_stderr", "truncated"]
 
@@ -50,6 +51,7 @@ CSV_COLUMNS += ["centered", "centered_stderr", "truncated"]
 
 def load_own(device):
     """-> (model, tokenizer, longest input, name)"""
+    # the tag of the last model, if none was given, for the name of the results
     tag = find_checkpoint_dir("base", model_tag).name
     model, tokenizer, meta = load_checkpoint("base", device, tag, model_step)
     name = f"base_{tag}_step_{meta['step']}"
@@ -79,6 +81,7 @@ class HFTokenizer:
 
 def load_hf(device):
     """-> (model, tokenizer, longest input, name), of a causal language model of transformers."""
+    # a heavy package that nothing else here needs
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -86,6 +89,7 @@ def load_hf(device):
             "--hf_path needs transformers, which is missing",
             "uv pip install transformers",
         ) from error
+    # not there, not readable, or no causal language model
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_path)
         model = AutoModelForCausalLM.from_pretrained(hf_path)
@@ -95,8 +99,10 @@ def load_hf(device):
             f"--hf_path={hf_path}: {reason}",
             "for example --hf_path=openai-community/gpt2, or a folder with config.json",
         ) from error
+    # 16 bits halve the memory; on a CPU they may be slower
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model.eval().to(device, dtype)
+    # 2048: for models that state no limit
     max_seq_len = getattr(model.config, "max_position_embeddings", None) or 2048
     name = "hf_" + re.sub(r"\W+", "_", hf_path).strip("_")
 
@@ -125,6 +131,7 @@ def task_line(result):
 
 def write_table(path, core):
     """CSV, a row a task, and CORE."""
+    # the last row: CORE itself, with n and truncated over all tasks
     total = dict(core)
     total["task"] = "CORE"
     total["centered"] = core["core"]
@@ -145,8 +152,11 @@ def write_records(path, records):
 
 
 def log_to_report(settings, name, core):
+    # another model's CORE is not that of this run's base model, so it gets its own section
     title = f"Evaluation of {hf_path}" if hf_path else "Base model evaluation"
+    # the figure for the table of all stages
     metric = {"value": core["core"], "stderr": core["stderr"], "n": core["n"]}
+    # the details
     table = []
     for result in core["tasks"]:
         table.append({column: result[column] for column in REPORT_COLUMNS})
@@ -172,6 +182,7 @@ def main():
     tasks = load_tasks(get_eval_bundle())
     load = load_hf if hf_path else load_own
     model, tokenizer, max_seq_len, name = load(device)
+    # a mirror's bundle may hold fewer tasks; its mean is no CORE to compare
     whole = "" if len(tasks) == NUM_TASKS else f" of the metric's {NUM_TASKS}"
     print0(
         f"CORE of {name}: {len(tasks)} tasks{whole} on {device}, "
@@ -183,7 +194,7 @@ def main():
     if max_per_task > 0:  # a quick look replaces no full record
         file_name += f"_{max_per_task}_per_task"
     folder = get_base_dir() / "base_eval"
-    records = []
+    records = []  # of all tasks so far
 
     def on_task(result, task_records):
         print0(task_line(result))

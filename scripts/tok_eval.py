@@ -119,6 +119,7 @@ def get_tiktoken_cache_dir():
     """
     Where tiktoken keeps downloaded files, by its own rules; None where its cache is switched off.
     """
+    # an empty variable switches the cache off
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     cache_dir = os.environ.get("DATA_GYM_CACHE_DIR", default)
     cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR", cache_dir)
@@ -135,6 +136,7 @@ def find_reference(name, files, get_encoding=tiktoken.get_encoding):
     if cache_dir is None:
         return None, "absent"
     for address, sha256 in files.items():
+        # tiktoken names a file by the sha1 of its address
         path = cache_dir / hashlib.sha1(address.encode("utf-8")).hexdigest()
         if not path.is_file():
             return None, "absent"
@@ -150,6 +152,7 @@ def get_encoders(tokenizer, skipped):
     `skipped`.
     """
     encoders = {f"nanochat ({tokenizer.get_vocab_size():,})": tokenizer.encode}
+    # the references whose files are at hand
     for title, (name, files) in REFERENCES.items():
         encoding, reason = find_reference(name, files)
         if encoding is None:
@@ -167,10 +170,12 @@ def get_corpus_texts(split):
     """
     Documents of a split, `max_chars` in all; none where the default corpus was not downloaded.
     """
+    # no corpus is fine, unless one was asked for by --data
     texts = []
     if data is None and get_data_dir() is None and not base_data_dir().exists():
         return texts
-    num_left = max_chars
+    # the last document may be cut
+    num_left = max_chars  # characters
     for text in iter_texts(data, split):
         texts.append(text[:num_left])
         num_left -= len(texts[-1])
@@ -184,6 +189,7 @@ def get_texts(skipped):
     texts = dict(SAMPLES)
     if max_chars <= 0:
         return texts
+    # seen and not seen by the tokenizer
     for split in ("train", "val"):
         name = f"corpus, {split}"
         documents = get_corpus_texts(split)
@@ -206,10 +212,12 @@ def compare(texts, encoders):
     """
     rows = []
     for name, documents in texts.items():
+        # bytes, not characters: they do not depend on the language
         num_bytes = 0
         for document in documents:
             num_bytes += len(document.encode("utf-8", errors="replace"))
         row = {"text": name, "bytes": num_bytes}
+        # ours comes first, so the others can be compared with it
         num_ours = None
         for title, encode in encoders.items():
             num_tokens = sum(map(len, encode(documents)))
@@ -233,6 +241,7 @@ def format_cell(value):
 
 def format_table(rows):
     """Lines of text, columns aligned: names to the left, figures to the right."""
+    # column by column, since a column's width depends on all of its cells
     columns = []
     for i, title in enumerate(rows[0]):
         cells = [title] + [format_cell(row[title]) for row in rows]
@@ -245,6 +254,7 @@ def format_table(rows):
 
 
 def main():
+    # tokenizers and texts
     settings = get_settings(globals())
     tokenizer = get_tokenizer()
     skipped = {}  # name of a tokenizer or text -> why it is missing
@@ -261,6 +271,7 @@ def main():
     rows = compare(texts, encoders)
     print0("bytes per token")
     print0("\n".join(format_table(rows)))
+    # said, so that a missing line does not look like an oversight
     for title, reason in skipped.items():
         print0(f"skipped {title}: {reason}")
 

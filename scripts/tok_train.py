@@ -55,6 +55,7 @@ def train_tokenizer():
     """-> (tokenizer, facts for the report)"""
     facts = {"documents": 0, "characters": 0, "bytes": 0}
     texts = cap_texts(iter_texts(data, "train"), max_chars, doc_cap, facts)
+    # reading the text is part of the time: it is decoded while the trainer counts
     start = time.perf_counter()
     tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)
     seconds = time.perf_counter() - start
@@ -88,6 +89,7 @@ def main():
     tokenizer_dir = get_base_dir() / "tokenizer"
     tokenizer.save(tokenizer_dir)
     tokenizer = get_tokenizer(tokenizer_dir)
+    # a tokenizer that loses text would spoil everything after it
     ids = tokenizer.encode(ROUND_TRIP)
     if tokenizer.decode(ids) != ROUND_TRIP:
         raise RuntimeError(
