@@ -1,15 +1,17 @@
 """
-How a corpus becomes shards: what was done, or can be done again, to the text that pretraining reads.
+How a corpus becomes shards: the recipe of the text that pretraining reads, to be run again.
 
     python -m dev.repackage_data_reference --data='/raw/*.jsonl.zst' --out=/shards
 
-Reads documents (parquet, jsonl or txt, as --data takes them), shuffles them in a window, writes `shard_%05d.parquet`
-with one string column `text`, zstd, row groups of 1,024 documents and page checksums: small enough to hold one in
-memory, large enough to compress. A shard ends after about 250 million characters, 100 MB on disk for English. The last
-shard is kept small and apart from the others: it is the validation set.
+Reads documents (parquet, jsonl or txt, as --data takes them), shuffles them in a window, and writes
+`shard_%05d.parquet` with one string column `text`, zstd, row groups of 1,024 documents and page
+checksums: small enough to hold one in memory, large enough to compress. A shard ends after about
+250 million characters, 100 MB on disk for English. The last shard is kept small and apart from the
+others: it is the validation set.
 
-The shuffle is by windows because a corpus is larger than memory: a buffer of shuffle_docs documents is filled, and each
-new document takes the place of a random one, which is written. A corpus sorted by source wants a large window.
+The shuffle is by windows because a corpus is larger than memory: a buffer of shuffle_docs documents
+is filled, and each new document takes the place of a random one, which is written. A corpus sorted
+by source needs a large window.
 """
 
 import random
@@ -39,8 +41,8 @@ def shuffled(texts, window, rng):
             buffer.append(text)
             continue
         place = rng.randrange(window)
-        buffer[place], text = text, buffer[place]
-        yield text
+        yield buffer[place]
+        buffer[place] = text
     rng.shuffle(buffer)
     yield from buffer
 
@@ -49,8 +51,12 @@ class ShardWriter:
     """Writes shards one after another, each under a temporary name until it is whole."""
 
     def __init__(self, folder):
-        self.folder, self.index, self.chars, self.docs, self.writer = Path(folder), 0, 0, [], None
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.index = 0      # of the shard
+        self.chars = 0      # in the shard
+        self.docs = []      # of the next row group
+        self.writer = None  # of the shard, once its first row group is full
 
     @property
     def path(self):
@@ -67,8 +73,12 @@ class ShardWriter:
     def _flush(self):
         table = pa.table({"text": pa.array(self.docs, type=pa.string())})
         if self.writer is None:
-            self.writer = pq.ParquetWriter(self.path.with_suffix(".tmp"), table.schema, compression="zstd",
-                                           write_page_checksum=True)
+            self.writer = pq.ParquetWriter(
+                self.path.with_suffix(".tmp"),
+                table.schema,
+                compression="zstd",
+                write_page_checksum=True,
+            )
         self.writer.write_table(table)
         self.docs = []
 
@@ -80,7 +90,9 @@ class ShardWriter:
             self.writer.close()
             self.path.with_suffix(".tmp").replace(self.path)
             print0(f"wrote {self.path} | characters: {self.chars:,}")
-            self.index, self.chars, self.writer = self.index + 1, 0, None
+            self.index += 1
+            self.chars = 0
+            self.writer = None
 
 
 def main():
@@ -88,9 +100,10 @@ def main():
         raise UserError("--out is empty: it needs a folder to write to", "--out=/shards")
     if list(Path(out).glob("shard_*.parquet")):
         raise UserError(f"--out={out} holds shards already", "choose an empty folder")
-    rng, held_out = random.Random(seed), []
+    rng = random.Random(seed)
     writer = ShardWriter(out)
-    for split in ("train", "val"):  # all of the source: what it holds out itself is text like any other here
+    held_out = []  # the first documents of the shuffle
+    for split in ("train", "val"):  # all documents of the source, also those that it holds out
         for text in shuffled(iter_texts(data, split), shuffle_docs, rng):
             if len(held_out) < val_docs:
                 held_out.append(text)

@@ -1,59 +1,140 @@
 """
-Files from the network that can be trusted: `download_file` brings one URL to one path, whole or not at all.
+Downloads: the shards of the default corpus from the Hugging Face hub, and single files from other
+hosts.
 
-The bytes go to `<name>.part`; only when size and hash agree are they renamed into place. A broken connection resumes by
-Range, in the same process or, after a kill, in the next one: `<name>.part.id` says of which version of the file the
-part is. The Hugging Face hub states the sha256 of every large file, which is then checked too; elsewhere it is the ETag
-or the date, sent back as If-Range.
+A file gets its final name by a rename, after it was checked. So a file with its final name is whole
+and is not fetched again, and a killed process leaves nothing that could be taken for a whole file.
 
-HTTP is left to `requests` (here anyway, with tiktoken): unlike urllib it brings its own certificates and drops the
-token when a redirect leaves the host. huggingface_hub is not used: after a kill it starts over, and it checks the size
-only (2.4.0). Left out: the hub's Xet protocol, and servers that keep a client waiting with a byte a minute.
+The hub: by huggingface_hub, which knows the hub's protocols and continues a broken connection. It
+checks only the size (2.4.0), so the sha256 that the hub states for a large file is compared here.
+
+Other hosts: by `requests`. A broken connection starts over: these files have a few megabytes.
+
+Proxies are honoured, and on the hub HF_ENDPOINT (a mirror) and HF_TOKEN. huggingface_hub reads
+HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte, default 10) when it is imported, hence the late
+imports here.
 """
 
-import errno
 import hashlib
 import logging
 import os
-import random
 import re
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from email.utils import parsedate_to_datetime
+from contextlib import contextmanager, nullcontext
+from multiprocessing import TimeoutError as StillRunning
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import quote, urlsplit
 
 import requests
 from filelock import FileLock
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nanochat.common import UserError
+from nanochat.common import UserError, get_base_dir
+from nanochat.documents import open_parquet
 
-CHUNK_BYTES = 1 << 16   # at most this much is lost when a connection breaks
-MAX_BACKOFF_S = 60      # longest wait of our own between two tries
-MAX_ASKED_WAIT_S = 300  # longest Retry-After that is honoured: the hub counts requests in windows of 5 minutes
+REPO_ID = "karpathy/climbmix-400b-shuffle"
+NUM_SHARDS = 6543          # shard_00000 ... shard_06542
+SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard
+
+NUM_TRIES = 5
+TIMEOUT_S = 30         # without a byte, of a host other than the hub
+HUB_TIMEOUT_S = 10     # until the hub says what it has
+MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts in 5-minute windows
+CHUNK_BYTES = 1 << 20  # read from a connection or a file at a time
 
 log = logging.getLogger(__name__)
 
-
-class Wanted(NamedTuple):
-    """What makes a file good: see `download_file`."""
-    size: int | None
-    sha256: str | None
-    check: Callable[[Path], object] | None
+# -----------------------------------------------------------------------------
+# Errors and retries
 
 
-class DiskFullError(UserError):
-    """No room for the file: the one failure after which other downloads are pointless too."""
+class DiskError(UserError):
+    """The disk refused the file. Other downloads would fail as well, so they are not tried."""
+
+    def __init__(self, error: OSError, path):
+        super().__init__(
+            f"{path}: {error.strerror}",
+            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk that you may write "
+            "to",
+        )
 
 
-class _TryAgain(Exception):
-    """A try failed in a way that may pass; `wait_s` is what the server asked for, or None."""
+class TryAgain(Exception):
+    """A try failed in a way that may pass. wait_s: how long the server asks to wait, or None."""
 
     def __init__(self, reason, wait_s=None):
         super().__init__(reason)
-        self.wait_s = wait_s
+        self.wait_s = wait_s  # seconds
+
+
+def retry(attempt, name: str, sleep=time.sleep):
+    """
+    Call attempt() until it does not raise TryAgain, at most NUM_TRIES times, and return its result.
+    The waits between the tries double, unless the server says how long to wait.
+    """
+    for number in range(NUM_TRIES):
+        try:
+            return attempt()
+        except TryAgain as error:
+            problem = error  # Python forgets `error` after this block
+        if number < NUM_TRIES - 1:
+            wait_s = 2**number if problem.wait_s is None else problem.wait_s
+            log.warning("%s: %s; trying again in %d s", name, problem, wait_s)
+            sleep(wait_s)
+    raise UserError(
+        f"{name}: gave up after {NUM_TRIES} tries: {problem}",
+        "run the same command again later; behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to "
+        "a mirror of the hub",
+    ) from problem
+
+
+def status_error(name, status, headers):
+    """The exception for an HTTP status other than success."""
+    # request timeout, too many requests, trouble of the server: may pass
+    if status in (408, 429) or status >= 500:
+        retry_after = headers.get("Retry-After", "")  # seconds; a date is ignored
+        wait_s = min(int(retry_after), MAX_WAIT_S) if retry_after.isdigit() else None
+        return TryAgain(f"HTTP {status}", wait_s)
+    # the rest stays as it is
+    if status in (401, 403):
+        hint = "set HF_TOKEN to a token that may read it"
+        return UserError(f"{name}: no access (HTTP {status})", hint)
+    hint = "set HF_ENDPOINT to a mirror that has it"
+    return UserError(f"{name}: not found (HTTP {status})", hint)
+
+
+# -----------------------------------------------------------------------------
+# Files and locks
+
+
+def hold_lock(path: Path):
+    """A context in which no other process holds the lock file `path`. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(path).acquire()
+    except NotImplementedError:  # some cluster file systems have no locks: go on without
+        return nullcontext()
+
+
+def check_sha256(path: Path, expected: str):
+    """Delete the file and raise TryAgain if its sha256 is not `expected` (hex)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    found = digest.hexdigest()  # 64 characters, of which the message shows 12
+    if found != expected:
+        path.unlink()
+        raise TryAgain(f"damaged: sha256 {found[:12]}... where {expected[:12]}... belongs")
+
+
+def move_into_place(temporary: Path, path: Path):
+    """Rename a whole file. Its bytes go to the disk first, so this also holds after a power cut."""
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 # -----------------------------------------------------------------------------
@@ -61,250 +142,222 @@ class _TryAgain(Exception):
 
 
 def hub_endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return endpoint.rstrip("/")
 
 
-def hub_url(repo_id: str, filename: str, revision: str = "main", repo_type: str = "dataset") -> str:
-    """hub_url("gpt2", "vocab.json", repo_type="model") -> "https://huggingface.co/gpt2/resolve/main/vocab.json" """
-    prefix = {"model": "", "dataset": "datasets/", "space": "spaces/"}[repo_type]
-    return f"{hub_endpoint()}/{prefix}{repo_id}/resolve/{quote(revision, safe='')}/{quote(filename)}"
+@contextmanager
+def hub_errors(name):
+    """
+    Turn errors of huggingface_hub and of its HTTP library into TryAgain or a UserError. `name` says
+    in the message what was asked for.
+    """
+    from huggingface_hub.errors import HTTPError  # of its HTTP library, which changed with versions
+
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        # the answer of the hub may be the cause of the cause
+        response = getattr(error, "response", None)
+        while response is None and error.__cause__ is not None:
+            error = error.__cause__
+            response = getattr(error, "response", None)
+        if response is not None:
+            raise status_error(name, response.status_code, response.headers) from error
+
+        # an error of the disk has a number, and so do broken connections
+        is_network = isinstance(error, (ConnectionError, TimeoutError))
+        if getattr(error, "errno", None) and not is_network:
+            raise DiskError(error, error.filename or name) from error
+        reason = str(error).split("\n")[0]
+        raise TryAgain(f"{type(error).__name__} {reason}") from error
 
 
-def _is_hub(url):
-    return urlsplit(url)[:2] == urlsplit(hub_endpoint())[:2]  # scheme and host:port
+def ask_hub(repo_id: str, filename: str, revision: str = "main"):
+    """
+    What the hub says about a file of a dataset repository: an object with commit_hash, size (bytes)
+    and etag, which is the sha256 in hex for a large file. Raises TryAgain or a UserError.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    # said explicitly: the library's own default is what HF_ENDPOINT was at its import
+    endpoint = hub_endpoint()
+    url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
+    with hub_errors(url):
+        return get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S, endpoint=endpoint)
 
 
-def _hub_auth(url):
-    """$HF_TOKEN as a requests `auth`, for the hub alone; requests drops it when a redirect leaves the host."""
-    token = os.environ.get("HF_TOKEN")
+def shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
 
-    def set_bearer(request):
-        request.headers["Authorization"] = f"Bearer {token}"
-        return request
 
-    return set_bearer if token and _is_hub(url) else None
+def base_data_dir() -> Path:
+    """The folder of the downloaded shards."""
+    return get_base_dir() / "base_data"
+
+
+def fetch_shard(name: str, folder: Path, staging: Path) -> None:
+    """
+    Download one shard into `staging`, check it, and move it to `folder`. Raises TryAgain or a
+    UserError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    # the commit ties the bytes to the hash, should the repository change in between
+    facts = ask_hub(REPO_ID, name)
+    with hub_errors(name):
+        downloaded = hf_hub_download(
+            REPO_ID,
+            name,
+            repo_type="dataset",
+            revision=facts.commit_hash,
+            local_dir=staging,
+            endpoint=hub_endpoint(),
+        )
+
+    # a mirror may state no sha256; then the parquet footer is what can be checked
+    temporary = Path(downloaded)
+    if re.fullmatch("[0-9a-f]{64}", facts.etag or ""):
+        check_sha256(temporary, facts.etag)
+    try:
+        open_parquet(temporary).close()
+    except UserError as error:
+        temporary.unlink()
+        raise TryAgain(str(error).split("\n")[0]) from error
+    move_into_place(temporary, folder / name)
+
+
+def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=time.sleep) -> None:
+    """
+    Bring shards 0 ... num_train - 1 and the last one, which is for validation, into base_data,
+    `workers` at a time. Shards that are there are kept. Raises a UserError that names the shards
+    that could not be downloaded.
+    """
+    folder = base_data_dir()
+    staging = folder / "incoming"
+    # the validation shard first: without it none of the others can be used
+    names = [shard_name(index) for index in (NUM_SHARDS - 1, *range(num_train))]
+
+    # runs in a thread, so errors are returned: one shard's failure must not end the others
+    def try_shard(name):
+        try:
+            retry(lambda: fetch(name, folder, staging), name, sleep)
+        except UserError as error:
+            return name, error
+        except OSError as error:
+            return name, DiskError(error, name)
+        return name, None
+
+    # a second process that wants shards waits for the lock, and then finds them
+    failed = []
+    with hold_lock(folder / "download.lock"), logging_redirect_tqdm():
+        for leftover in staging.rglob("*.incomplete"):  # of a killed process
+            leftover.unlink()
+        # what has its final name is whole
+        missing = [name for name in names if not (folder / name).is_file()]
+        for name, error in run_with_bar(try_shard, missing, workers, folder, staging):
+            if isinstance(error, DiskError):
+                raise error
+            if error is not None:
+                log.warning("%s", error)
+                failed.append(name)
+        # the library's own notes; its shards have been moved away
+        shutil.rmtree(staging, ignore_errors=True)
+
+    # all others are there: the same command fetches just these
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))}",
+            f"python -m nanochat.dataset -n {num_train} tries them again and keeps the rest",
+        )
+
+
+def run_with_bar(function, names, workers, folder, staging):
+    """
+    Yield function(name) for every name, in the order in which they end, and show one progress bar
+    of the bytes on the disk.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # of the library: one for each shard
+    num_left = len(names)
+    total = SHARD_BYTES * num_left
+    bar = tqdm(total=total, desc=f"{num_left} shards", unit="B", unit_scale=True, mininterval=1)
+
+    # threads of a ThreadPool are daemons: Ctrl-C need not wait for shards on their way
+    with bar, ThreadPool(workers) as pool:
+        results = pool.imap_unordered(function, names)
+        while num_left:
+            # wait for the next shard, but not longer than the bar may stand still
+            result = None
+            try:
+                result = results.next(timeout=0.5)
+                num_left -= 1
+            except StillRunning:
+                pass
+            # shards that are there, and those on their way
+            sizes = [file_size(folder / name) for name in names]
+            sizes += [file_size(path) for path in staging.rglob("*.incomplete")]
+            bar.update(sum(sizes) - bar.n)
+            if result is not None:
+                yield result
+
+
+def file_size(path):
+    """Bytes of a file; 0 if there is none, as when it was just renamed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 # -----------------------------------------------------------------------------
-# The download
+# Other hosts
 
 
-def download_file(url: str, path: str | Path, *, size: int | None = None, sha256: str | None = None,
-                  check: Callable[[Path], object] | None = None, retries: int = 6, timeout: float = 30.0,
-                  progress: Callable[[int, int | None], object] | None = None,
-                  sleep: Callable[[float], object] = time.sleep) -> Path:
+def download_url(
+    url: str,
+    path: Path,
+    sha256: str | None = None,
+    timeout: float = TIMEOUT_S,
+    sleep=time.sleep,
+) -> Path:
     """
-    Bring `url` to `path` and return the path; at once when a good file is there already. `size` (bytes), `sha256`
-    (hex) and `check(path)` (raises ValueError) say what good means, beside what the server promises. `retries` counts
-    tries in a row that brought no new byte; `timeout` is seconds without a byte. `progress(done, total)` gets bytes;
-    what it or `sleep` raises ends the download and leaves the part for the next one. Failure is a UserError.
-    Processes that want the same file take turns by a lock, so that one of them downloads it. A host that states no
-    hash is believed, when nothing else is given: its whole answer of the length it names is then the file.
+    Download `url` to `path`, unless that is there, and return the path. Without a sha256 (hex) only
+    the length that the server states can be checked, and a warning says so. `timeout` is in seconds
+    without a byte. Failure is a UserError.
     """
-    path, wanted = Path(path), Wanted(size, sha256, check)
-    if _fault(path, *wanted) is None:
-        return path
-    lock = path.with_name(path.name + ".part.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with hold_lock(lock):
-            if _fault(path, *wanted) is not None:  # nobody finished it while we waited
-                _fetch(url, path, wanted, retries, timeout, progress or (lambda done, total: None), sleep)
+        with hold_lock(path.with_name(f"{path.name}.lock")):  # one process downloads, others wait
+            if not path.is_file():
+                retry(lambda: fetch_url(url, path, sha256, timeout), url, sleep)
+                if sha256 is None:
+                    log.warning("%s: no checksum is known, so its bytes are unverified", path)
     except OSError as error:
-        raise _disk_error(error, path) from error
-    with suppress(OSError):  # Windows: another process may have it open
-        lock.unlink()
+        raise DiskError(error, path) from error
     return path
 
 
-def hold_lock(lock):
-    """A context in which no other process holds the lock of this file."""
+def fetch_url(url, path, sha256, timeout):
+    """One try of download_url. Raises TryAgain, a UserError or an OSError."""
+    # a part of an earlier try is written over
+    temporary = path.with_name(f"{path.name}.part")
+    headers = {"Accept-Encoding": "identity"}  # else Content-Length is not the file's
     try:
-        return FileLock(lock).acquire()
-    except NotImplementedError:  # some cluster file systems have no locks: go on without
-        return nullcontext()
-
-
-def _fetch(url, path, wanted, retries, timeout, progress, sleep):
-    """Try until the part is whole, then rename it to `path`."""
-    part = path.with_name(path.name + ".part")
-    failures, furthest = 0, _size(part)
-    while True:
-        try:
-            _try_once(url, part, wanted, timeout, progress)
-            break
-        except _TryAgain as problem:
-            reached = _size(part)
-            failures = 1 if reached > furthest else failures + 1
-            furthest = max(furthest, reached)  # never falls, so a server that goes in circles is given up in the end
-            if failures > retries:
-                raise UserError(f"{path.name}: gave up on {url} after {failures} tries in vain: {problem}",
-                                f"the same command {f'goes on from byte {reached}' if reached else 'tries again'}; "
-                                "behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to a mirror of the hub") from None
-            own_wait = min(2.0 ** (failures - 1), MAX_BACKOFF_S) * random.uniform(0.75, 1.0)  # workers spread out
-            wait_s = own_wait if problem.wait_s is None else problem.wait_s
-            log.warning("%s: %s; trying again in %.0f s from byte %d", path.name, problem, wait_s, reached)
-            sleep(wait_s)
-    os.replace(part, path)
-    _id_file(part).unlink(missing_ok=True)
-
-
-def _try_once(url, part, wanted, timeout, progress):
-    """One request: begin the part or continue it, then see that it is whole. _TryAgain when it is not."""
-    offset, identity = _size(part), _read_identity(part)
-    headers = {"Accept-Encoding": "identity"}  # Range counts bytes on the wire: they must be the file's own
-    if offset and identity:
-        headers["Range"] = f"bytes={offset}-"
-        if not identity.startswith("sha256:"):
-            headers["If-Range"] = identity  # if the file has changed, the answer is 200 and all of it
-    try:
-        with requests.get(url, headers=headers, auth=_hub_auth(url), stream=True, timeout=timeout) as response:
-            _check_status(response, url, part)
-            start, total = _read_range(response)
-            stated = _read_identity_headers(response, url)
-            if response.status_code != 200 and (start, stated or identity) != (offset, identity):
-                _discard(part)
-                raise _TryAgain("the server does not continue the file that was begun")
-            total = _agree_on_size(part, total, wanted.size, _linked(response, "X-Linked-Size"))
-            if response.status_code != 416:  # 416: there is nothing beyond what we have
-                _write_body(response, part, start, total, stated, progress)
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        if isinstance(error, requests.Timeout) or "timed out" in str(error):
-            raise _TryAgain(f"no byte for {timeout:g} s") from error
-        cause = error
-        while cause.__context__ is not None:  # requests wraps urllib3's, which wraps the one that says it
-            cause = cause.__context__
-        raise _TryAgain(f"the connection broke{f': {cause}' if isinstance(cause, OSError) else ''}") from error
+        with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+            if response.status_code != 200:
+                raise status_error(url, response.status_code, response.headers)
+            with open(temporary, "wb") as file:
+                for chunk in response.iter_content(CHUNK_BYTES):
+                    file.write(chunk)
+            stated = response.headers.get("Content-Length")
     except requests.RequestException as error:
-        raise UserError(f"{url} cannot be requested: {error}", "check HF_ENDPOINT and the proxy settings") from error
-    if total is not None and _size(part) < total:
-        raise _TryAgain(f"the connection closed at {_size(part)} of {total} bytes")
-    identity = stated or identity or ""
-    stated_sha256 = identity.removeprefix("sha256:") if identity.startswith("sha256:") else None
-    fault = _fault(part, total, wanted.sha256 or stated_sha256, wanted.check)
-    if fault is not None:
-        _discard(part)
-        raise _TryAgain(fault)
+        raise TryAgain(f"{type(error).__name__} {error}") from error
 
-
-def _write_body(response, part, start, total, identity, progress):
-    """Append the body to the part, or begin it anew with its identity beside it; flush it to the disk."""
-    done = start
-    with open(part, "ab" if start else "wb") as f:
-        if not start:
-            _id_file(part).write_text(identity or "", encoding="utf-8")
-        for chunk in response.iter_content(CHUNK_BYTES):
-            f.write(chunk)
-            done += len(chunk)
-            progress(done, total)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-# -----------------------------------------------------------------------------
-# What the server says
-
-
-def _check_status(response, url, part):
-    """Return on 200, 206 and an answerable 416; _TryAgain on what may pass; UserError on the rest."""
-    status, name = response.status_code, part.name.removesuffix(".part")
-    if status in (200, 206) or (status == 416 and _size(part)):
-        return
-    if status in (408, 429) or status >= 500:
-        wait_s = None
-        with suppress(TypeError, ValueError):  # Retry-After: absent, seconds, or a date
-            asked = response.headers.get("Retry-After", "")
-            wait_s = int(asked) if asked.isdigit() else parsedate_to_datetime(asked).timestamp() - time.time()
-            wait_s = min(max(wait_s, 0), MAX_ASKED_WAIT_S)
-        raise _TryAgain(f"HTTP {status} {response.reason}", wait_s)
-    if status in (401, 403):
-        raise UserError(f"{name}: no access to {url} (HTTP {status})", "set HF_TOKEN to a token that may read it")
-    raise UserError(f"{name}: not found at {url} (HTTP {status})",
-                    f"set HF_ENDPOINT to a mirror that has it, or put the file at {part.with_name(name)} yourself")
-
-
-def _linked(response, name):
-    """A header of the answer or of a redirect on the way: the hub states facts, its storage sends the bytes."""
-    return next((r.headers[name] for r in [*response.history, response] if name in r.headers), None)
-
-
-def _read_identity_headers(response, url):
-    """Which version of the file this is: 'sha256:<hex>', a strong ETag, a date, or None."""
-    own = response.headers.get("ETag", "")
-    if _is_hub(url):  # others, its own storage behind a redirect too, may hash what they like
-        digest = (_linked(response, "X-Linked-Etag") or ("" if response.history else own)).strip('"').lower()
-        if re.fullmatch(r"[0-9a-f]{64}", digest):
-            return f"sha256:{digest}"
-    return own if own.startswith('"') else response.headers.get("Last-Modified")  # W/"..." may differ in bytes
-
-
-def _read_range(response):
-    """(first byte of this body, size of the whole file), each None where it is not said."""
-    headers = response.headers
-    if response.status_code == 200:
-        length = headers.get("Content-Length", "")
-        compressed = headers.get("Content-Encoding", "identity") != "identity"  # then the length is not the file's
-        return 0, int(length) if length.isdigit() and not compressed else None
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", headers.get("Content-Range", "").strip())
-    if match is None:
-        return None, None
-    return int(match[1] or match[2]), int(match[2])  # 416 says `bytes */total`: right for a part of just that size
-
-
-def _agree_on_size(part, total, *others):
-    """The size of the whole file, when all that name one name the same."""
-    others = {int(size) for size in others if size is not None}
-    if total is not None and others - {total}:
-        _discard(part)
-        raise _TryAgain(f"the server offers {total} bytes where {min(others - {total})} belong")
-    return total if total is not None else next(iter(others), None)
-
-
-# -----------------------------------------------------------------------------
-# What is on the disk
-
-
-def _fault(path, size, sha256, check):
-    """Why the file at `path` is not the wanted one, or None when it is."""
-    if not path.is_file():
-        return "no such file"
-    if size is not None and _size(path) != size:
-        return f"{_size(path)} bytes where {size} belong"
+    # some versions of the library take a connection that ends early for the end of the file
+    size = temporary.stat().st_size
+    if stated is not None and size != int(stated):
+        raise TryAgain(f"the connection closed at {size} of {stated} bytes")
     if sha256 is not None:
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != sha256.lower():
-            return f"damaged: sha256 {digest.hexdigest()[:12]}... where {sha256[:12].lower()}... belongs"
-    try:
-        if check is not None:
-            check(path)
-    except ValueError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def _id_file(part):
-    return part.with_name(part.name + ".id")
-
-
-def _read_identity(part):
-    """Which version of the file the part is of, or None: then it cannot be continued."""
-    return (_id_file(part).read_text(encoding="utf-8") or None) if _id_file(part).exists() else None
-
-
-def _discard(part):
-    part.unlink(missing_ok=True)
-    _id_file(part).unlink(missing_ok=True)
-
-
-def _disk_error(error, path):
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return DiskFullError(f"{path}: the disk is full", "make room, or set NANOCHAT_BASE_DIR to a folder on a larger "
-                             "disk; the same command goes on where it stopped")
-    return UserError(f"{path}: {error.strerror or error}", "set NANOCHAT_BASE_DIR to a folder that you may write to")
+        check_sha256(temporary, sha256)
+    move_into_place(temporary, path)

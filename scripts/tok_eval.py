@@ -1,14 +1,17 @@
 """
-How well does the tokenizer compress? Bytes of text per token, beside the tokenizers of GPT-2 and GPT-4.
+How well does the tokenizer compress? Bytes of text per token, beside the tokenizers of GPT-2 and
+GPT-4.
 
     python -m scripts.tok_eval                          after tok_train
     python -m scripts.tok_eval --data=my_texts/ --max_chars=100000
 
-More bytes per token means that more text fits into a context and into a training step of the same cost. The price is
-a larger vocabulary, so compare with the sizes in the table's head. The texts are small samples of four kinds, written
-for this file, and documents of the corpus itself, seen (train) and not seen (val) by the tokenizer.
+More bytes per token means that more text fits into a context and into a training step of the same
+cost. The price is a larger vocabulary, so compare with the sizes in the table's head. The texts are
+small samples of four kinds, written for this file, and documents of the corpus itself, seen (train)
+and not seen (val) by the tokenizer.
 
-GPT-2's and GPT-4's files are read from tiktoken's cache and never downloaded here. To fill the cache once, online:
+GPT-2's and GPT-4's files are read from tiktoken's cache and never downloaded here. To fill the
+cache once, online:
     python -c "import tiktoken; [tiktoken.get_encoding(name) for name in ('gpt2', 'cl100k_base')]"
 """
 
@@ -21,14 +24,16 @@ import tiktoken
 
 from nanochat.common import get_data_dir, print0, run_script
 from nanochat.configurator import get_settings, override_from_cli
-from nanochat.dataset import base_data_dir, iter_texts
+from nanochat.dataset import iter_texts
+from nanochat.download import base_data_dir
 from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer
 
 data: str | None = None          # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
 max_chars: int = 1_000_000       # characters of each split of the corpus; 0 = only the samples in this file
 
-# name in the table -> tiktoken's name, and its files by address with their sha256 (from tiktoken_ext/openai_public.py)
+# name in the table -> tiktoken's name, and its files by address with their sha256 (from
+# tiktoken_ext/openai_public.py)
 REFERENCES = {
     "GPT-2": ("gpt2", {
         "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
@@ -107,108 +112,175 @@ KOREAN = """\
 SAMPLES = {"English": [ENGLISH], "code": [CODE], "maths": [MATHS], "Korean": [KOREAN]}
 
 # -----------------------------------------------------------------------------
-# What is compared
+# The tokenizers
 
 
 def get_tiktoken_cache_dir():
-    """Where tiktoken keeps downloaded files, by its own rules; None where its cache is switched off."""
+    """
+    Where tiktoken keeps downloaded files, by its own rules; None where its cache is switched off.
+    """
+    # an empty variable switches the cache off
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    cache_dir = os.environ.get("DATA_GYM_CACHE_DIR", default)
+    cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR", cache_dir)
     return Path(cache_dir) if cache_dir else None
 
 
 def find_reference(name, files, get_encoding=tiktoken.get_encoding):
     """
-    (encoding, None), or (None, "absent" or "damaged"). tiktoken would fetch a file that is missing or wrong, so it is
-    asked only when each file is in its cache, under the sha1 of its address, and whole.
+    (encoding, None), or (None, "absent" or "damaged"). tiktoken would fetch a file that is missing
+    or wrong, so it is asked only when each file is in its cache, under the sha1 of its address, and
+    whole.
     """
     cache_dir = get_tiktoken_cache_dir()
+    if cache_dir is None:
+        return None, "absent"
     for address, sha256 in files.items():
-        path = cache_dir and cache_dir / hashlib.sha1(address.encode("utf-8")).hexdigest()
-        if path is None or not path.is_file():
+        # tiktoken names a file by the sha1 of its address
+        path = cache_dir / hashlib.sha1(address.encode("utf-8")).hexdigest()
+        if not path.is_file():
             return None, "absent"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        digest = hashlib.sha256(path.read_bytes())
+        if digest.hexdigest() != sha256:
             return None, "damaged"
     return get_encoding(name), None
 
 
-def get_corpus_texts(split):
-    """Documents of a split, `max_chars` in all; none where the default corpus was not downloaded."""
-    texts, num_chars = [], 0
-    if data is None and get_data_dir() is None and not base_data_dir().exists():
-        return texts
-    for text in iter_texts(data, split):
-        texts.append(text[:max_chars - num_chars])
-        num_chars += len(texts[-1])
-        if num_chars >= max_chars:
-            break
-    return texts
-
-
-def compare(texts, encoders):
+def get_encoders(tokenizer, skipped):
     """
-    Rows of the table. `texts`: name -> list of str; `encoders`: name -> (list of str -> list of lists of ids), ours
-    first. A cell is bytes per token; "vs" is how many fewer tokens ours needs, in percent of the other's.
+    {title with vocabulary size: function from texts to ids}, ours first. Adds what is missing to
+    `skipped`.
     """
-    rows = []
-    for name, documents in texts.items():
-        num_bytes = sum(len(document.encode("utf-8", errors="replace")) for document in documents)
-        num_tokens = {who: sum(map(len, encode(documents))) for who, encode in encoders.items()}
-        ours, *others = num_tokens
-        row = {"text": name, "bytes": num_bytes, ours: num_bytes / num_tokens[ours]}
-        for other in others:
-            row[other] = num_bytes / num_tokens[other]
-            row[f"vs {other}"] = f"{100 * (1 - num_tokens[ours] / num_tokens[other]):+.1f}%"
-        rows.append(row)
-    return rows
-
-
-def format_table(rows):
-    """Lines of text, columns aligned: names to the left, numbers to the right."""
-    def cell(value):
-        return f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-
-    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
-    return ["  ".join(text.rjust(width) if i else text.ljust(width)
-                      for i, (text, width) in enumerate(zip(line, widths, strict=True))) for line in cells]
-
-
-def main():
-    settings = get_settings(globals())
-    tokenizer = get_tokenizer()
-
-    # the tokenizers: ours, then those whose files are at hand
-    ours = f"nanochat ({tokenizer.get_vocab_size():,})"
-    encoders, skipped = {ours: tokenizer.encode}, {}
+    encoders = {f"nanochat ({tokenizer.get_vocab_size():,})": tokenizer.encode}
+    # the references whose files are at hand
     for title, (name, files) in REFERENCES.items():
         encoding, reason = find_reference(name, files)
         if encoding is None:
             skipped[title] = reason
         else:
             encoders[f"{title} ({encoding.n_vocab:,})"] = encoding.encode_ordinary_batch
+    return encoders
 
-    # the texts
+
+# -----------------------------------------------------------------------------
+# The texts
+
+
+def get_corpus_texts(split):
+    """
+    Documents of a split, `max_chars` in all; none where the default corpus was not downloaded.
+    """
+    # no corpus is fine, unless one was asked for by --data
+    texts = []
+    if data is None and get_data_dir() is None and not base_data_dir().exists():
+        return texts
+    # the last document may be cut
+    num_left = max_chars  # characters
+    for text in iter_texts(data, split):
+        texts.append(text[:num_left])
+        num_left -= len(texts[-1])
+        if num_left <= 0:
+            break
+    return texts
+
+
+def get_texts(skipped):
+    """{name: documents}: the samples, then the corpus. Adds what is missing to `skipped`."""
     texts = dict(SAMPLES)
-    for split in ("train", "val") if max_chars > 0 else ():
+    if max_chars <= 0:
+        return texts
+    # seen and not seen by the tokenizer
+    for split in ("train", "val"):
+        name = f"corpus, {split}"
         documents = get_corpus_texts(split)
         if documents:
-            texts[f"corpus, {split}"] = documents
+            texts[name] = documents
         else:
-            skipped[f"corpus, {split}"] = "absent"
+            skipped[name] = "absent"
+    return texts
 
-    # compression, and that nothing is lost
+
+# -----------------------------------------------------------------------------
+# The comparison
+
+
+def compare(texts, encoders):
+    """
+    Rows of the table. `texts`: name -> list of str; `encoders`: name -> (list of str -> list of
+    lists of ids), ours first. A cell is bytes per token; "vs" is how many fewer tokens ours needs,
+    in percent of the other's.
+    """
+    rows = []
     for name, documents in texts.items():
-        if [tokenizer.decode(ids) for ids in tokenizer.encode(documents)] != documents:
-            raise RuntimeError(f"the tokenizer does not give back the text {name!r} that it encodes")
+        # bytes, not characters: they do not depend on the language
+        num_bytes = 0
+        for document in documents:
+            num_bytes += len(document.encode("utf-8", errors="replace"))
+        row = {"text": name, "bytes": num_bytes}
+        # ours comes first, so the others can be compared with it
+        num_ours = None
+        for title, encode in encoders.items():
+            num_tokens = sum(map(len, encode(documents)))
+            row[title] = num_bytes / num_tokens
+            if num_ours is None:
+                num_ours = num_tokens
+            else:
+                fewer = 100 * (1 - num_ours / num_tokens)
+                row[f"vs {title}"] = f"{fewer:+.1f}%"
+        rows.append(row)
+    return rows
+
+
+def format_cell(value):
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
+
+
+def format_table(rows):
+    """Lines of text, columns aligned: names to the left, figures to the right."""
+    # column by column, since a column's width depends on all of its cells
+    columns = []
+    for i, title in enumerate(rows[0]):
+        cells = [title] + [format_cell(row[title]) for row in rows]
+        width = max(map(len, cells))
+        if i == 0:
+            columns.append([cell.ljust(width) for cell in cells])
+        else:
+            columns.append([cell.rjust(width) for cell in cells])
+    return ["  ".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def main():
+    # tokenizers and texts
+    settings = get_settings(globals())
+    tokenizer = get_tokenizer()
+    skipped = {}  # name of a tokenizer or text -> why it is missing
+    encoders = get_encoders(tokenizer, skipped)
+    texts = get_texts(skipped)
+
+    # nothing may be lost
+    for name, documents in texts.items():
+        decoded = [tokenizer.decode(ids) for ids in tokenizer.encode(documents)]
+        if decoded != documents:
+            raise RuntimeError(f"the tokenizer does not give back the text {name!r}")
+
+    # compression
     rows = compare(texts, encoders)
     print0("bytes per token")
     print0("\n".join(format_table(rows)))
+    # said, so that a missing line does not look like an oversight
     for title, reason in skipped.items():
         print0(f"skipped {title}: {reason}")
 
-    get_report().log("Tokenizer evaluation", {"config": settings, "tokenizer": tokenizer.hash(), "skipped": skipped,
-                                              "tables": {"Bytes per token": rows}})
+    get_report().log("Tokenizer evaluation", {
+        "config": settings,
+        "tokenizer": tokenizer.hash(),
+        "skipped": skipped,
+        "tables": {"Bytes per token": rows},
+    })
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """
 Train the tokenizer and save it under <base dir>/tokenizer, where every later stage finds it.
 
-    python -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536     as speedrun.sh does: about a minute
-    python -m scripts.tok_train --data=my_texts/ --vocab_size=4096            on files of your own: seconds on a laptop
+    # as speedrun.sh does: about a minute
+    python -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536
+    # on files of your own: seconds on a laptop
+    python -m scripts.tok_train --data=my_texts/ --vocab_size=4096
 
-It runs in one process (no torchrun) and streams the text: memory holds the distinct words, not the corpus.
+It runs in one process (no torchrun) and streams the text: memory holds the distinct words, not the
+corpus.
 """
 
 import time
@@ -23,15 +26,23 @@ vocab_size: int = 65_536          # tokens, the special ones included
 buffer_size: int = 8192           # documents handed to the trainer at a time: memory against waiting
 trainer: str = "rustbpe"          # rustbpe, or huggingface (the `tokenizers` library, slower)
 
-# What decoding must give back unchanged: contractions, digits, scripts, emoji, control characters, special names.
-ROUND_TRIP = ("It's 12345 o'clock:\tnaïve 東京 Ελλάδα नमस्ते 👩\u200d🚀\r\n\n  def f(x):\n    return x**2 <|bos|> \x00 "
-              "\u200b end ")
+# What decoding must give back unchanged: contractions, digits, scripts, emoji, control characters,
+# special names.
+ROUND_TRIP = (
+    "It's 12345 o'clock:\tnaïve 東京 Ελλάδα नमस्ते 👩\u200d🚀\r\n\n  def f(x):\n    return x**2 <|bos|> "
+    "\x00 \u200b end "
+)
 
 
 def cap_texts(texts, max_chars, doc_cap, counts):
-    """Pass documents on, cut to `doc_cap` characters, until `max_chars` are through; `counts` keeps the books."""
+    """
+    Yield the documents, cut to `doc_cap` characters, until there are `max_chars`. Adds documents,
+    characters and bytes up in `counts`.
+    """
     for text in texts:
-        text = text[:min(doc_cap if doc_cap > 0 else len(text), max_chars - counts["characters"])]
+        if doc_cap > 0:
+            text = text[:doc_cap]
+        text = text[:max_chars - counts["characters"]]  # the last document may be cut
         counts["documents"] += 1
         counts["characters"] += len(text)
         counts["bytes"] += len(text.encode("utf-8", errors="replace"))
@@ -40,39 +51,63 @@ def cap_texts(texts, max_chars, doc_cap, counts):
             return
 
 
+def train_tokenizer():
+    """-> (tokenizer, facts for the report)"""
+    facts = {"documents": 0, "characters": 0, "bytes": 0}
+    texts = cap_texts(iter_texts(data, "train"), max_chars, doc_cap, facts)
+    # reading the text is part of the time: it is decoded while the trainer counts
+    start = time.perf_counter()
+    tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)
+    seconds = time.perf_counter() - start
+    facts["seconds"] = seconds
+
+    print0(" | ".join([
+        f"documents: {facts['documents']:,}",
+        f"characters: {facts['characters']:,}",
+        f"time: {seconds:.2f}s",
+        f"speed: {facts['bytes'] / 1e6 / seconds:.1f} MB/s",
+    ]))
+    if tokenizer.get_vocab_size() < vocab_size:
+        print0(
+            f"vocab_size: {tokenizer.get_vocab_size():,}, less than the {vocab_size:,} asked for: "
+            "the text has no more pairs to merge"
+        )
+    return tokenizer, facts
+
+
 def main():
     settings = get_settings(globals())
     check_settings(settings)  # what would fail only after minutes of training fails now
     if trainer not in TOKENIZER_KINDS:
-        raise UserError(f"--trainer={trainer} is unknown, needed: {' or '.join(TOKENIZER_KINDS)}")
+        kinds = " or ".join(TOKENIZER_KINDS)
+        raise UserError(f"--trainer={trainer} is unknown, needed: {kinds}")
 
     # train
-    counts = {"documents": 0, "characters": 0, "bytes": 0}
-    texts = cap_texts(iter_texts(data, "train"), max_chars, doc_cap, counts)
-    start = time.perf_counter()
-    tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)
-    seconds = time.perf_counter() - start
-    print0(" | ".join([f"documents: {counts['documents']:,}", f"characters: {counts['characters']:,}",
-                       f"time: {seconds:.2f}s", f"speed: {counts['bytes'] / 1e6 / seconds:.1f} MB/s"]))
-    if tokenizer.get_vocab_size() < vocab_size:
-        print0(f"vocab_size: {tokenizer.get_vocab_size():,}, less than the {vocab_size:,} asked for: the text has no "
-               "more pairs to merge")
+    tokenizer, facts = train_tokenizer()
 
     # save, and read it back as every later stage will
     tokenizer_dir = get_base_dir() / "tokenizer"
     tokenizer.save(tokenizer_dir)
     tokenizer = get_tokenizer(tokenizer_dir)
-    if tokenizer.decode(tokenizer.encode(ROUND_TRIP)) != ROUND_TRIP:
-        raise RuntimeError(f"the tokenizer in {tokenizer_dir} does not give back the text that it encodes")
+    # a tokenizer that loses text would spoil everything after it
+    ids = tokenizer.encode(ROUND_TRIP)
+    if tokenizer.decode(ids) != ROUND_TRIP:
+        raise RuntimeError(
+            f"the tokenizer in {tokenizer_dir} does not give back the text that it encodes"
+        )
     print0(f"saved: {tokenizer_dir} | hash: {tokenizer.hash()[:16]}")
 
     # facts for the report: what was read, how long it took, how long the tokens are
     token_bytes = get_token_bytes("cpu", tokenizer)
     lengths = token_bytes[token_bytes > 0].double()  # ordinary tokens only
     get_report().log("Tokenizer training", {
-        "config": settings, **counts, "seconds": seconds, "vocab size": tokenizer.get_vocab_size(),
-        "special tokens": len(tokenizer.get_special_tokens()), "mean token length (bytes)": lengths.mean().item(),
-        "longest token (bytes)": int(lengths.max()), "hash": tokenizer.hash(),
+        "config": settings,
+        **facts,
+        "vocab size": tokenizer.get_vocab_size(),
+        "special tokens": len(tokenizer.get_special_tokens()),
+        "mean token length (bytes)": lengths.mean().item(),
+        "longest token (bytes)": int(lengths.max()),
+        "hash": tokenizer.hash(),
     })
 
 

@@ -1,17 +1,22 @@
 """
-Chat evaluation: the table of tasks, and the two ways to put a task's questions to a model.
+Chat evaluation: the table of tasks, and the two ways to ask a model a task's questions.
 
-A categorical task (multiple choice) is one forward pass a question: the answer is the letter with the highest logit
-where the assistant's answer would begin, among those that the question offers. A generative task lets the engine write,
-with its tools, and grades the text; of n samples a problem pass@k is estimated without bias (arXiv 2107.03374). Both
-return (result, records): figures, and a record for JSONL of every single answer, equal on every rank, and (but for ties
-within float rounding) for any number of ranks and any batch size. Every rank must call them.
+A categorical task (multiple choice) is one forward pass a question: the answer is the letter with
+the highest logit where the assistant's answer would begin, among those that the question offers. A
+generative task lets the engine write, with its tools, and grades the text; of n samples a problem
+pass@k is estimated without bias (arXiv 2107.03374).
+
+Both return (result, records): a dict of figures, and a record for JSONL of every single answer.
+They are the same on every rank, for any number of ranks and any batch size, except for ties within
+float rounding. All ranks must call them.
 """
 
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from functools import partial
+from operator import itemgetter
 
 import torch
 
@@ -30,7 +35,8 @@ from tasks.spellingbee import SpellingBee
 # -----------------------------------------------------------------------------
 # The table of tasks
 
-# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9 of 2,000
+# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9
+# of 2,000
 TASKS = {
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
@@ -40,89 +46,162 @@ TASKS = {
     "SpellingBee": (partial(SpellingBee, size=256, split="test"), 0.0),
     "Identity": (Identity, 0.0),
 }
-CHATCORE_TASKS = tuple(name for name in TASKS if name != "Identity")  # who it should be differs from model to model
+# who the model should be differs from model to model
+CHATCORE_TASKS = tuple(name for name in TASKS if name != "Identity")
 
 
 def available_tasks() -> list[str]:
     """All names, without Identity where there is no file of questions for it."""
-    return [name for name in TASKS if name != "Identity" or identity_path().is_file()]
+    return list(TASKS) if identity_path().is_file() else list(CHATCORE_TASKS)
 
 
 def parse_names(text: str) -> list[str]:
-    """Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"]."""
-    names = list(dict.fromkeys(name.strip() for name in text.split("|")))
-    unknown = next((name for name in names if name not in TASKS), None)
-    if unknown is not None:
-        nearest = max(TASKS, key=lambda known: SequenceMatcher(None, known.lower(), unknown.lower()).ratio())
-        raise UserError(f"no task is named {unknown!r}; there are {', '.join(TASKS)}", f"did you mean -a {nearest}?")
+    """
+    Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"].
+    """
+    names = []
+    lowered = {name.lower(): name for name in TASKS}
+    for typed in text.split("|"):
+        name = typed.strip()
+        if name not in TASKS:
+            nearest = get_close_matches(name.lower(), lowered, n=1, cutoff=0)
+            raise UserError(
+                f"no task is named {name!r}; there are {', '.join(TASKS)}",
+                f"did you mean -a {lowered[nearest[0]]}?",
+            )
+        if name not in names:
+            names.append(name)
     return names
 
 
 def centered(name: str, accuracy: float) -> float:
     """0 for blind guesses, 1 when all is right."""
-    baseline = TASKS[name][1]
+    _, baseline = TASKS[name]
     return (accuracy - baseline) / (1 - baseline)
 
 
 def chat_core(results: dict[str, dict]) -> dict | None:
-    """ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if one is missing."""
+    """
+    ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if
+    one is missing.
+    """
     if not set(CHATCORE_TASKS) <= set(results):
         return None
-    values = [centered(name, results[name]["accuracy"]) for name in CHATCORE_TASKS]
-    errors = [results[name]["stderr"] / (1 - TASKS[name][1]) for name in CHATCORE_TASKS]
-    num = len(CHATCORE_TASKS)
-    return {"value": sum(values) / num, "stderr": math.hypot(*errors) / num,
-            "n": sum(results[name]["n"] for name in CHATCORE_TASKS)}
+    value = 0.0
+    variance = 0.0
+    n = 0
+    num_tasks = len(CHATCORE_TASKS)
+    for name in CHATCORE_TASKS:
+        result = results[name]
+        _, baseline = TASKS[name]
+        value += centered(name, result["accuracy"]) / num_tasks
+        stderr = result["stderr"] / (1 - baseline) / num_tasks
+        variance += stderr**2
+        n += result["n"]
+    return {"value": value, "stderr": math.sqrt(variance), "n": n}
+
+
+# -----------------------------------------------------------------------------
+# Questions and results
 
 
 def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
-    """Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2, 3]."""
-    return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1:]]
+    """
+    Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2,
+    3].
+    """
+    if len(ids) <= max_tokens:
+        return ids
+    num_last = max_tokens - 1
+    return ids[:1] + ids[len(ids) - num_last :]
 
 
 def read_questions(task, tokenizer, max_prompt, max_problems):
-    """This rank's share of the problems: [(conversation, prompt ids, the record so far)]. A limited number of them is
-    drawn from the whole task (MMLU is sorted by subject), always the same ones, and a larger number holds a smaller."""
+    """
+    This rank's share of the problems: [(conversation, prompt ids, record)]. The record is the part
+    of the result that is known before the model answers. A limited number of problems is drawn from
+    the whole task (MMLU is sorted by subject): always the same ones, and a larger number includes a
+    smaller.
+    """
     rank, _, num_ranks = get_dist_info()
-    chosen = shuffled(range(len(task)), "problems")[:max_problems] if max_problems > 0 else range(len(task))
+    chosen = range(len(task))
+    if max_problems > 0:
+        chosen = sorted(shuffled(chosen, "problems")[:max_problems])
+
     questions = []
-    for index in sorted(chosen)[rank::num_ranks]:
+    for index in chosen[rank::num_ranks]:
         conversation = task[index]
         ids = tokenizer.render_for_completion(conversation)
-        prompt, answer = cut_prompt(ids, max_prompt), conversation["messages"][-1]["content"]
-        answer = answer if isinstance(answer, str) else "".join(part["text"] for part in answer)
-        record = {"index": index, "prompt": tokenizer.decode(prompt), "answer": answer, "truncated": prompt != ids}
+        prompt = cut_prompt(ids, max_prompt)
+        answer = conversation["messages"][-1]["content"]
+        if not isinstance(answer, str):
+            answer = "".join(part["text"] for part in answer)
+        record = {
+            "index": index,
+            "prompt": tokenizer.decode(prompt),
+            "answer": answer,
+            "truncated": prompt != ids,
+        }
         questions.append((conversation, prompt, record))
     return questions
 
 
 def gather_records(answer_questions, device):
-    """The records that answer_questions() gives on each rank, on every rank, by problem and sample. Collective."""
+    """
+    The records that answer_questions() returns on all ranks, on every rank, by problem and sample.
+    Collective.
+    """
     records = gather_objects(run_together(answer_questions, device))
-    return sorted(records, key=lambda record: (record["index"], record["sample"]))
+    return sorted(records, key=itemgetter("index", "sample"))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    """
+    The chance that k of n samples, c of them right, include a right one: 1 - C(n - c, k) / C(n, k).
+    """
+    num_all_wrong = math.comb(n - c, k)
+    return 1 - num_all_wrong / math.comb(n, k)
 
 
 def summarize(task, records) -> dict:
-    """{accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}"""
-    outcomes = {}  # index -> right or wrong, for each sample
+    """
+    {accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}
+    """
+    num_right = Counter()  # index -> right samples
+    num_samples = Counter()
+    truncated = set()
     for record in records:
-        outcomes.setdefault(record["index"], []).append(record["correct"])
-    if not outcomes:
+        index = record["index"]
+        num_samples[index] += 1
+        num_right[index] += record["correct"]
+        if record["truncated"]:
+            truncated.add(index)
+    n = len(num_samples)
+    if n == 0:
         raise UserError(f"{type(task).__name__} has no problem to ask")
-    n, num_samples = len(outcomes), len(next(iter(outcomes.values())))
-    rates = [sum(right) / num_samples for right in outcomes.values()]
+    samples = max(num_samples.values())  # the same for all problems
+
+    # The error is over problems, since the samples of one problem are not independent. With one
+    # sample it is the binomial sqrt(p (1 - p) / n).
+    rates = [right / samples for right in num_right.values()]
     accuracy = sum(rates) / n
-    # over problems, for samples of one problem are not independent; with one sample it is sqrt(p (1 - p) / n)
-    stderr = math.sqrt(sum((rate - accuracy) ** 2 for rate in rates) / n / n)
-    ks = sorted({min(2**i, num_samples) for i in range(num_samples.bit_length() + 1)})  # 1, 2, 4, ..., num_samples
-    passes = {k: sum(pass_at_k(num_samples, sum(right), k) for right in outcomes.values()) / n for k in ks}
-    return {"accuracy": accuracy, "stderr": stderr, "n": n, "pass_at_k": passes,
-            "truncated": sum(record["truncated"] for record in records) // num_samples}  # the same for all samples
+    variance = sum((rate - accuracy) ** 2 for rate in rates) / n
+
+    # k = 1, 2, 4, ..., and the number of samples
+    passes = {}
+    k = 1
+    while k < 2 * samples:
+        k_or_all = min(k, samples)
+        chances = [pass_at_k(samples, right, k_or_all) for right in num_right.values()]
+        passes[k_or_all] = sum(chances) / n
+        k *= 2
+    return {
+        "accuracy": accuracy,
+        "stderr": math.sqrt(variance / n),
+        "n": n,
+        "pass_at_k": passes,
+        "truncated": len(truncated),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -131,63 +210,110 @@ def summarize(task, records) -> dict:
 
 def evaluate_task(task, engine, tokenizer, *, batch_rows=32, max_problems=-1, **sampling):
     """Whichever of the two below suits the task; `sampling` is for generative ones alone."""
+    limits = {"batch_rows": batch_rows, "max_problems": max_problems}
     if task.eval_type == "categorical":
-        return evaluate_categorical(task, engine.model, tokenizer, batch_rows=batch_rows, max_problems=max_problems)
-    return evaluate_generative(task, engine, tokenizer, batch_rows=batch_rows, max_problems=max_problems, **sampling)
+        return evaluate_categorical(task, engine.model, tokenizer, **limits)
+    return evaluate_generative(task, engine, tokenizer, **limits, **sampling)
 
 
 def evaluate_categorical(task, model, tokenizer, *, batch_rows=32, max_problems=-1):
     def answer_questions():
         questions = read_questions(task, tokenizer, model.config.sequence_len, max_problems)
-        letters = [tokenizer.encode(conversation["letters"]) for conversation, _, _ in questions]  # one token each
-        logits = letter_logits(model, [prompt for _, prompt, _ in questions], letters, batch_rows)
+        prompts = [prompt for _, prompt, _ in questions]
+        letter_ids = []
+        for conversation, _, _ in questions:
+            encoded = tokenizer.encode(conversation["letters"])
+            letter_ids.append([token for (token,) in encoded])  # each letter is one token
+        logits = letter_logits(model, prompts, letter_ids, batch_rows)
+
+        records = []
         for (conversation, _, record), values in zip(questions, logits, strict=True):
-            letter = conversation["letters"][values.index(max(values))]
-            record |= {"sample": 0, "completion": letter, "correct": task.evaluate(conversation, letter)}
-        return [record for _, _, record in questions]
+            best = values.index(max(values))
+            letter = conversation["letters"][best]
+            record["sample"] = 0
+            record["completion"] = letter
+            record["correct"] = task.evaluate(conversation, letter)
+            records.append(record)
+        return records
 
     records = gather_records(answer_questions, model.device)
     return summarize(task, records), records
 
 
 @torch.inference_mode()
-def letter_logits(model, prompts, letters, batch_rows):
-    """The logits, before the cap, after prompts[i] of letters[i] = [[id], [id], ...], as floats. Prompts of like length
-    go together, padded on the right, where a causal model does not look."""
+def letter_logits(model, prompts, letter_ids, batch_rows):
+    """
+    The logits, before the cap, of the tokens letter_ids[i] after prompts[i], as a list of floats
+    for each prompt. Prompts of similar length go together, padded on the right, where a causal
+    model does not look.
+    """
     logits = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
-    for batch in (order[start : start + batch_rows] for start in range(0, len(order), batch_rows)):
-        T = len(prompts[batch[0]])
-        ids = torch.tensor([prompts[i] + [0] * (T - len(prompts[i])) for i in batch], device=model.device)  # (B, T)
+    lengths = [len(prompt) for prompt in prompts]
+    # longest first: memory runs out at once
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)  # (B, T)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = torch.tensor(prompts[i])
         with get_autocast_ctx(model.device):
-            x = model.trunk(ids)  # (B, T, C)
-        for row, i in enumerate(batch):  # float32, and no more of the head than these letters: B * T * V is gigabytes
-            weight = model.lm_head.weight[[token for (token,) in letters[i]]].float()
-            logits[i] = (weight @ x[row, len(prompts[i]) - 1].float()).tolist()
+            x = model.trunk(ids.to(model.device))  # (B, T, C)
+        for row, i in enumerate(batch):
+            # float32, and only the head's rows of these letters: logits of B * T * V are gigabytes
+            weight = model.lm_head.weight[letter_ids[i]].float()
+            hidden = x[row, lengths[i] - 1].float()
+            logits[i] = (weight @ hidden).tolist()
     return logits
 
 
-def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_tokens=512, temperature=0.0, top_k=50,
-                        batch_rows=32, max_problems=-1, seed=42):
-    """A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less."""
+def evaluate_generative(
+    task,
+    engine,
+    tokenizer,
+    *,
+    num_samples=1,
+    max_new_tokens=512,
+    temperature=0.0,
+    top_k=50,
+    batch_rows=32,
+    max_problems=-1,
+    seed=42,
+):
+    """
+    A prompt may fill the model's context except for max_new_tokens, or a quarter of it if that is
+    less.
+    """
     context = engine.model.config.sequence_len
+    max_prompt = context - min(max_new_tokens, context // 4)
 
     def answer_questions():
-        questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
-        rows, asked, graded = [], {}, []  # asked: id(row) -> (conversation, record so far)
+        questions = read_questions(task, tokenizer, max_prompt, max_problems)
+        rows = []
+        asked = {}  # id(row) -> (conversation, record)
         for conversation, prompt, record in questions:
-            for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
+            for sample in range(num_samples):
+                # seeded by problem and sample, so that it does not matter which rank asks
                 sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
-                rows.append(engine.make_row(prompt, sampling, max_new_tokens))
-                asked[id(rows[-1])] = conversation, record | {"sample": sample}
+                row = engine.make_row(prompt, sampling, max_new_tokens)
+                rows.append(row)
+                asked[id(row)] = (conversation, record | {"sample": sample})
+
+        records = []
+        outcomes = []
         with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
             for row in engine.generate_rows(rows, batch_rows):
                 conversation, record = asked[id(row)]
-                # with tool calls and their results, without the token that ended it
-                completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
-                record |= {"completion": completion, "finish_reason": row.finish_reason}
-                graded.append((record, pool.submit(task.evaluate, conversation, completion)))
-        return [record | {"correct": bool(outcome.result())} for record, outcome in graded]
+                tokens = row.tokens
+                if row.finish_reason == "stop":
+                    tokens = tokens[:-1]
+                completion = tokenizer.decode(tokens)  # with tool calls and their results
+                record["completion"] = completion
+                record["finish_reason"] = row.finish_reason
+                records.append(record)
+                outcomes.append(pool.submit(task.evaluate, conversation, completion))
+        for record, outcome in zip(records, outcomes, strict=True):
+            record["correct"] = bool(outcome.result())
+        return records
 
     records = gather_records(answer_questions, engine.model.device)
     return summarize(task, records), records

@@ -1,4 +1,7 @@
-"""What the chat stages train on: the mixtures of conversations for midtraining and for supervised finetuning."""
+"""
+What the chat stages train on: the mixtures of conversations for midtraining and for supervised
+finetuning.
+"""
 
 from nanochat.common import get_data_root, print0
 from tasks.arc import ARC
@@ -14,8 +17,11 @@ def identity_tasks(epochs):
     """The identity conversations `epochs` times; none, with a note, where there is no such file."""
     folder = get_data_root()
     if not (folder / IDENTITY).is_file():
-        print0(f"note: no {IDENTITY} in {folder}: the model does not learn who it is "
-               f"(python -m dev.gen_synthetic_data --out={folder}/toy_world writes one to copy there)")
+        command = f"python -m dev.gen_synthetic_data --out={folder}/toy_world"
+        print0(
+            f"note: no {IDENTITY} in {folder}: the model does not learn who it is "
+            f"({command} writes one to copy there)"
+        )
         return []
     return [CustomJSON() for _ in range(epochs)]
 
@@ -27,20 +33,42 @@ def own_conversations(data):
 
 def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, questions=True):
     """
-    Small talk, multiple choice (if questions), word problems with the calculator, identity, spelling, and the
-    conversations of the user's own file `data`. All examples, shuffled.
+    Small talk, multiple choice (if questions), word problems with the calculator, identity,
+    spelling, and the conversations of the user's own file `data`. All examples, shuffled.
     """
-    return TaskMixture([SmolTalk("train"), *[MMLU("auxiliary_train")] * questions, GSM8K(split="train"),
-                        *identity_tasks(identity_epochs), SimpleSpelling(spelling_size, "train"),
-                        SpellingBee(spellingbee_size, "train"), *own_conversations(data)])
+    tasks = [SmolTalk("train")]
+    if questions:
+        tasks.append(MMLU("auxiliary_train"))
+    tasks += [
+        GSM8K(split="train"),
+        *identity_tasks(identity_epochs),
+        SimpleSpelling(spelling_size, "train"),
+        SpellingBee(spellingbee_size, "train"),
+        *own_conversations(data),
+    ]
+    return TaskMixture(tasks)
 
 
-def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size=0, data=None):
+def sft_mixture(
+    smoltalk_size,
+    identity_epochs,
+    spelling_size,
+    spellingbee_size,
+    chain_size=0,
+    data=None,
+):
     """
-    Conversations of the quality the model should have: fewer of each kind than in midtraining, the tasks in full; and
-    chain_size longer ones, made of these.
+    Conversations of the quality the model should have: fewer of each kind than in midtraining, the
+    tasks in full; and chain_size longer ones, made of these.
     """
-    tasks = [ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K(split="train"),
-             SmolTalk("train", stop=smoltalk_size), *identity_tasks(identity_epochs),
-             SimpleSpelling(spelling_size, "train"), SpellingBee(spellingbee_size, "train"), *own_conversations(data)]
+    tasks = [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K(split="train"),
+        SmolTalk("train", stop=smoltalk_size),
+        *identity_tasks(identity_epochs),
+        SimpleSpelling(spelling_size, "train"),
+        SpellingBee(spellingbee_size, "train"),
+        *own_conversations(data),
+    ]
     return TaskMixture([*tasks, TaskChain(tasks, chain_size)])

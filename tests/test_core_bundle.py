@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.core_eval import NUM_TASKS, CoreTask, evaluate_core, get_eval_bundle, load_tasks
+from nanochat.core_bundle import NUM_TASKS, CoreTask, get_eval_bundle, load_tasks
+from nanochat.core_eval import evaluate_core
 
 CORE_YAML = r"""
 icl_tasks:

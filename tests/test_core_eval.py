@@ -11,8 +11,8 @@ import torch
 import torch.multiprocessing as mp
 
 from nanochat.common import compute_cleanup, compute_init
+from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import (
-    CoreTask,
     Row,
     cut_row,
     evaluate_core,

@@ -1,36 +1,27 @@
-"""Which documents are for training and which are held out, the walk over them, and the download of the shards."""
+"""Which documents are for training and which are held out, and the walk over them."""
 
 import json
 import os
 import random
-import subprocess
-import sys
-import time
-from itertools import product, repeat
-from pathlib import Path
+from itertools import product
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loopback import Fault, FaultServer
 
-from nanochat.common import UserError, run_script
-from nanochat.dataset import NUM_SHARDS, REPO_ID, Span, download_shards, get_spans, iter_texts, main, read_documents
-from nanochat.dataset import shard_name as name_of
-from nanochat.download import DiskFullError
+from nanochat.common import UserError
+from nanochat.dataset import Span, get_spans, iter_texts, read_documents
+from nanochat.download import NUM_SHARDS
+from nanochat.download import shard_name as name_of
 
-ROOT = Path(__file__).parent.parent
 VAL = name_of(NUM_SHARDS - 1)
 MIRROR = os.environ.get("NANOCHAT_DATA_DIR")  # read before a test clears it
 
 
 @pytest.fixture(autouse=True)
 def own_world(monkeypatch, tmp_path):
-    """An empty base directory, no mirror, no proxy, no token."""
-    for name in ("NANOCHAT_DATA_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    """An empty base directory, and no mirror."""
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
 
 
@@ -168,92 +159,3 @@ def test_the_real_mirror_has_its_documents(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DATA_DIR", MIRROR)
     spans = get_spans(None, "train") + get_spans(None, "val")
     assert sum(1 for span in spans for _ in read_documents(span)) == sum(span.stop - span.start for span in spans) > 1
-
-
-# -----------------------------------------------------------------------------
-# The download of the shards
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """Shards 0 to 2 and the validation shard, about 300 KB each, where the hub has them."""
-    rng, files = random.Random(0), {}
-    for name in [*map(name_of, range(3)), VAL]:
-        texts = [rng.randbytes(1000).hex() for _ in range(250)]
-        files[address(name)] = write_shard(tmp_path / "source" / name, texts)
-    with FaultServer(files, hub=True) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-
-
-def address(name):
-    return f"/datasets/{REPO_ID}/resolve/main/{name}"
-
-
-def on_disk(tmp_path):
-    return sorted(path.name for path in (tmp_path / "base" / "base_data").iterdir())
-
-
-def test_shards_arrive_whole_and_only_once(hub, tmp_path):
-    hub.faults = {address(name_of(0)): [Fault(cut=200_000), Fault(flip=True)], address(VAL): [Fault(status=503)]}
-    download_shards(2, workers=2, sleep=lambda seconds: None)
-    num_requests = len(hub.requests)
-    download_shards(2, workers=2)
-    assert on_disk(tmp_path) == [name_of(0), name_of(1), VAL] and len(hub.requests) == num_requests
-    folder = tmp_path / "base" / "base_data"
-    assert all((folder / name).read_bytes() == hub.files[address(name)] for name in on_disk(tmp_path))
-
-
-def test_a_shard_that_is_no_parquet_is_not_kept(hub, tmp_path):
-    hub.files[address(name_of(0))] = b"<html>an error page with status 200</html>"
-    with pytest.raises(UserError, match=f"1 of 2 shards are missing: {name_of(0)}\nhint: .*nanochat.dataset -n 1"):
-        download_shards(1, retries=1, sleep=lambda seconds: None)
-    assert VAL in on_disk(tmp_path) and name_of(0) not in on_disk(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
-def test_a_full_disk_ends_the_whole_download(hub, tmp_path):
-    (tmp_path / "base" / "base_data").mkdir(parents=True)
-    for name in (VAL, name_of(0)):
-        os.symlink("/dev/full", tmp_path / "base" / "base_data" / f"{name}.part")
-    with pytest.raises(DiskFullError):
-        download_shards(3, workers=1)
-    assert address(name_of(2)) not in [path for path, _ in hub.requests]
-
-
-def test_the_command_resumes_after_a_kill(hub, tmp_path, capsys):
-    hub.faults[address(VAL)] = [Fault(pace_s=0.5)]
-    part = tmp_path / "base" / "base_data" / f"{VAL}.part"
-    process = subprocess.Popen([sys.executable, "-m", "nanochat.dataset", "-n", "1", "-w", "1"], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (part.exists() and part.stat().st_size >= 1 << 17):
-        time.sleep(0.01)
-    process.kill()  # SIGKILL
-    process.wait()
-    assert on_disk(tmp_path) == [f"{VAL}.part", f"{VAL}.part.id", f"{VAL}.part.lock"]
-    reached = part.stat().st_size
-    main(["-n", "1", "-w", "1"])  # another process
-    assert "1 training shards and the validation shard are ready" in capsys.readouterr().out
-    assert hub.ranges(address(VAL)) == [None, f"bytes={reached}-"] and reached > 0
-    assert on_disk(tmp_path) == [name_of(0), VAL]
-
-
-def test_the_command_fails_by_name_when_a_shard_is_missing(hub, tmp_path, capsys):
-    hub.faults[address(name_of(1))] = repeat(Fault(status=404))
-    with pytest.raises(SystemExit) as end:
-        run_script(lambda: main(["-n", "3", "-w", "2"]))
-    assert end.value.code == 2 and f"error: 1 of 4 shards are missing: {name_of(1)}" in capsys.readouterr().err
-    assert on_disk(tmp_path) == sorted([name_of(0), f"{name_of(1)}.part.lock", name_of(2), VAL])
-
-
-@pytest.mark.parametrize("args", [["-n", "0"], ["-n", "6543"], ["-n", "1", "-w", "0"]])
-def test_a_wrong_number_of_shards_is_refused(args):
-    with pytest.raises(UserError, match="needed: 1 to 6542 shards"):
-        main(args)
-
-
-def test_the_command_with_a_mirror_downloads_nothing(hub, tmp_path, monkeypatch, capsys):
-    write_shard(tmp_path / "mirror" / "pretrain" / "shard_00000.parquet", ["a", "b"])
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "mirror"))
-    main(["-n", "1"])
-    assert "1 shards are there, nothing is downloaded" in capsys.readouterr().out and hub.requests == []

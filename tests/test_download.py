@@ -1,29 +1,62 @@
 """Downloads against a server that misbehaves: a file is whole and right, or it is not there and the user knows why."""
 
+import errno
 import hashlib
+import logging
 import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from itertools import repeat
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from loopback import Fault, FaultServer
 
-from nanochat.common import UserError
-from nanochat.download import MAX_ASKED_WAIT_S, DiskFullError, download_file, hub_url
+from nanochat.common import UserError, run_script
+from nanochat.dataset import main
+from nanochat.download import (
+    MAX_WAIT_S,
+    NUM_SHARDS,
+    NUM_TRIES,
+    REPO_ID,
+    DiskError,
+    download_shards,
+    download_url,
+    fetch_shard,
+    shard_name,
+)
 
+ROOT = Path(__file__).parent.parent
 DATA = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 F = "/f.bin"
+VAL = shard_name(NUM_SHARDS - 1)
+
+
+def no_wait(seconds):
+    pass
 
 
 @pytest.fixture(autouse=True)
-def no_proxy_no_token(monkeypatch):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HF_ENDPOINT"):
+def own_world(monkeypatch, tmp_path):
+    """An empty base directory, no mirror, no proxy, no token, short timeouts."""
+    for name in ("NANOCHAT_DATA_DIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+# -----------------------------------------------------------------------------
+# A single file of any host
 
 
 @pytest.fixture
@@ -32,26 +65,16 @@ def server():
         yield server
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A server that is the Hugging Face hub: it states the sha256 of what it serves."""
-    with FaultServer({F: DATA}, hub=True) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-
-
 def fetch(server, tmp_path, **options):
     """Download F into tmp_path without waiting; returns (path, the waits that were asked for)."""
     waits = []
-    return download_file(server.url + F, tmp_path / "f.bin", **{"sleep": waits.append, "timeout": 5, **options}), waits
+    path = download_url(server.url + F, tmp_path / "f.bin", **{"sleep": waits.append, "timeout": 5, **options})
+    return path, waits
 
 
-def names(tmp_path):
-    return sorted(path.name for path in tmp_path.iterdir())
-
-
-# -----------------------------------------------------------------------------
-# The file arrives
+def names(folder):
+    """The files in a folder, without locks."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".lock")
 
 
 def test_a_plain_download_leaves_only_the_file(server, tmp_path):
@@ -65,65 +88,82 @@ def test_a_whole_file_is_not_asked_for_again(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_a_wrong_file_in_the_place_is_replaced(server, tmp_path):
-    (tmp_path / "f.bin").write_bytes(b"old")
-    path, _ = fetch(server, tmp_path, size=len(DATA))
-    assert path.read_bytes() == DATA
-
-
-def test_a_broken_connection_goes_on_by_range(server, tmp_path):
-    server.faults[F] = [Fault(cut=200_000), Fault(cut=70_000)]
-    path, waits = fetch(server, tmp_path)
-    first, second, third = server.ranges(F)
+@pytest.mark.parametrize("fault", [Fault(cut=150_000), Fault(stall=150_000), Fault(stall=0), Fault(status=500),
+                                   Fault(status=503), Fault(headers={"Content-Length": "300100"})], ids=str)
+def test_a_fault_that_passes_is_overcome(server, tmp_path, fault):
+    server.faults[F] = [fault, fault]
+    path, waits = fetch(server, tmp_path, timeout=0.3)
     assert path.read_bytes() == DATA and len(waits) == 2
-    assert first is None and second == "bytes=196608-" and third == "bytes=262144-"  # 3 and 4 chunks of 64 KiB
 
 
-def test_tries_that_bring_new_bytes_are_not_counted(server, tmp_path):
-    server.faults[F] = repeat(Fault(cut=70_000), 4)  # 4 breaks in a row, each a chunk further
-    path, _ = fetch(server, tmp_path, retries=1)
-    assert path.read_bytes() == DATA
+@pytest.mark.parametrize("fault, words", [
+    (Fault(cut=100_000), "(closed|ChunkedEncodingError|ConnectionError)"), (Fault(stall=0), "timed out"),
+    (Fault(status=503), "HTTP 503"), (Fault(status=500), "HTTP 500")], ids=["cut", "stall", "503", "500"])
+def test_a_fault_that_stays_is_given_up_with_the_cause(server, tmp_path, fault, words):
+    server.faults[F] = repeat(fault)
+    with pytest.raises(UserError, match=f"f.bin: gave up after {NUM_TRIES} tries: .*{words}(.*\n)+hint: run the same"):
+        fetch(server, tmp_path, timeout=0.3)
+    assert "f.bin" not in names(tmp_path)
 
 
-def test_a_stalled_connection_times_out_and_goes_on(server, tmp_path):
-    server.faults[F] = [Fault(stall=150_000)]
-    path, _ = fetch(server, tmp_path, timeout=0.3)
-    assert path.read_bytes() == DATA and server.ranges(F)[1] == "bytes=131072-"
+def test_wrong_bytes_of_the_right_number_are_seen_by_the_hash(server, tmp_path):
+    server.faults[F] = [Fault(flip=True)]
+    assert fetch(server, tmp_path, sha256=SHA256)[0].read_bytes() == DATA
+    (tmp_path / "f.bin").unlink()
+    server.faults[F] = repeat(Fault(flip=True))
+    with pytest.raises(UserError, match="damaged: sha256"):
+        fetch(server, tmp_path, sha256=SHA256)
+    assert names(tmp_path) == []
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
-    server.faults[F] = [Fault(cut=150_000), Fault(ranges=False)]
-    path, _ = fetch(server, tmp_path)
-    assert path.read_bytes() == DATA
+def test_it_is_said_when_the_bytes_cannot_be_checked(server, tmp_path, caplog):
+    fetch(server, tmp_path / "checked", sha256=SHA256)
+    assert caplog.text == ""
+    fetch(server, tmp_path)
+    assert "its bytes are unverified" in caplog.text
 
 
-def test_a_range_from_the_wrong_place_is_not_appended(server, tmp_path):
-    server.faults[F] = [Fault(cut=150_000), Fault(shift=100)]
-    path, _ = fetch(server, tmp_path)
-    assert path.read_bytes() == DATA and server.ranges(F) == [None, "bytes=131072-", None]
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_honoured_up_to_a_bound(server, tmp_path, status):
+    server.faults[F] = [Fault(status=status, headers={"Retry-After": after}) for after in ("7", "99999")]
+    assert fetch(server, tmp_path)[1] == [7, MAX_WAIT_S]
 
 
-def test_a_part_of_a_file_that_has_changed_is_dropped(server, tmp_path):
-    server.faults[F] = repeat(Fault(cut=150_000))
-    with pytest.raises(UserError):
-        fetch(server, tmp_path, retries=0)
-    server.files[F], server.faults[F] = DATA[::-1], []
-    assert fetch(server, tmp_path)[0].read_bytes() == DATA[::-1]
+def test_without_retry_after_the_waits_double(server, tmp_path):
+    server.faults[F] = [*repeat(Fault(status=503), 3), Fault(status=503, headers={"Retry-After": "soon"})]
+    assert fetch(server, tmp_path)[1] == [1, 2, 4, 8]
 
 
-def test_a_part_of_unknown_origin_is_not_continued(server, tmp_path):
-    (tmp_path / "f.bin.part").write_bytes(b"x" * 1000)
+def test_a_missing_file_ends_at_once_with_its_name_and_a_cure(server, tmp_path):
+    del server.files[F]
+    with pytest.raises(UserError, match="f.bin: not found .*404.*\nhint: set HF_ENDPOINT"):
+        fetch(server, tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_no_access_asks_for_a_token(server, tmp_path):
+    server.faults[F] = [Fault(status=401)]
+    with pytest.raises(UserError, match="no access.*\nhint: set HF_TOKEN"):
+        fetch(server, tmp_path)
+
+
+def test_no_server_is_an_error_and_not_a_wait(tmp_path):
+    with pytest.raises(UserError, match="gave up after .*refused"):
+        download_url("http://127.0.0.1:9/f.bin", tmp_path / "f.bin", sleep=no_wait)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
+def test_a_full_disk_is_one_line(server, tmp_path):
+    os.symlink("/dev/full", tmp_path / "f.bin.part")
+    with pytest.raises(DiskError, match="f.bin: No space left on device\nhint: make room"):
+        fetch(server, tmp_path)
+    assert "f.bin" not in names(tmp_path)
+
+
+def test_what_a_killed_process_left_is_not_taken_for_the_file(server, tmp_path):
+    (tmp_path / "f.bin.part").write_bytes(DATA[:1000])
     assert fetch(server, tmp_path)[0].read_bytes() == DATA
     assert server.ranges(F) == [None]
-
-
-def test_a_part_that_lacks_only_the_rename_is_taken(server, tmp_path):
-    def refuse(path):
-        raise KeyError  # stands for a kill after the last byte
-    with pytest.raises(KeyError):
-        fetch(server, tmp_path, check=refuse)
-    assert fetch(server, tmp_path)[0].read_bytes() == DATA
-    assert server.ranges(F) == [None, "bytes=300000-"]
 
 
 def test_two_that_want_the_same_file_make_one_download(server, tmp_path):
@@ -136,135 +176,173 @@ def test_two_that_want_the_same_file_make_one_download(server, tmp_path):
     assert (tmp_path / "f.bin").read_bytes() == DATA and len(server.requests) == 1
 
 
-# -----------------------------------------------------------------------------
-# The server asks to wait
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_honoured(server, tmp_path, status):
-    server.faults[F] = [Fault(status=status, headers={"Retry-After": "7"})]
-    assert fetch(server, tmp_path)[1] == [7]
-
-
-def test_retry_after_may_be_a_date_and_is_bounded(server, tmp_path):
-    dates = ["Fri, 01 Jan 2100 00:00:00 GMT", "Sat, 01 Jan 2000 00:00:00 GMT"]
-    server.faults[F] = [Fault(status=429, headers={"Retry-After": date}) for date in dates]
-    assert fetch(server, tmp_path)[1] == [MAX_ASKED_WAIT_S, 0]
-
-
-def test_without_retry_after_the_waits_double(server, tmp_path):
-    server.faults[F] = repeat(Fault(status=503), 4)
-    waits = fetch(server, tmp_path)[1]
-    assert [round(wait / 2**i, 6) for i, wait in enumerate(waits)] == [pytest.approx(0.875, abs=0.125)] * 4
-
-
-# -----------------------------------------------------------------------------
-# The file does not arrive
-
-
-@pytest.mark.parametrize("fault, words", [
-    (Fault(cut=100_000, ranges=False), "connection"),
-    (Fault(headers={"Content-Length": "300100"}), "connection"),  # promises more than it has
-    (Fault(status=503), "503"),
-    (Fault(status=500), "500"),
-], ids=["cut", "promises more", "503", "500"])
-def test_what_never_works_is_given_up_with_the_cause(server, tmp_path, fault, words):
-    server.faults[F] = repeat(fault)
-    with pytest.raises(UserError, match=f"f.bin: gave up on .*{words}.*\nhint: the same command (goes on|tries)"):
-        fetch(server, tmp_path, retries=3)
-    assert "f.bin" not in names(tmp_path)
-
-
-def test_a_promise_of_less_than_the_whole_is_seen_by_the_size(server, tmp_path):
-    server.faults[F] = repeat(Fault(headers={"Content-Length": "1000"}))
-    with pytest.raises(UserError, match="offers 1000 bytes where 300000 belong"):
-        fetch(server, tmp_path, size=len(DATA), retries=2)
-    assert "f.bin" not in names(tmp_path)
-
-
-def test_wrong_bytes_of_the_right_number_are_seen_by_the_hash(server, tmp_path):
-    server.faults[F] = [Fault(flip=True)]
-    assert fetch(server, tmp_path, sha256=SHA256)[0].read_bytes() == DATA
-    (tmp_path / "f.bin").unlink()
-    server.faults[F] = repeat(Fault(flip=True))
-    with pytest.raises(UserError, match="damaged: sha256"):
-        fetch(server, tmp_path, sha256=SHA256, retries=2)
-    assert "f.bin" not in names(tmp_path) and "f.bin.part" not in names(tmp_path)
-
-
-def test_a_body_that_the_check_refuses_is_not_renamed(server, tmp_path):
-    def check(path):
-        raise ValueError("no parquet")
-    with pytest.raises(UserError, match="no parquet"):
-        fetch(server, tmp_path, check=check, retries=1)
-    assert "f.bin" not in names(tmp_path)
-
-
-def test_a_missing_file_ends_at_once_with_its_name_and_a_cure(server, tmp_path):
-    del server.files[F]
-    with pytest.raises(UserError, match="f.bin: not found at http.*404.*\nhint: set HF_ENDPOINT"):
-        fetch(server, tmp_path)
-    assert len(server.requests) == 1
-
-
-def test_no_access_asks_for_a_token(server, tmp_path):
-    server.faults[F] = [Fault(status=401)]
-    with pytest.raises(UserError, match="no access.*\nhint: set HF_TOKEN"):
-        fetch(server, tmp_path)
-
-
-def test_no_server_is_a_connection_error_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="gave up on .* the connection broke: .*refused\nhint"):
-        download_file("http://127.0.0.1:9/f.bin", tmp_path / "f.bin", retries=1, sleep=lambda seconds: None)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a full disk")
-def test_a_full_disk_is_one_line(server, tmp_path):
-    os.symlink("/dev/full", tmp_path / "f.bin.part")
-    with pytest.raises(DiskFullError, match="f.bin: the disk is full\nhint: make room"):
-        fetch(server, tmp_path)
-    assert "f.bin" not in names(tmp_path)
-
-
-# -----------------------------------------------------------------------------
-# The hub
-
-
-def test_hub_url_follows_the_endpoint(monkeypatch):
-    assert hub_url("a/b", "x y/z.json") == "https://huggingface.co/datasets/a/b/resolve/main/x%20y/z.json"
-    monkeypatch.setenv("HF_ENDPOINT", "http://mirror:8000/hf/")
-    assert hub_url("a/b", "z", revision="refs/pr/1", repo_type="model") == "http://mirror:8000/hf/a/b/resolve/refs%2Fpr%2F1/z"
-
-
-@pytest.mark.parametrize("fault", [Fault(flip=True), Fault(headers={"Content-Length": "1000"})], ids=["flip", "short"])
-def test_what_the_hub_states_is_checked(hub, tmp_path, fault):
-    hub.faults[F] = [fault]
-    path, waits = fetch(hub, tmp_path)
-    assert path.read_bytes() == DATA and len(waits) == 1
-
-
-def test_storage_without_etag_resumes_by_the_sha256_of_the_hub(hub, tmp_path):
-    hub.faults[F] = [Fault(cut=200_000, etag=False), Fault(etag=False)]
-    path, _ = fetch(hub, tmp_path)
-    assert path.read_bytes() == DATA and hub.ranges(F)[1] == "bytes=196608-"
-
-
-def test_the_token_goes_to_the_hub_and_not_beyond_a_redirect(hub, server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    elsewhere = server.url.replace("127.0.0.1", "localhost") + F
-    hub.faults[F] = [Fault(status=302, headers={"Location": elsewhere, "X-Linked-Etag": f'"{SHA256}"'})]
-    assert fetch(hub, tmp_path)[0].read_bytes() == DATA
-    assert hub.requests[0][1]["Authorization"] == "Bearer secret"
-    assert len(server.requests) == 1 and "Authorization" not in server.requests[0][1]
-
-
-def test_the_token_is_not_sent_to_other_hosts(server, tmp_path, monkeypatch):
+def test_the_token_of_the_hub_is_not_sent_to_other_hosts(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     fetch(server, tmp_path)
-    assert "Authorization" not in server.requests[0][1]
+    assert "Authorization" not in server.gets(F)[0]
 
 
 def test_a_proxy_of_the_environment_is_used(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", server.url)
-    path = download_file("http://far.invalid" + F, tmp_path / "f.bin", timeout=5)
-    assert path.read_bytes() == DATA and server.requests[0][1]["Host"] == "far.invalid"
+    path = download_url("http://far.invalid" + F, tmp_path / "f.bin", timeout=5)
+    assert path.read_bytes() == DATA and server.gets(F)[0]["Host"] == "far.invalid"
+
+
+# -----------------------------------------------------------------------------
+# The shards of the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Shards 0 to 2 and the validation shard, about 300 KB each, where the hub has them."""
+    rng = random.Random(0)
+    files = {}
+    for name in [*map(shard_name, range(3)), VAL]:
+        texts = [rng.randbytes(1000).hex() for _ in range(250)]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"text": texts}), sink)
+        files[address(name)] = sink.getvalue().to_pybytes()
+    with FaultServer(files, hub=True) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def address(name):
+    return f"/datasets/{REPO_ID}/resolve/main/{name}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "base" / "base_data"
+
+
+def test_shards_arrive_whole_and_only_once(hub, folder):
+    download_shards(2, workers=2)
+    num_requests = len(hub.requests)
+    download_shards(2, workers=2)
+    assert names(folder) == [shard_name(0), shard_name(1), VAL] and len(hub.requests) == num_requests
+    assert all((folder / name).read_bytes() == hub.files[address(name)] for name in names(folder))
+    assert not (folder / "incoming").exists()
+
+
+@pytest.mark.parametrize("fault", [
+    Fault(cut=200_000), Fault(stall=200_000), Fault(flip=True), Fault(status=503), Fault(status=500),
+    Fault(status=429, headers={"Retry-After": "1"}), Fault(headers={"Content-Length": "1000"}),
+    Fault(cut=200_000, ranges=False)], ids=str)
+def test_a_fault_of_a_shard_that_passes_is_overcome(hub, folder, fault):
+    hub.faults[address(VAL)] = [fault]
+    download_shards(1, workers=2, sleep=no_wait)
+    assert (folder / VAL).read_bytes() == hub.files[address(VAL)]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_of_the_hub_is_honoured(hub, status):
+    waits = []
+    hub.head_faults[address(VAL)] = [Fault(status=status, headers={"Retry-After": "7"})]
+    download_shards(1, workers=1, sleep=waits.append)
+    assert waits == [7]
+
+
+@pytest.mark.parametrize("fault, words", [
+    (Fault(flip=True), "damaged: sha256"), (Fault(status=503), "HTTP 503"), (Fault(status=404), "not found"),
+    (Fault(status=403), "no access")], ids=["flip", "503", "404", "403"])
+def test_a_fault_of_a_shard_that_stays_names_the_shard(hub, folder, caplog, fault, words):
+    hub.faults[address(shard_name(0))] = repeat(fault)
+    with pytest.raises(UserError, match=f"1 of 2 shards are missing: {shard_name(0)}\nhint: .*nanochat.dataset -n 1"):
+        download_shards(1, sleep=no_wait)
+    assert words in caplog.text and names(folder) == [VAL]
+
+
+def test_a_hub_that_does_not_answer_is_given_up(hub, folder, caplog):
+    logging.getLogger("huggingface_hub").setLevel("ERROR")
+    hub.head_faults[address(VAL)] = repeat(Fault(status=502))
+    with pytest.raises(UserError, match=f"1 of 2 shards are missing: {VAL}"):
+        download_shards(1, sleep=no_wait)
+    assert f"gave up after {NUM_TRIES} tries" in caplog.text and names(folder) == [shard_name(0)]
+
+
+def test_an_unreachable_hub_is_given_up(hub, folder, monkeypatch, caplog):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="2 of 2 shards are missing"):
+        download_shards(1, sleep=no_wait)
+    assert "ConnectError" in caplog.text and names(folder) == []
+
+
+def test_a_shard_that_is_no_parquet_is_not_kept(hub, folder, caplog):
+    hub.files[address(shard_name(0))] = b"<html>an error page with status 200</html>"
+    with pytest.raises(UserError, match=f"1 of 2 shards are missing: {shard_name(0)}"):
+        download_shards(1, sleep=no_wait)
+    assert "not a readable parquet file" in caplog.text and names(folder) == [VAL]
+
+
+def test_a_full_disk_ends_the_whole_download(hub):
+    asked = []
+
+    def fetch(name, folder, staging):
+        asked.append(name)
+        if name != VAL:
+            time.sleep(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    started = time.monotonic()
+    with pytest.raises(DiskError, match="No space left on device"):
+        download_shards(3, workers=1, fetch=fetch)  # also ends without waiting for those on their way
+    assert len(asked) <= 2 and time.monotonic() - started < 30
+
+
+def test_an_error_of_the_disk_is_not_tried_again(hub, tmp_path):
+    (tmp_path / "staging").write_text("a file where a folder is needed")
+    with pytest.raises(DiskError, match="hint: .* set NANOCHAT_BASE_DIR"):
+        fetch_shard(VAL, tmp_path, tmp_path / "staging")
+
+
+def test_the_token_goes_to_the_hub_and_not_beyond_a_redirect(hub, server, monkeypatch, folder):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    data = hub.files[address(VAL)]
+    server.files[F] = data
+    elsewhere = server.url.replace("127.0.0.1", "localhost") + F
+    headers = {"Location": elsewhere, "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
+               "X-Linked-Size": str(len(data)), "X-Repo-Commit": "c" * 40}
+    hub.head_faults[address(VAL)] = [Fault(status=302, headers=headers)] * 2
+    download_shards(1)
+    assert (folder / VAL).read_bytes() == data and "Authorization" not in server.gets(F)[0]
+    assert {headers.get("authorization") for _, _, headers in hub.requests} <= {"Bearer secret", None}
+    assert any("secret" in str(headers) for _, _, headers in hub.requests)
+
+
+def test_the_command_goes_on_after_a_kill(hub, folder, capsys):
+    hub.faults[address(VAL)] = [Fault(pace_s=0.5)]
+    command = [sys.executable, "-m", "nanochat.dataset", "-n", "1", "-w", "2"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (hub.gets(address(VAL)) and (folder / shard_name(0)).exists()):
+        time.sleep(0.01)
+    process.kill()  # SIGKILL
+    process.wait()
+    assert names(folder) == [shard_name(0)]  # the other one has no final name
+    main(["-n", "1", "-w", "1"])  # another process
+    assert "1 training shards and the validation shard are ready" in capsys.readouterr().out
+    assert len(hub.gets(address(shard_name(0)))) == 1 and names(folder) == [shard_name(0), VAL]
+    assert (folder / VAL).read_bytes() == hub.files[address(VAL)]
+
+
+def test_the_command_fails_by_name_when_a_shard_is_missing(hub, folder, capsys):
+    del hub.files[address(shard_name(1))]
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: main(["-n", "3", "-w", "2"]))
+    assert end.value.code == 2 and f"error: 1 of 4 shards are missing: {shard_name(1)}" in capsys.readouterr().err
+    assert names(folder) == sorted([shard_name(0), shard_name(2), VAL])
+
+
+@pytest.mark.parametrize("args", [["-n", "0"], ["-n", "6543"], ["-n", "1", "-w", "0"]])
+def test_a_wrong_number_of_shards_is_refused(args):
+    with pytest.raises(UserError, match="needed: 1 to 6542 shards"):
+        main(args)
+
+
+def test_the_command_with_a_mirror_downloads_nothing(hub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mirror" / "pretrain").mkdir(parents=True)
+    (tmp_path / "mirror" / "pretrain" / "shard_00000.parquet").touch()
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "mirror"))
+    main(["-n", "1"])
+    assert "1 shards are there, nothing is downloaded" in capsys.readouterr().out and hub.requests == []

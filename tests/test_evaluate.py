@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from nanochat import common
+from nanochat import distributed
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from tasks.common import MultipleChoice, Task
@@ -223,7 +223,7 @@ def test_records_come_back_in_order_with_their_letters_whole():
 
 def test_an_error_on_one_rank_ends_the_evaluation_on_all(monkeypatch):
     """The first all-reduce says how many ranks failed: this one did not, another one did."""
-    monkeypatch.setattr(common, "all_reduce_sum", lambda failed: failed + 1)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda failed: failed + 1)
     with pytest.raises(UserError, match="failed on another rank"):
         gather_records(lambda: [], "cpu")
 

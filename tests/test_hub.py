@@ -1,36 +1,48 @@
-"""Reading the Hugging Face hub: the faults it may show, on loopback, and the same rows as the package `datasets`."""
+"""Task data from the Hugging Face hub through `datasets`: what is asked and kept, and the faults a hub may show."""
 
-import hashlib
-import importlib.util
 import io
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback import Fault, FaultServer
 
+from nanochat import download
 from nanochat.common import UserError
+from tasks import hub as task_hub
 from tasks.gsm8k import GSM8K
-from tasks.hub import HUB, fetch_split, load_rows
+from tasks.hub import COMMITS, HUB
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, find_words
 
-REPO, COMMIT, *_ = HUB["gsm8k"]
-TRAIN = f"/datasets/{REPO}/resolve/{COMMIT}/main/train-00000-of-00001.parquet"
-FAST = {"timeout": 0.3, "retries": 1, "sleep": lambda seconds: None}
+ROOT = Path(__file__).parent.parent
+REPO, CONFIG = HUB["gsm8k"]
+COMMIT = COMMITS[REPO]
+FILES = f"/datasets/{REPO}/resolve/main"  # the server takes every commit for main
+TRAIN = f"{FILES}/main/train-00000-of-00001.parquet"
+TEST = f"{FILES}/main/test-00000-of-00001.parquet"
+README = b"""---
+configs:
+- config_name: main
+  data_files: [{split: train, path: main/train-*}, {split: test, path: main/test-*}]
+---
+"""
 
 
 def parquet_bytes(rows):
     file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), file)
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="none")
     return file.getvalue()
 
 
@@ -43,41 +55,50 @@ def base_dir(tmp_path, monkeypatch):
     monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
 
 
 @pytest.fixture
-def hub(base_dir, monkeypatch):
-    """A hub that has the training split of gsm8k."""
-    with FaultServer({TRAIN: parquet_bytes(problems("train"))}, hub=True) as server:
+def hub(base_dir, tmp_path, monkeypatch):
+    """A hub that has gsm8k. The two libraries read the environment when they are imported: here they are told."""
+    import datasets
+    from huggingface_hub import constants
+
+    files = {f"{FILES}/README.md": README}
+    files |= {TRAIN: parquet_bytes(problems("train")), TEST: parquet_bytes(problems("test"))}
+    with FaultServer(files, hub=True) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(task_hub, "retry", partial(download.retry, sleep=lambda seconds: None))
         yield server
-
-
-def paths_asked(server):
-    return [path for path, _ in server.requests]
 
 
 # -----------------------------------------------------------------------------
 # What is asked for, and what is kept
 
 
-def test_a_split_is_read_once_and_kept_under_its_commit(hub, base_dir):
+def test_a_data_set_is_downloaded_once_at_its_commit_and_then_read_from_the_disk(hub, base_dir):
     first, second = GSM8K(), GSM8K()
+    num_requests = len(hub.requests)
+    third = GSM8K(split="test")  # came with the first
     assert [c["messages"][0]["content"] for c in first] == [row["question"] for row in problems("train")]
-    assert list(first) == list(second)
-    assert paths_asked(hub) == [TRAIN]
-    assert (base_dir / "hub" / REPO / COMMIT / "main/train-00000-of-00001.parquet").is_file()
+    assert [c["messages"][0]["content"] for c in third] == [row["question"] for row in problems("test")]
+    assert list(first) == list(second) and len(hub.requests) == num_requests
+    assert len(hub.gets(TRAIN)) == len(hub.gets(TEST)) == 1
+    assert sorted(path.name for path in (base_dir / "datasets" / REPO / COMMIT).iterdir()) == [CONFIG, f"{CONFIG}.lock"]
 
 
-def test_a_split_of_several_files_is_read_in_order(hub):
-    repo, commit, folder, _ = HUB["smoltalk"]
-    for i in range(4):
-        chat = [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "Yes"}]
-        name = f"/datasets/{repo}/resolve/{commit}/{folder}/train-{i:05d}-of-00004.parquet"
-        hub.files[name] = parquet_bytes([{"messages": chat}])
-    assert [c["messages"][0]["content"] for c in SmolTalk()] == ["0", "1", "2", "3"]
+def test_a_bad_row_of_the_hub_is_named(hub):
+    hub.files[TRAIN] = parquet_bytes([{"question": "q", "answer": "#### 1"}, {"question": "q", "answer": None}])
+    with pytest.raises(UserError, match=f"data set {REPO}, split train, row 1, field answer: got None, need str"):
+        GSM8K()[1]
 
 
 def test_with_a_mirror_nothing_is_asked(hub, tmp_path, monkeypatch):
@@ -85,136 +106,101 @@ def test_with_a_mirror_nothing_is_asked(hub, tmp_path, monkeypatch):
     for task in (GSM8K, SmolTalk, SimpleSpelling):
         with pytest.raises(UserError, match="the mirror NANOCHAT_DATA_DIR="):
             task()
-    assert paths_asked(hub) == []
+    assert hub.requests == []
 
 
-def test_every_split_is_pinned_to_a_commit():
-    for repo, commit, _, splits in HUB.values():
-        assert len(commit) == 40 and int(commit, 16) and repo.count("/") == 1 and splits
+def test_a_mirror_has_the_same_rows(hub, tmp_path, monkeypatch):
+    from_hub = list(GSM8K())
+    (tmp_path / "mirror" / "tasks").mkdir(parents=True)
+    (tmp_path / "mirror" / "tasks" / "gsm8k_train.parquet").write_bytes(hub.files[TRAIN])
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "mirror"))
+    task = GSM8K()
+    assert list(task) == from_hub and type(task.rows.dataset).__name__ == "Dataset"
+
+
+def test_every_data_set_is_pinned_to_a_commit():
+    for repo, config in HUB.values():
+        commit = COMMITS[repo]
+        assert len(commit) == 40 and int(commit, 16) and repo.count("/") == 1 and config
 
 
 def test_the_word_list_is_downloaded_once(hub, base_dir):
     hub.files["/words.txt"] = b"apple\nbanana\ncherry\n"
     paths = [find_words(f"{hub.url}/words.txt") for _ in range(2)]
     assert paths == [base_dir / "words_alpha.txt"] * 2 and paths[0].read_bytes() == hub.files["/words.txt"]
-    assert paths_asked(hub) == ["/words.txt"]
+    assert len(hub.requests) == 1
 
 
 # -----------------------------------------------------------------------------
 # Faults
 
 
-def read_train(base_dir):
-    return pq.read_table(*fetch_split("gsm8k", "train", base_dir, **FAST)).to_pylist()
-
-
 @pytest.mark.parametrize("fault", [Fault(status=503), Fault(status=429, headers={"Retry-After": "1"}), Fault(cut=500),
-                                   Fault(stall=500), Fault(stall=0), Fault(flip=True)], ids=str)
-def test_a_fault_that_passes_is_overcome(hub, base_dir, fault):
+                                   Fault(stall=500), Fault(flip=True)], ids=str)
+def test_a_fault_that_passes_is_overcome(hub, fault):
     hub.faults[TRAIN] = [fault]
-    assert read_train(base_dir) == problems("train")
-    assert len(hub.requests) == 2
+    assert [c["messages"][0]["content"] for c in GSM8K()] == [row["question"] for row in problems("train")]
 
 
-@pytest.mark.parametrize("fault, reason", [(Fault(status=503), "HTTP 503"), (Fault(stall=0), "no byte for 0.3 s"),
-                                           (Fault(status=404), "not found"), (Fault(status=403), "no access")], ids=str)
+def test_wrong_bytes_inside_a_readable_file_are_seen_by_the_hash(hub, base_dir):
+    assert hub.files[TRAIN].count(b"train 7 ") == 1
+    wrong = Fault(swap=(b"train 7 ", b"train 8 "))
+    hub.faults[TRAIN] = [wrong]
+    assert [c["messages"][0]["content"] for c in GSM8K()] == [row["question"] for row in problems("train")]
+    shutil.rmtree(base_dir)
+    hub.faults[TRAIN] = repeat(wrong)
+    shutil.rmtree(base_dir.parent / "hf")
+    with pytest.raises(UserError, match="damaged: the sha256 of main/train-00000-of-00001.parquet is not"):
+        GSM8K()
+
+
+@pytest.mark.parametrize("fault, reason", [(Fault(status=503), "HTTP 503"), (Fault(status=404), "not found"),
+                                           (Fault(status=403), "no access"), (Fault(flip=True), "damaged")], ids=str)
 def test_a_fault_that_stays_names_the_data_set_and_the_cures(hub, base_dir, fault, reason):
-    hub.faults[TRAIN] = [fault] * 9
-    started = time.monotonic()
-    with pytest.raises(UserError, match=f"data set {REPO}, split train: .*{reason}") as error:
-        read_train(base_dir)
-    assert time.monotonic() - started < 5
+    hub.faults[TRAIN] = repeat(fault)
+    with pytest.raises(UserError, match=f"data set {REPO}: .*{reason}") as error:
+        GSM8K()
     assert "hint: " in str(error.value) and "export NANOCHAT_DATA_DIR=" in str(error.value)
     assert "HF_" in str(error.value)
-    assert not list((base_dir / "hub").rglob("*.parquet"))  # nothing that the next run would take for the whole
+    assert not (base_dir / "datasets" / REPO / COMMIT / CONFIG).exists()  # the next run would take it for the whole
 
 
-def test_a_split_that_has_vanished_is_named(hub):
-    with pytest.raises(UserError, match=f"data set {REPO}, split test: .* not found at .*/{COMMIT}/main/test-"):
-        GSM8K(split="test")
+def test_a_data_set_that_has_vanished_is_named(hub):
+    hub.files.clear()
+    with pytest.raises(UserError, match=f"{REPO}.*not found"):
+        GSM8K()
 
 
-def test_an_unreachable_hub_is_an_error_and_not_a_wait(base_dir, monkeypatch):
+def test_a_hub_that_never_answers_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(download, "HUB_TIMEOUT_S", 0.2)
+    hub.head_faults[f"{FILES}/README.md"] = repeat(Fault(stall=0))
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"data set {REPO}: gave up after .*timed out"):
+        GSM8K()
+    assert time.monotonic() - started < 20
+
+
+def test_an_unreachable_hub_is_an_error_and_not_a_wait(hub, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # nobody listens there any more
-    with pytest.raises(UserError, match=f"data set {REPO}, split train: .*gave up"):
-        read_train(base_dir)
+    with pytest.raises(UserError, match=f"data set {REPO}: gave up after .*refused"):
+        GSM8K()
 
 
-# -----------------------------------------------------------------------------
-# The reference: what the package `datasets` reads from the same hub
-
-
-class ApiHandler(BaseHTTPRequestHandler):
-    """As much of the hub's API as `datasets` asks for one repository, whose {name: bytes} are the server's files."""
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        path = self.path.partition("?")[0]
-        if path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):
-            return self.answer_file(path.split(COMMIT + "/")[1])
-        if path == f"/api/datasets/{REPO}/revision/{COMMIT}":
-            siblings = [{"rfilename": name} for name in self.server.files]
-            return self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}).encode())
-        if path.startswith(f"/api/datasets/{REPO}/tree/{COMMIT}"):
-            return self.answer(200, json.dumps(self.list_folder(path.split(COMMIT)[1].strip("/"))).encode())
-        return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    do_GET = do_HEAD
-
-    def answer_file(self, name):
-        body = self.server.files.get(name)
-        if body is None:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        return self.answer(200, body, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'})
-
-    def list_folder(self, folder):
-        inside = [name for name in self.server.files if not folder or name.startswith(folder + "/")]
-        here = [name for name in inside if name.count("/") == (folder.count("/") + 1 if folder else 0)]
-        folders = {name.split("/")[0] for name in inside if not folder and "/" in name}
-        return ([{"type": "file", "path": name, "size": len(self.server.files[name]), "oid": "1" * 40} for name in here]
-                + [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders])
-
-    def answer(self, status, body, headers=None):
-        self.send_response(status)
-        for name, value in ((headers or {}) | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-README = b"""---
-configs:
-- config_name: main
-  data_files: [{split: train, path: main/train-*}, {split: test, path: main/test-*}]
----
-"""
-
-LOAD = f"""
-import datasets, json
-print(json.dumps(datasets.load_dataset({REPO!r}, "main", split="test", revision={COMMIT!r}).to_list()))
-"""
-
-
-@pytest.mark.slow  # importing datasets takes seconds
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
-def test_the_rows_are_those_that_datasets_reads(base_dir, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ApiHandler)
-    server.files = {"README.md": README} | {f"main/{split}-00000-of-00001.parquet": parquet_bytes(problems(split))
-                                            for split in ("train", "test")}
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    try:  # in a process of its own, because huggingface_hub reads HF_ENDPOINT when it is imported
-        result = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, timeout=120, cwd=base_dir,
-                                env=os.environ | {"HF_HOME": str(base_dir / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"})
-        assert result.returncode == 0, result.stderr
-        ours = load_rows("gsm8k", "test", {"question": str, "answer": str})
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert [ours[i] for i in range(len(ours))] == json.loads(result.stdout.splitlines()[-1]) == problems("test")
+@pytest.mark.slow  # two processes that import datasets
+def test_a_killed_download_is_not_taken_for_the_whole_and_goes_on(hub, base_dir, tmp_path):
+    """Also that the libraries read HF_ENDPOINT themselves."""
+    hub.faults[TEST] = [Fault(stall=100)]
+    code = "from tasks.gsm8k import GSM8K; print(len(GSM8K()))"
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not hub.gets(TEST):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (base_dir / "datasets" / REPO / COMMIT / CONFIG).exists()
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == json.dumps(100), done.stderr
+    assert len(hub.gets(TRAIN)) == 1  # was whole before the kill

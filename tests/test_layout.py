@@ -27,8 +27,8 @@ ROOMS = {
     # text
     "conversation": ["common"],
     "tokenizer": ["common", "conversation"],
-    "download": ["common"],
     "documents": ["common"],
+    "download": ["common", "documents"],
     "dataset": ["common", "configurator", "documents", "download"],
     "dataloader": ["common", "dataset"],
     # generation
@@ -50,7 +50,8 @@ ROOMS = {
     "sandbox_child": [],
     "execution": ["sandbox_child"],
     "loss_eval": ["common", "distributed", "precision"],
-    "core_eval": ["common", "distributed", "download", "precision"],
+    "core_bundle": ["common", "distributed", "download"],
+    "core_eval": ["distributed"],
     "curves": [],
     "report": ["common", "configurator", "curves"],
 }

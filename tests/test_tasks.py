@@ -123,13 +123,6 @@ def test_weights_are_shares_and_nothing_repeats(weights, counts):
     assert len(set(mixture)) == len(mixture) == sum(counts.values())
 
 
-def test_a_given_size_repeats_a_small_task_evenly():
-    mixture = TaskMixture([Numbers("a", 30), Numbers("b", 100)], weights=[0.5, 0.5], size=150)
-    assert count_names(mixture) == {"a": 75, "b": 75}
-    rows = list(mixture)
-    assert {rows.count(f"a:{i}") for i in range(30)} == {2, 3}
-
-
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [float("nan"), 1], [float("inf"), 1]])
 def test_weights_that_make_no_sense_are_refused(weights):
     with pytest.raises(UserError, match="weights"):

@@ -13,6 +13,8 @@ import pytest
 from dev import gen_synthetic_data as gen
 from dev import toy_talk
 from dev.toy_world import ATTRIBUTES, FRIENDS, KINDS, choice_item, expand, marked_item, marked_sheet, random_fact, story
+from nanochat.core_bundle import load_tasks
+from nanochat.core_eval import render_prompts
 from tasks.spellingbee import is_test_word
 
 PARQUET_COLUMNS = {
@@ -90,11 +92,10 @@ def test_words_are_lower_case_three_to_nine_letters_and_distinct(mirror):
 
 
 def test_the_core_bundle_loads_and_its_answers_are_among_the_choices(mirror):
-    core_eval = pytest.importorskip("nanochat.core_eval")
-    tasks = core_eval.load_tasks(mirror / "eval_bundle")
+    tasks = load_tasks(mirror / "eval_bundle")
     assert {task.kind for task in tasks} == {"multiple_choice", "language_modeling", "schema"}
     for task in tasks:
-        assert core_eval.render_prompts(task, 0)
+        assert render_prompts(task, 0)
         assert all(0 <= row["gold"] < 4 for row in task.rows if "gold" in row)
 
 
