@@ -5,6 +5,7 @@ Questions with right answers for a chat model: science and school exams, word pr
     python -m scripts.chat_eval -i rl -a GSM8K -n 8 -t 1.0                  (8 samples a problem: pass@1, 2, 4, 8)
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i mid -a "ARC-Easy|MMLU"
     python -m scripts.chat_eval -i sft -x 20 -m 128 --device_type cpu       (a quick look: 20 problems a task)
+    python -m scripts.chat_eval -i rl -a Strangers -t 0.6 -m 256            (as chat_cli answers; only where asked for)
 
 Every answer goes to <base dir>/chat_eval/<stage>/<model>/<task>.jsonl, the table to the report. ChatCORE is the mean
 of the six tasks' accuracies, each centred so that blind guesses give 0; it takes a run of all six.
@@ -38,7 +39,7 @@ from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
-    parser.add_argument("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all)')
+    parser.add_argument("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all but Strangers)')
     parser.add_argument("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     parser.add_argument("-s", "--step", type=int, help="step to load (default: the last)")
     parser.add_argument("-x", "--max_problems", "--max-problems", type=int, default=-1,
@@ -90,6 +91,14 @@ def task_line(name, result):
             f"{centered(name, result['accuracy']):+.4f} | n: {result['n']:5d}{passes} | {result['seconds']:.1f}s{cut}")
 
 
+def kind_rows(name, result):
+    """For a task whose problems have kinds: a row of the report for each of them."""
+    rows = []
+    for kind, figures in result.get("by_kind", {}).items():
+        rows.append({"task": name, "kind": kind, **{key: figures[key] for key in ("accuracy", "stderr", "n")}})
+    return rows
+
+
 def log_report(args, model_name, results, core):
     metrics = {name: {"value": result["accuracy"], "n": result["n"], "stderr": result["stderr"]}
                for name, result in results.items()}
@@ -97,9 +106,13 @@ def log_report(args, model_name, results, core):
              "centered": centered(name, result["accuracy"]), "cut from the left": result["truncated"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items() if k > 1},
              "seconds": round(result["seconds"], 1)} for name, result in results.items()]
+    tables = {"By task": rows}
+    by_kind = [row for name, result in results.items() for row in kind_rows(name, result)]
+    if by_kind:
+        tables["By kind"] = by_kind
     get_report().log(f"Chat evaluation {args.source}", {
         "config": vars(args), "model": model_name, "metrics": metrics | ({"ChatCORE": core} if core else {}),
-        "tables": {"By task": rows}})
+        "tables": tables})
 
 
 def main():
@@ -126,6 +139,8 @@ def main():
                                         top_k=args.top_k)
         results[name] = result | {"seconds": time.time() - start}
         print0(task_line(name, results[name]))
+        for row in kind_rows(name, result):
+            print0(f"  {row['kind']:<11} | accuracy: {row['accuracy']:.4f} ± {row['stderr']:.4f} | n: {row['n']}")
         if rank == 0:
             part = f"_{args.max_problems}" if args.max_problems > 0 else ""  # a quick look replaces no full record
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]

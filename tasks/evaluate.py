@@ -26,12 +26,14 @@ from tasks.humaneval import HumanEval
 from tasks.identity import Identity, identity_path
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SpellingBee
+from tasks.strangers import Strangers
 
 # -----------------------------------------------------------------------------
 # The table of tasks
 
 # name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9 of 2,000
 TASKS = {
+    "Strangers": (partial(Strangers, split="held"), 0.0),
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
     "MMLU": (partial(MMLU, "all", split="test"), 0.25),
@@ -40,12 +42,17 @@ TASKS = {
     "SpellingBee": (partial(SpellingBee, size=256, split="test"), 0.0),
     "Identity": (Identity, 0.0),
 }
-CHATCORE_TASKS = tuple(name for name in TASKS if name != "Identity")  # who it should be differs from model to model
+# These two ask for one model's answers: who it is, and what the small one of dev/runcpu.sh should not pretend to know
+PERSONAL_TASKS = ("Strangers", "Identity")
+CHATCORE_TASKS = tuple(name for name in TASKS if name not in PERSONAL_TASKS)
 
 
 def available_tasks() -> list[str]:
-    """All names, without Identity where there is no file of questions for it."""
-    return [name for name in TASKS if name != "Identity" or identity_path().is_file()]
+    """The names to run where none is asked for: ChatCORE's, and Identity where there is a file of questions for it."""
+    names = list(CHATCORE_TASKS)
+    if identity_path().is_file():
+        names.append("Identity")
+    return names
 
 
 def parse_names(text: str) -> list[str]:
@@ -92,6 +99,8 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
         prompt, answer = cut_prompt(ids, max_prompt), conversation["messages"][-1]["content"]
         answer = answer if isinstance(answer, str) else "".join(part["text"] for part in answer)
         record = {"index": index, "prompt": tokenizer.decode(prompt), "answer": answer, "truncated": prompt != ids}
+        if "kind" in conversation:
+            record["kind"] = conversation["kind"]
         questions.append((conversation, prompt, record))
     return questions
 
@@ -108,7 +117,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def summarize(task, records) -> dict:
-    """{accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}"""
+    """
+    {accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}; where the records
+    have a kind, also by_kind {kind: the same figures}.
+    """
+    result = summarize_records(task, records)
+    kinds = dict.fromkeys(record["kind"] for record in records if "kind" in record)  # in order
+    if kinds:
+        result["by_kind"] = {}
+    for kind in kinds:
+        of_kind = [record for record in records if record["kind"] == kind]
+        result["by_kind"][kind] = summarize_records(task, of_kind)
+    return result
+
+
+def summarize_records(task, records) -> dict:
     outcomes = {}  # index -> right or wrong, for each sample
     for record in records:
         outcomes.setdefault(record["index"], []).append(record["correct"])
@@ -169,25 +192,58 @@ def letter_logits(model, prompts, letters, batch_rows):
 
 def evaluate_generative(task, engine, tokenizer, *, num_samples=1, max_new_tokens=512, temperature=0.0, top_k=50,
                         batch_rows=32, max_problems=-1, seed=42):
-    """A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less."""
+    """
+    A prompt may fill the model's context but for max_new_tokens, or a quarter of it if that is less. A conversation
+    with "later_turns" goes on with them, each after the reply that the model wrote; only the last reply is graded.
+    """
     context = engine.model.config.sequence_len
+    max_prompt = context - min(max_new_tokens, context // 4)
+
+    def make_row(prompt, record, turn):
+        # seeded by problem, sample and turn, so that the ranks' shares do not matter
+        row_seed = f"{seed}:{record['index']}:{record['sample']}"
+        if turn > 0:
+            row_seed += f":{turn}"
+        return engine.make_row(prompt, Sampling(temperature, top_k, seed=row_seed), max_new_tokens)
 
     def answer_questions():
-        questions = read_questions(task, tokenizer, context - min(max_new_tokens, context // 4), max_problems)
-        rows, asked, graded = [], {}, []  # asked: id(row) -> (conversation, record so far)
-        for conversation, prompt, record in questions:
-            for sample in range(num_samples):  # seeded by problem and sample, so that the ranks' shares do not matter
-                sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
-                rows.append(engine.make_row(prompt, sampling, max_new_tokens))
-                asked[id(rows[-1])] = conversation, record | {"sample": sample}
+        waiting = []  # (conversation, prompt, record so far)
+        for conversation, prompt, record in read_questions(task, tokenizer, max_prompt, max_problems):
+            waiting += [(conversation, prompt, record | {"sample": sample}) for sample in range(num_samples)]
+
+        turn = 0
+        graded = []
         with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
-            for row in engine.generate_rows(rows, batch_rows):
-                conversation, record = asked[id(row)]
-                # with tool calls and their results, without the token that ended it
-                completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
-                record |= {"completion": completion, "finish_reason": row.finish_reason}
-                graded.append((record, pool.submit(task.evaluate, conversation, completion)))
+            while waiting:
+                rows = [make_row(prompt, record, turn) for _, prompt, record in waiting]
+                asked = {id(row): item for row, item in zip(rows, waiting, strict=True)}
+                waiting = []
+                for row in engine.generate_rows(rows, batch_rows):
+                    conversation, _, record = asked[id(row)]
+                    later_turns = conversation.get("later_turns", [])
+
+                    # the conversation goes on
+                    if turn < len(later_turns):
+                        ids = next_prompt(tokenizer, row, later_turns[turn])
+                        prompt = cut_prompt(ids, max_prompt)
+                        cut = record["truncated"] or prompt != ids
+                        record |= {"prompt": tokenizer.decode(prompt), "truncated": cut}
+                        waiting.append((conversation, prompt, record))
+                        continue
+
+                    # with tool calls and their results, without the token that ended it
+                    completion = tokenizer.decode(row.tokens[:-1] if row.finish_reason == "stop" else row.tokens)
+                    record |= {"completion": completion, "finish_reason": row.finish_reason}
+                    graded.append((record, pool.submit(task.evaluate, conversation, completion)))
+                turn += 1
         return [record | {"correct": bool(outcome.result())} for record, outcome in graded]
 
     records = gather_records(answer_questions, engine.model.device)
     return summarize(task, records), records
+
+
+def next_prompt(tokenizer, row, message: str) -> list[int]:
+    """The ids that ask a further user message after the reply that `row` has written."""
+    reply = row.tokens[:-1] if row.finish_reason == "stop" else row.tokens
+    ids = tokenizer.render_for_completion({"messages": [{"role": "user", "content": message}]})
+    return [*row.prompt, *reply, tokenizer.encode_special("<|assistant_end|>"), *ids[1:]]  # [1:]: <|bos|> comes once

@@ -64,7 +64,9 @@ def similarity(message: str, training_message: str) -> float:
 
 
 def near_copy(message: str, training_message: str) -> bool:
-    return not is_exempt(message) and similarity(message, training_message) >= THRESHOLD
+    if is_exempt(message):
+        return False
+    return similarity(message, training_message) >= THRESHOLD
 
 
 class NearCopies:
