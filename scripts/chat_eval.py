@@ -5,6 +5,7 @@ Evaluate a chat model on questions with known answers: exams, word problems, pro
     python -m scripts.chat_eval -i rl -a GSM8K -n 8 -t 1.0                  (8 samples per problem: pass@1, 2, 4, 8)
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i mid -a "ARC-Easy|MMLU"
     python -m scripts.chat_eval -i sft -x 20 -m 128 --device_type cpu       (a quick look: 20 problems per task)
+    python -m scripts.chat_eval -i rl -a Strangers -t 0.6 -m 256            (as chat_cli answers)
 
 Every answer is written to <base dir>/chat_eval/<stage>/<model>/<task>.jsonl, the table to the report. ChatCORE is the
 mean of the six tasks' accuracies, each centred so that blind guesses give 0. It needs a run of all six.
@@ -41,7 +42,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # the model and the tasks
     add("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
-    add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all)')
+    add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all but Strangers)')
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
     # how much at once
@@ -144,6 +145,17 @@ def table_row(name, result):
     return row
 
 
+def kind_rows(name, result):
+    """Rows of the report for a task whose problems have kinds, one for each kind."""
+    rows = []
+    for kind, figures in result.get("by_kind", {}).items():
+        row = {"task": name, "kind": kind}
+        for key in ("accuracy", "stderr", "n"):
+            row[key] = figures[key]
+        rows.append(row)
+    return rows
+
+
 def main():
     # init
     args = parse_args()
@@ -183,6 +195,8 @@ def main():
         )
         results[name] = result | {"seconds": time.time() - start}
         print0(task_line(name, results[name]))
+        for row in kind_rows(name, result):
+            print0(f"  {row['kind']:<11} | accuracy: {row['accuracy']:.4f} ± {row['stderr']:.4f} | n: {row['n']}")
         if rank == 0:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             write_text(folder / f"{name}{suffix}.jsonl", "".join(lines))
@@ -200,11 +214,17 @@ def main():
     print0(f"Wrote the answers to {folder}")
 
     # the report's section of this stage
+    tables = {"By task": [table_row(name, result) for name, result in results.items()]}
+    by_kind = []
+    for name, result in results.items():
+        by_kind += kind_rows(name, result)
+    if by_kind:
+        tables["By kind"] = by_kind
     get_report().log(f"Chat evaluation {args.source}", {
         "config": vars(args),
         "model": model_name,
         "metrics": metrics,
-        "tables": {"By task": [table_row(name, result) for name, result in results.items()]},
+        "tables": tables,
     })
     compute_cleanup()
 

@@ -31,6 +31,7 @@ from tasks.humaneval import HumanEval
 from tasks.identity import Identity, identity_path
 from tasks.mmlu import MMLU
 from tasks.spellingbee import SpellingBee
+from tasks.strangers import Strangers
 
 # -----------------------------------------------------------------------------
 # The table of tasks
@@ -38,6 +39,7 @@ from tasks.spellingbee import SpellingBee
 # name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9
 # of 2,000
 TASKS = {
+    "Strangers": (partial(Strangers, split="held"), 0.0),
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
     "MMLU": (partial(MMLU, "all", split="test"), 0.25),
@@ -46,13 +48,18 @@ TASKS = {
     "SpellingBee": (partial(SpellingBee, size=256, split="test"), 0.0),
     "Identity": (Identity, 0.0),
 }
-# who the model should be differs from model to model
-CHATCORE_TASKS = tuple(name for name in TASKS if name != "Identity")
+# these ask for one model's answers: its identity, and what the small model of dev/runcpu.sh should
+# not pretend to know
+PERSONAL_TASKS = ("Strangers", "Identity")
+CHATCORE_TASKS = tuple(name for name in TASKS if name not in PERSONAL_TASKS)
 
 
 def available_tasks() -> list[str]:
-    """All names, without Identity where there is no file of questions for it."""
-    return list(TASKS) if identity_path().is_file() else list(CHATCORE_TASKS)
+    """The tasks to run by default: ChatCORE's, and Identity where there is a file for it."""
+    names = list(CHATCORE_TASKS)
+    if identity_path().is_file():
+        names.append("Identity")
+    return names
 
 
 def parse_names(text: str) -> list[str]:
@@ -142,6 +149,8 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
             "answer": answer,
             "truncated": prompt != ids,
         }
+        if "kind" in conversation:
+            record["kind"] = conversation["kind"]
         questions.append((conversation, prompt, record))
     return questions
 
@@ -164,6 +173,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def summarize(task, records) -> dict:
+    """
+    The figures of `summarize_records`; where the records have a kind, by_kind {kind: its figures}
+    too.
+    """
+    result = summarize_records(task, records)
+    by_kind = {}
+    for record in records:
+        if "kind" in record:
+            by_kind.setdefault(record["kind"], []).append(record)
+    if by_kind:
+        result["by_kind"] = {kind: summarize_records(task, part) for kind, part in by_kind.items()}
+    return result
+
+
+def summarize_records(task, records) -> dict:
     """
     {accuracy (of a single sample), stderr, n problems, pass_at_k {k: value}, truncated prompts}
     """
@@ -281,39 +305,64 @@ def evaluate_generative(
 ):
     """
     A prompt may fill the model's context except for max_new_tokens, or a quarter of it if that is
-    less.
+    less. A conversation with "later_turns" goes on with these user messages, one after each reply
+    of the model; only the last reply is graded.
     """
     context = engine.model.config.sequence_len
     max_prompt = context - min(max_new_tokens, context // 4)
 
+    def make_row(prompt, record, turn):
+        # seeded by problem, sample and turn, so that it does not matter which rank asks
+        row_seed = f"{seed}:{record['index']}:{record['sample']}"
+        if turn > 0:
+            row_seed += f":{turn}"
+        return engine.make_row(prompt, Sampling(temperature, top_k, seed=row_seed), max_new_tokens)
+
     def answer_questions():
-        questions = read_questions(task, tokenizer, max_prompt, max_problems)
-        rows = []
-        asked = {}  # id(row) -> (conversation, record)
-        for conversation, prompt, record in questions:
+        waiting = []  # (conversation, prompt, record)
+        for conversation, prompt, record in read_questions(task, tokenizer, max_prompt, max_problems):
             for sample in range(num_samples):
-                # seeded by problem and sample, so that it does not matter which rank asks
-                sampling = Sampling(temperature, top_k, seed=f"{seed}:{record['index']}:{sample}")
-                row = engine.make_row(prompt, sampling, max_new_tokens)
-                rows.append(row)
-                asked[id(row)] = (conversation, record | {"sample": sample})
+                waiting.append((conversation, prompt, record | {"sample": sample}))
 
         records = []
         outcomes = []
+        turn = 0
         with ThreadPoolExecutor(4) as pool:  # the programs of HumanEval run beside the model
-            for row in engine.generate_rows(rows, batch_rows):
-                conversation, record = asked[id(row)]
-                tokens = row.tokens
-                if row.finish_reason == "stop":
-                    tokens = tokens[:-1]
-                completion = tokenizer.decode(tokens)  # with tool calls and their results
-                record["completion"] = completion
-                record["finish_reason"] = row.finish_reason
-                records.append(record)
-                outcomes.append(pool.submit(task.evaluate, conversation, completion))
+            while waiting:
+                rows = [make_row(prompt, record, turn) for _, prompt, record in waiting]
+                asked = {id(row): item for row, item in zip(rows, waiting, strict=True)}
+                waiting = []
+                for row in engine.generate_rows(rows, batch_rows):
+                    conversation, _, record = asked[id(row)]
+                    later_turns = conversation.get("later_turns", [])
+                    if turn < len(later_turns):
+                        ids = next_prompt(tokenizer, row, later_turns[turn])
+                        prompt = cut_prompt(ids, max_prompt)
+                        record["prompt"] = tokenizer.decode(prompt)
+                        record["truncated"] |= prompt != ids
+                        waiting.append((conversation, prompt, record))
+                        continue
+                    completion = tokenizer.decode(reply_tokens(row))  # with tool calls and results
+                    record["completion"] = completion
+                    record["finish_reason"] = row.finish_reason
+                    records.append(record)
+                    outcomes.append(pool.submit(task.evaluate, conversation, completion))
+                turn += 1
         for record, outcome in zip(records, outcomes, strict=True):
             record["correct"] = bool(outcome.result())
         return records
 
     records = gather_records(answer_questions, engine.model.device)
     return summarize(task, records), records
+
+
+def reply_tokens(row):
+    """The tokens of a finished row without the one that ended it."""
+    return row.tokens[:-1] if row.finish_reason == "stop" else row.tokens
+
+
+def next_prompt(tokenizer, row, message: str) -> list[int]:
+    """The ids that ask a further user message after the reply that `row` has written."""
+    ids = tokenizer.render_for_completion({"messages": [{"role": "user", "content": message}]})
+    end = tokenizer.encode_special("<|assistant_end|>")
+    return [*row.prompt, *reply_tokens(row), end, *ids[1:]]  # without a second <|bos|>

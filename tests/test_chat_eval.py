@@ -20,6 +20,7 @@ from nanochat.execution import WALLS, sandbox_walls
 from scripts import chat_eval
 from tasks.evaluate import CHATCORE_TASKS, available_tasks, parse_names
 from tasks.identity import Identity, identity_path
+from tasks.strangers import KINDS
 
 needs_sandbox = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system lacks parts of the sandbox")
 
@@ -94,6 +95,15 @@ def test_only_the_chosen_tasks_run_and_then_there_is_no_chatcore(chat_model, run
     run("-a", "ARC-Easy|GSM8K")
     assert list(read_report()["metrics"]) == ["ARC-Easy", "GSM8K"]
     assert len(read_records("ARC-Easy")) == 3 and not (get_base_dir() / "chat_eval/sft/d2_step_7/MMLU.jsonl").exists()
+
+
+def test_strangers_gives_a_line_and_a_row_of_the_report_for_each_kind(chat_model, run, capsys):
+    run("-a", "Strangers", "-m", "3")
+    rows = read_report()["tables"]["By kind"]
+    assert [(row["task"], row["kind"]) for row in rows] == [("Strangers", kind) for kind in KINDS]
+    assert sum(row["n"] for row in rows) == read_report()["metrics"]["Strangers"]["n"] == len(read_records("Strangers"))
+    out = capsys.readouterr().out
+    assert all(f"  {kind:<11} | accuracy: 0." in out for kind in KINDS)
 
 
 def test_every_sample_is_recorded_and_they_give_pass_at_k(chat_model, run, capsys):
