@@ -1,6 +1,6 @@
 """
-What every stage shares: errors, folders, set-up of device and ranks, collectives, schedules, batch arithmetic.
-Importing this module does nothing; `compute_init` sets a process up.
+What every stage shares: errors, folders, and the set-up of a process with its device and rank. Importing this module
+does nothing; `compute_init` sets a process up.
 """
 
 import ctypes
@@ -19,12 +19,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # it compiles kerne
 IGNORE = -1  # a target without a token: no loss there
 
 # -----------------------------------------------------------------------------
-# Errors a user can cause, and how a script ends on one
+# Errors that a user can cause, and how a script ends on one
 
 
 class UserError(ValueError):
-    """A wrong setting, file, row, checkpoint or environment: one line that names the thing, the value, what was
-    needed, and a hint with a command that works. `run_script` prints it and exits 2, without a traceback."""
+    """
+    A wrong setting, file, row, checkpoint or environment: one line that names the thing, the value and what was needed,
+    and a hint with a command that works. `run_script` prints it and exits 2, without a traceback.
+    """
 
     def __init__(self, message, hint=None):
         super().__init__(message if hint is None else f"{message}\nhint: {hint}")
@@ -38,28 +40,32 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        _exit_with(error)
-    except BrokenPipeError:  # `| head` has seen enough
+        exit_with(error)
+    except BrokenPipeError:  # for example `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
-    except (MemoryError, RuntimeError) as error:  # torch says of a CPU's memory, in a RuntimeError, that it is out
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch reports that a CPU's memory is full as a plain RuntimeError
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        _exit_with(UserError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'nothing is left'}",
-                             "take less at once or a smaller model: --device_batch_size, --max_seq_len, --depth"))
+        first_line = str(error).partition("\n")[0] or "nothing is left"
+        exit_with(UserError(f"out of memory: {first_line}",
+                            "take less at once or a smaller model: --device_batch_size, --max_seq_len, --depth"))
     except OSError as error:
-        _exit_with(UserError(str(error), "check that the path is right and writable and the disk not full: df -h"))
+        exit_with(UserError(str(error), "check that the path is right and writable and the disk not full: df -h"))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
 
-def _exit_with(error):
+def exit_with(error):
+    """Print a UserError and end the process, exit code 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
-# Places
+# Folders
 
 
 def get_base_dir():
@@ -108,8 +114,10 @@ def write_text(path, text):
 
 def get_dist_info():
     """(ddp_rank, ddp_local_rank, ddp_world_size) of this process."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return rank, local_rank, world_size
 
 
 def print0(*args, **kwargs):
@@ -119,14 +127,7 @@ def print0(*args, **kwargs):
 
 
 # -----------------------------------------------------------------------------
-# Process set-up
-
-
-def autodetect_device_type():
-    """'cuda' where a GPU is, else 'mps' (Apple), else 'cpu'."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+# Set-up of a process
 
 
 def compute_init(device_type="", seed=42):
@@ -138,31 +139,41 @@ def compute_init(device_type="", seed=42):
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed={seed}: need 0 or more, below 2^63", "--seed=42")
-    device_type = device_type or autodetect_device_type()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(device_type):
-        usable = [name for name, ok in available.items() if ok]
-        raise UserError(f"device_type={device_type} is not available here", f"use one of {', '.join(usable)}")
     ddp_rank, ddp_local_rank, ddp_world_size = get_dist_info()
-    if device_type == "cuda" and ddp_local_rank >= torch.cuda.device_count():
-        num_gpus = torch.cuda.device_count()
-        raise UserError(f"process {ddp_local_rank} of this machine has no GPU: there are {num_gpus}",
-                        f"torchrun --nproc_per_node={num_gpus}, or NPROC={num_gpus} bash speedrun.sh")
-    device = torch.device(device_type, ddp_local_rank) if device_type == "cuda" else torch.device(device_type)
-    if device_type == "cpu":
-        keep_freed_memory()
-        _share_cores(ddp_world_size)
-    if device_type == "cuda":
+    device = choose_device(device_type, ddp_local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cpu" and ddp_world_size > 1:
+        # torchrun sets OMP_NUM_THREADS=1; on a CPU the ranks of a machine share its cores instead
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ddp_world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     torch.manual_seed(seed)
     if ddp_world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return ddp_rank, ddp_local_rank, ddp_world_size, device
 
 
+def choose_device(device_type, local_rank):
+    """The torch.device of this process; '' = a GPU where there is one, else Apple's, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [name for name in available if available[name]]
+    device_type = device_type or usable[0]
+    if device_type not in usable:
+        raise UserError(f"device_type={device_type} is not available here", f"use one of {', '.join(usable)}")
+    if device_type != "cuda":
+        return torch.device(device_type)
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(f"process {local_rank} of this machine has no GPU: there are {num_gpus}",
+                        f"torchrun --nproc_per_node={num_gpus}, or NPROC={num_gpus} bash speedrun.sh")
+    return torch.device("cuda", local_rank)
+
+
 def compute_cleanup():
-    """Leave the process group, if `compute_init` joined one, all ranks at once: else one may abort (dev/LOG.md)."""
+    """Leave the process group, if `compute_init` joined one. All ranks at once: else one may abort (dev/LOG.md)."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -175,18 +186,23 @@ def keep_freed_memory():
     resident memory. A no-op where the C library has no mallopt.
     """
     try:
-        libc = ctypes.CDLL(None)
-        for option, value in ((-3, 2**30), (-1, 2**30), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_, M_TOP_PAD
-            libc.mallopt(option, value)
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        pass
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    mallopt(-2, 2**26)  # M_TOP_PAD
 
 
-def _share_cores(world_size):
-    """torchrun sets OMP_NUM_THREADS=1; on a CPU the ranks of a machine share its cores instead."""
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+# -----------------------------------------------------------------------------
+# Facts about the device
+
+
+def compiles(device, setting=None):
+    """Whether to torch.compile: never on a CPU, which has cpu_kernels.py; None = on a GPU with Triton."""
+    if device.type == "cpu":
+        return False
+    return setting if setting is not None else device.type == "cuda" and HAS_TRITON
 
 
 def synchronize(device):
@@ -209,24 +225,39 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (SXM parts unless named; without sparsity). The first
-# name that fits counts.
-PEAK_FLOPS = {"B200": 2.25e15, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-              "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
-              "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (SXM parts unless named; without sparsity). The first name
+# that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "RTX 5090": 209,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 def get_peak_flops(device, dtype):
     """
     (FLOP/s, 'data sheet' | 'measured'): what MFU is a fraction of. Known GPUs in 16 bits come from the table,
-    anything else is timed on a matrix product of the dtype that training uses.
+    anything else is timed on a matmul in the dtype that training uses.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for key, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{key}\b", name) and "Laptop" not in name:  # those have fewer units of the same name
-                return flops, "data sheet"
-    best_flops, size = 0.0, 1024
+        for key, tflops in PEAK_TFLOPS.items():
+            if re.search(rf"\b{key}\b", name) and "Laptop" not in name:  # a laptop's part has fewer units
+                return tflops * 1e12, "data sheet"
+    best_flops = 0.0
+    size = 1024
     a, out = torch.ones(2, size, size, device=device, dtype=dtype)
     end = time.perf_counter() + 0.5
     while best_flops == 0 or time.perf_counter() < end:  # the best of half a second: others share the machine
@@ -240,17 +271,6 @@ def get_peak_flops(device, dtype):
             size *= 2
             a, out = torch.ones(2, size, size, device=device, dtype=dtype)
     return best_flops, "measured"
-
-
-# -----------------------------------------------------------------------------
-# Compilation, arithmetic
-
-
-def compiles(device, setting=None):
-    """Whether to torch.compile: never on a CPU, which has cpu_kernels.py; None = on a GPU with Triton."""
-    if device.type == "cpu":
-        return False
-    return setting if setting is not None else device.type == "cuda" and HAS_TRITON
 
 
 def ceil_div(a, b):

@@ -19,16 +19,15 @@ import torch
 
 from nanochat.checkpoint_manager import find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script, write_text
-from nanochat.configurator import get_settings, override_from_cli
+from nanochat.configurator import CountOrOff, Positive, get_settings, override_from_cli
 from nanochat.core_eval import NUM_TASKS, evaluate_core, get_eval_bundle, load_tasks
 from nanochat.report import get_report
-from nanochat.training import check_settings
 
 hf_path: str = ""              # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
 model_tag: str | None = None   # which of our models, such as d20; None = the last one that was trained
 model_step: int | None = None  # which of its checkpoints; None = the last
-max_per_task: int = -1         # questions per task, the same ones each time; -1 = all
-batch_tokens: int = 16384      # most tokens in a forward pass; halve it when memory runs out
+max_per_task: CountOrOff = -1  # questions per task, the same ones each time; -1 = all
+batch_tokens: Positive = 16384  # most tokens in a forward pass; halve it when memory runs out
 device_type: str = ""          # cuda, mps or cpu; empty = detect
 
 # -----------------------------------------------------------------------------
@@ -108,7 +107,6 @@ def write_records(path, records):
 
 def main():
     settings = get_settings(globals())
-    check_settings(settings)
     ddp_rank, _, _, device = compute_init(device_type)
     tasks = load_tasks(get_eval_bundle())
     model, tokenizer, max_seq_len, name = load_hf(device) if hf_path else load_own(device)

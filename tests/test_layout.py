@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 # What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
 ROOMS = {
-    "common": [], "configurator": [], "execution": [], "curves": [], "cpu_kernels": [], "gpu_kernels": [],
+    "common": [], "execution": [], "curves": [], "cpu_kernels": [], "gpu_kernels": [],
     "cuda_graphs": [], "protocol": [],
-    "distributed": ["common"], "precision": ["common"],
+    "configurator": ["common"], "distributed": ["common"], "precision": ["common"],
     "adamw": ["common", "cpu_kernels", "distributed"], "muon": ["common", "distributed", "precision"],
     "loss_eval": ["common", "distributed", "precision"], "download": ["common"], "documents": ["common"],
     "dataset": ["common", "configurator", "documents", "download"], "tokenizer": ["common"],
@@ -25,6 +25,9 @@ ROOMS = {
     "service": ["engine", "protocol", "sampling", "serving"],
     "checkpoint_manager": ["common", "distributed", "precision", "gpt", "tokenizer"],
     "training": ["common", "distributed", "precision", "dataloader"],
+    "horizon": ["common", "precision"], "metrics_log": ["common"],
+    "stage": ["common", "precision", "gpt", "tokenizer", "checkpoint_manager", "training"],
+    "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
     "head_start": ["common", "distributed", "precision", "dataloader", "adamw", "gpt", "training"],
 }
 
