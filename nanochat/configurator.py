@@ -1,8 +1,8 @@
 """
 Command-line flags over a script's own globals.
 
-A script declares its settings as annotated lower-case module globals, one per line. The annotation says what a
-setting may be, the trailing comment is its help text:
+A script declares its settings as annotated lower-case module globals, one per line. The annotation
+says what a setting may be, the trailing comment is its help text:
 
     depth: Positive = 20             # number of layers; everything else follows from it
     eval_every: CountOrOff = 250     # steps between validation losses; -1 = at the end only
@@ -14,10 +14,11 @@ and ends with
         override_from_cli(globals(), prefix="--")
         run_script(main)
 
-`--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the nearest name,
-and a value of the wrong type or out of range is refused in one line. There is no config object: inside `main` the
-settings are plain globals. A test sets them on the imported module before it calls `main()`, which checks them
-again by `get_settings(globals())`. Tools with short flags (`-i`, `-p`) use `ArgumentParser`.
+`--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the
+nearest name, and a value of the wrong type or out of range is refused in one line. There is no
+config object: inside `main` the settings are plain globals. A test sets them on the imported module
+before it calls `main()`, which checks them again by `get_settings(globals())`. Tools with short
+flags (`-i`, `-p`) use `ArgumentParser`.
 """
 
 import argparse
@@ -59,10 +60,14 @@ class Range:
 
 
 class Choices(tuple):
+    """The values of a Literal."""
+
     def __str__(self):
         return " or ".join(self)
 
 
+# For declarations. -1 in an ...OrOff setting stands for off, all or derived: its comment says
+# which.
 Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 CountOrOff = Annotated[int, Range(1, or_off=True)]
@@ -88,9 +93,12 @@ class Kind(NamedTuple):
 
 def read_annotation(annotation):
     """The Kind that an annotation declares."""
+    # int | None: what matters is the first part
     optional = get_origin(annotation) in (Union, types.UnionType)
     if optional:
         annotation = get_args(annotation)[0]
+
+    # Literal["a", "b"], Annotated[int, Range(1)], or a plain type
     if get_origin(annotation) is Literal:
         return Kind(str, optional, Choices(get_args(annotation)))
     if get_origin(annotation) is Annotated:
@@ -100,11 +108,17 @@ def read_annotation(annotation):
 
 
 def read_kinds(namespace):
-    """{name: Kind} of a script's settings: its annotated globals without a capital or a leading underscore."""
+    """
+    {name: Kind} of a script's settings: its annotated globals without a capital or a leading
+    underscore.
+    """
+    # Up to Python 3.13 a running script finds its annotations in its globals. From 3.14 on it finds
+    # a function there that evaluates them (PEP 649); 1 is annotationlib.Format.VALUE.
     annotations = namespace.get("__annotations__", {})
     if "__annotate__" in namespace:
-        # Python 3.14 evaluates annotations when they are asked for (PEP 649); 1 is annotationlib.Format.VALUE
         annotations = namespace["__annotate__"](1)
+
+    # Capitals are constants; an underscore is for the script alone
     kinds = {}
     for name, annotation in annotations.items():
         if name == name.lower() and not name.startswith("_"):
@@ -113,7 +127,10 @@ def read_kinds(namespace):
 
 
 def get_settings(namespace):
-    """The settings of a script as a dict. A value that its declaration does not allow is a UserError."""
+    """
+    The settings of a script as a dict. A value that its declaration does not allow is a UserError.
+    """
+    # tests and notebooks set globals, which the command line has not seen
     settings = {}
     for name, kind in read_kinds(namespace).items():
         settings[name] = namespace[name]
@@ -133,13 +150,15 @@ def check(name, value, kind, hint):
 
 def override_from_cli(namespace, argv=None, prefix="--"):
     """
-    Overwrite the settings in `namespace` (a script's `globals()`) from `argv` (default: the process's arguments).
-    Returns all settings as a dict. `--help` prints every setting and exits 0; a mistake prints `error:` and
-    `hint:` on stderr and exits 2.
+    Overwrite the settings in `namespace` (a script's `globals()`) from `argv` (default: the
+    process's arguments). Returns all settings as a dict. `--help` prints every setting and exits 0;
+    a mistake prints `error:` and `hint:` on stderr and exits 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == [prefix]:  # torchrun hands over the `--` that separates its own flags from ours
         argv.pop(0)
+
+    # Flag by flag; of two with one name the last one counts
     kinds = read_kinds(namespace)
     try:
         while argv:
@@ -148,8 +167,11 @@ def override_from_cli(namespace, argv=None, prefix="--"):
                 print(help_text(namespace, kinds, prefix))
                 sys.exit(0)
             if not arg.startswith(prefix):
-                raise UserError(f"unexpected argument {arg!r}",
-                                f"settings are given as {prefix}name=value; {prefix}help lists them")
+                raise UserError(
+                    f"unexpected argument {arg!r}",
+                    f"settings are given as {prefix}name=value; {prefix}help lists them")
+
+            # --max-seq-len=512 -> max_seq_len, 512
             name, has_value, text = arg.removeprefix(prefix).partition("=")
             name = name.replace("-", "_")
             if name not in kinds:
@@ -178,6 +200,7 @@ def suggest(name, known, prefix=""):
 
 def cast(name, text, kind, hint):
     """The text of a flag as a value of its kind, or UserError."""
+    # none is a value of its own
     if kind.optional and text.lower() in NONE:
         return None
     try:
@@ -197,6 +220,7 @@ def cast_bool(text):
 
 def cast_int(text):
     """1000, 1_000 and 1e3."""
+    # not through float, which would round large numbers
     if "e" not in text.lower():
         return int(text)
     number = float(text)
@@ -216,7 +240,11 @@ CASTS = {bool: cast_bool, int: cast_int, float: cast_float, str: str}
 
 
 def help_text(namespace, kinds, prefix):
-    """The script's docstring, then every setting with its kind, default and comment, in the order of the file."""
+    """
+    The script's docstring, then every setting with its kind, default and comment, in the order of
+    the file.
+    """
+    # a setting's comment stands on its line
     with open(namespace["__file__"], encoding="utf-8") as f:
         comments = dict(re.findall(r"^(\w+):.*?\s# *(.*)", f.read(), re.MULTILINE))
     text = (namespace.get("__doc__") or "").strip() + "\n\nsettings:"
@@ -226,12 +254,17 @@ def help_text(namespace, kinds, prefix):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too."""
+    """
+    argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too.
+    """
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+
+        # argparse does not look for the nearest option
         name = unknown[1] if unknown else ""
-        exit_with(UserError(message.removeprefix("argument "), suggest(name, self._option_string_actions)))
+        hint = suggest(name, self._option_string_actions)
+        exit_with(UserError(message.removeprefix("argument "), hint))

@@ -1,5 +1,6 @@
 """
-How long a run is, how large its batches are, and which examples a step has: all from the settings and the model's size.
+How long a run is, how large its batches are, and which examples a step has: all from the settings
+and the model's size.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from nanochat.common import UserError, print0
 from nanochat.precision import get_precision_dtype
 
-MIN_STEPS = 700     # a run of few tokens takes smaller batches rather than fewer steps than about this (dev/LOG.md)
+MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
 MIN_BATCH = 2**11   # tokens; at this size the optimizer already takes a quarter of a step on a CPU
 CPU_TOKENS = 8192   # a CPU gains nothing from a larger micro-batch
 
@@ -22,8 +23,9 @@ CPU_TOKENS = 8192   # a CPU gains nothing from a larger micro-batch
 
 def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
     """
-    (optimizer steps, tokens per step, the setting that decided). The first of the three horizons that is > 0 decides.
-    total_batch_size <= 0 is derived from it: see derive_batch_size, and small enough for MIN_STEPS steps.
+    (optimizer steps, tokens per step, the setting that decided). The first of the three horizons
+    that is > 0 decides. total_batch_size <= 0 is derived from it: see derive_batch_size, and small
+    enough for MIN_STEPS steps.
     """
     sequence_len = model.config.sequence_len
     if num_iterations > 0:
@@ -39,8 +41,9 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
         rule = "--target_param_data_ratio"
         num_tokens = target_param_data_ratio * model.num_params()
     else:
-        raise UserError("the run has no end: --num_iterations, --target_flops and --target_param_data_ratio are all "
-                        "<= 0", "set one, for example --num_iterations=1000")
+        raise UserError("the run has no end: --num_iterations, --target_flops and "
+                        "--target_param_data_ratio are all <= 0",
+                        "set one, for example --num_iterations=1000")
     if total_batch_size <= 0:
         total_batch_size = min(derive_batch_size(num_tokens), round_batch(num_tokens / MIN_STEPS))
     batch_tokens = align_batch_size(total_batch_size, sequence_len)
@@ -49,14 +52,18 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
 
 def derive_batch_size(num_tokens):
     """
-    Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv 2505.13738), passing
-    through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of two.
+    Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv
+    2505.13738), passing through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of
+    two.
     """
     return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
 
 
 def batch_size_of_steps(num_steps):
-    """The derived batch size of a run of num_steps. Each depends on the run's tokens: a few rounds settle it."""
+    """
+    The derived batch size of a run of num_steps. Each depends on the run's tokens: a few rounds
+    settle it.
+    """
     batch_tokens = 2**14
     for _ in range(20):
         batch_tokens = derive_batch_size(num_steps * batch_tokens)
@@ -69,10 +76,13 @@ def round_batch(tokens):
 
 
 def align_batch_size(batch_tokens, sequence_len):
-    """The batch in whole rows; a size that is no multiple is rounded to the nearest one, with a note."""
+    """
+    The batch in whole rows; a size that is no multiple is rounded to the nearest one, with a note.
+    """
     aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len
     if aligned != batch_tokens:
-        print0(f"note: a batch of {batch_tokens} tokens is not a multiple of {sequence_len}, using {aligned}")
+        print0(f"note: a batch of {batch_tokens} tokens is not a multiple of {sequence_len}, "
+               f"using {aligned}")
     return aligned
 
 
@@ -82,16 +92,18 @@ def align_batch_size(batch_tokens, sequence_len):
 
 def choose_device_batch_size(asked, config, device, max_rows):
     """
-    Rows per micro-batch to start with: as asked, or if that is <= 0 a power of two that should fit the device's free
-    memory. A guess is enough, since `accumulate_gradients` halves it when it does not fit, and the split never changes
-    the result.
+    Rows per micro-batch to start with: as asked, or if that is <= 0 a power of two that should fit
+    the device's free memory. A guess is enough, since `accumulate_gradients` halves it when it does
+    not fit, and the split never changes the result.
     """
     if asked > 0:
         return asked
-    # Kept for the backward pass: 34 bytes in 16 bits, so 17 elements, per token, layer and channel (arXiv 2205.05198,
-    # eq. 1, without attention scores). Twice that, since code that is not compiled keeps its intermediate results too.
+    # Kept for the backward pass: 34 bytes in 16 bits, so 17 elements, per token, layer and channel
+    # (arXiv 2205.05198, eq. 1, without attention scores). Twice that, since code that is not
+    # compiled keeps its intermediate results too.
     bytes_per_element = get_precision_dtype(device.type).itemsize
-    bytes_per_row = 2 * 17 * bytes_per_element * config.sequence_len * config.n_layer * config.n_embd
+    elements_per_row = 2 * 17 * config.sequence_len * config.n_layer * config.n_embd
+    bytes_per_row = elements_per_row * bytes_per_element
     if device.type == "cuda":
         gradients_and_optimizer = 16 * 12 * config.n_layer * config.n_embd**2  # bytes
         free = torch.cuda.mem_get_info(device)[0] - gradients_and_optimizer
@@ -117,8 +129,9 @@ def free_memory_bytes():
 
 def shuffled_indices(places, num_examples, seed):
     """
-    Places in an endless sequence of shuffled passes over num_examples -> the indices of the examples there. A pass
-    holds every example once, in an order that depends on the seed and the pass alone.
+    Places in an endless sequence of shuffled passes over num_examples -> the indices of the
+    examples there. A pass holds every example once, in an order that depends on the seed and the
+    pass alone.
     """
     indices = []
     for place in places:

@@ -1,5 +1,6 @@
 """
-Where the figures of a run go: metrics.jsonl beside its checkpoints, wandb for a run with a name, and the screen.
+Where the metrics of a run go: metrics.jsonl beside its checkpoints, wandb if the run has a name,
+and the screen.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_dist_info, write_text
 
-# What a step's line on the screen shows, where the stage has it
+# Metrics that a step's line on the screen shows, in this order; a stage has some of them
 SHOWN = {
     "train/loss": "loss: {:.5f}",
     "reward": "reward: {:.4f}",
@@ -25,6 +26,7 @@ SHOWN = {
 
 def step_line(metrics, iterations, eta_s):
     """The line of one training step, `key: value` joined by |."""
+    # progress first, the time that is left last
     step = metrics["step"]
     parts = [f"step: {step:05d}/{iterations:05d} ({step / iterations:.1%})"]
     for name, text in SHOWN.items():
@@ -35,8 +37,10 @@ def step_line(metrics, iterations, eta_s):
 
 def start_wandb(settings):
     """The wandb run that --run names, on rank 0; None without a name."""
+    # "dummy" is the default: metrics.jsonl alone
     if settings["run"] in ("", "dummy") or get_dist_info()[0] != 0:
         return None
+    # imported only here: it takes a second, and most runs do without
     try:
         import wandb
         return wandb.init(project="nanochat", name=settings["run"], config=settings)
@@ -47,17 +51,22 @@ def start_wandb(settings):
 
 class MetricsLog:
     """
-    metrics.jsonl, one JSON object a line, and the same to a run of wandb where one is given. Rank 0 writes. After a
-    resume at `step`, what the resumed run does again is dropped, so that nothing stands twice: later steps, and the
-    evaluation at that step, which comes after the checkpoint.
+    metrics.jsonl, one JSON object a line, and the same to a run of wandb where one is given. Rank 0
+    writes. After a resume at `step`, what the resumed run does again is dropped, so that nothing
+    stands twice: later steps, and the evaluation at that step, which comes after the checkpoint.
     """
 
     def __init__(self, path, wandb_run=None, step=0):
         self.path = Path(path)
         self._wandb = wandb_run
         self._file = None
+
+        # Keep the lines before the checkpoint, then append
         if get_dist_info()[0] == 0:
-            kept = "".join(json.dumps(metrics) + "\n" for metrics in self._read() if is_before(metrics, step))
+            kept = ""
+            for metrics in self._read():
+                if is_before(metrics, step):
+                    kept += json.dumps(metrics) + "\n"
             write_text(self.path, kept)
             self._file = open(self.path, "a", encoding="utf-8")
 
@@ -72,13 +81,17 @@ class MetricsLog:
                     yield metrics
 
     def log(self, metrics):
-        """metrics: {'step': int, name: number, ...}. A full disk costs the line and a warning, not the run."""
+        """
+        metrics: {'step': int, name: number, ...}. A full disk costs this line, not the run.
+        """
+        # flushed at once, so that a killed run leaves every line
         if self._file:
             try:
                 self._file.write(json.dumps(metrics) + "\n")
                 self._file.flush()
             except OSError as error:
                 print(f"warning: {self.path} could not be written: {error}", flush=True)
+        # wandb takes the step apart
         if self._wandb:
             values = {name: value for name, value in metrics.items() if name != "step"}
             self._wandb.log(values, step=metrics["step"])
@@ -92,5 +105,8 @@ class MetricsLog:
 
 
 def is_before(metrics, step):
-    """Whether a line of the log was written before the checkpoint of `step`, which is saved before its evaluation."""
+    """
+    Whether a line of the log was written before the checkpoint of `step`.
+    """
+    # a checkpoint is saved after the training line of its step and before its evaluation
     return metrics["step"] < step or (metrics["step"] == step > 0 and "train/loss" in metrics)

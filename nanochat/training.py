@@ -1,6 +1,6 @@
 """
-One training step and its parts: the learning rate's schedule, gradient accumulation, loss scaling, the optimizer step.
-The loops are in the scripts; what surrounds them is in stage.py.
+The parts of a training step: the learning rate's schedule, gradient accumulation, loss scaling, the
+optimizer step. The loops are in the scripts; stage.py begins them, run_keeper.py saves and logs.
 """
 
 import gc
@@ -20,20 +20,27 @@ from nanochat.precision import get_autocast_ctx, get_precision_dtype
 
 def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):
     """
-    The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps, constant 1,
-    then a linear fall over the last warmdown_ratio of the run, to final_frac at step = num_iterations.
+    The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps,
+    constant 1, then a linear fall over the last warmdown_ratio of the run, to final_frac at step =
+    num_iterations.
     """
+    # warmup, constant
     warmdown_iters = round(warmdown_ratio * num_iterations)
     if step < warmup_iters:
         return (step + 1) / warmup_iters
     if step <= num_iterations - warmdown_iters:
         return 1.0
+
+    # warmdown
     progress = max(0.0, (num_iterations - step) / warmdown_iters)  # 1 -> 0
     return progress + (1 - progress) * final_frac
 
 
 def set_rates(optimizers, lr_factor, **values):
-    """Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go to Muon's groups only."""
+    """
+    Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go to Muon's
+    groups only.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
@@ -42,7 +49,9 @@ def set_rates(optimizers, lr_factor, **values):
 
 
 class Ema:
-    """Exponential moving average without the start-up bias; `value` is None before the first update."""
+    """
+    Exponential moving average without the start-up bias; `value` is None before the first update.
+    """
 
     def __init__(self, decay=0.9, total=0.0, weight=0.0):
         self.decay = decay
@@ -70,49 +79,59 @@ NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)  # hands losses and step
 
 
 def make_scaler(device, saved=None):
-    """The loss scaler that float16 needs, from the state `saved` if that is given; elsewhere it does nothing."""
-    scaler = torch.amp.GradScaler(device.type, enabled=get_precision_dtype(device.type) == torch.float16)
+    """
+    The loss scaler that float16 needs, from the state `saved` if that is given; elsewhere it does
+    nothing.
+    """
+    enabled = get_precision_dtype(device.type) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=enabled)
     if saved:
         scaler.load_state_dict(saved)
     return scaler
 
 
-def accumulate_gradients(model, inputs, targets, num_targets, device_batch_size, weights=None, scaler=NO_SCALING):
+def accumulate_gradients(
+        model, inputs, targets, num_targets, device_batch_size, weights=None, scaler=NO_SCALING):
     """
-    Add the gradient of this step's loss over this rank's rows: arrays (R, T) of inputs, targets (IGNORE = no loss)
-    and perhaps weights on the targets' losses. The loss is their sum divided by num_targets, which counts those of all
-    ranks: so any split of a step into ranks and micro-batches gives the same gradient. Returns (this rank's part of
-    the loss as a tensor, device_batch_size).
+    Add the gradient of this step's loss over this rank's rows: arrays (R, T) of inputs, targets
+    (IGNORE = no loss) and perhaps weights on the targets' losses. The loss is their sum divided by
+    num_targets, which counts those of all ranks: so any split of a step into ranks and
+    micro-batches gives the same gradient. Returns (this rank's part of the loss as a tensor,
+    device_batch_size).
 
-    A micro-batch that does not fit the GPU's memory is tried again at half the size, which is then returned for the
-    next steps.
+    A micro-batch that does not fit the GPU's memory is tried again at half the size, which is then
+    returned for the next steps.
     """
     arrays = [inputs, targets] if weights is None else [inputs, targets, weights]
     while True:
         try:
             loss = add_gradients(model, arrays, num_targets, device_batch_size, scaler)
-            break
+            return loss, device_batch_size
         except torch.OutOfMemoryError:
             if device_batch_size == 1:
                 raise UserError("out of memory with one row at a time",
                                 "use a smaller --depth or --max_seq_len") from None
-        # Outside of the except block: only now are the tensors of the failed try free
-        device_batch_size = device_batch_size // 2
-        print(f"out of memory: trying again with --device_batch_size={device_batch_size} (same result)", flush=True)
+        # Outside of the except block, for only now are the tensors of the failed try free.
+        # Gradients are sums: starting again with smaller parts gives the same result.
+        device_batch_size //= 2
+        print("out of memory: trying again with "
+              f"--device_batch_size={device_batch_size} (same result)", flush=True)
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
-    return loss, device_batch_size
 
 
 def add_gradients(model, arrays, num_targets, device_batch_size, scaler):
     """Forward and backward pass over all rows. Returns the loss, a tensor."""
+    # a loss per micro-batch; the sum stays on the device, since .item() would wait for it
     targets = arrays[1]
     total = torch.zeros((), device=model.device)
     for rows, T in fit_rows(targets, device_batch_size):
         micro_batch = [to_device(array[rows, :T], model.device) for array in arrays]
         total += backward(model, micro_batch, num_targets, scaler)
-    if scaler.is_enabled() and len(targets) == 0:  # it needs a loss and gradients on every rank
+
+    # A rank without rows has no part in the loss, but the scaler needs one, and gradients
+    if scaler.is_enabled() and len(targets) == 0:
         scaler.scale(total)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -121,6 +140,7 @@ def add_gradients(model, arrays, num_targets, device_batch_size, scaler):
 
 def backward(model, micro_batch, num_targets, scaler):
     """One micro-batch, in a function of its own: when it returns or fails, its graph is freed."""
+    # autocast spans the forward pass alone
     x, y, *weights = micro_batch
     with get_autocast_ctx(model.device):
         loss = model(x, y, *weights, loss_reduction="sum") / max(num_targets, 1)
@@ -130,9 +150,11 @@ def backward(model, micro_batch, num_targets, scaler):
 
 def used_columns(targets):
     """
-    How many columns of each row of (R, T) targets a model has to look at, (R,): attention is causal, so those after the
-    last target change nothing. Multiples of 32, at most T, for few shapes to occur.
+    How many columns of each row of (R, T) targets a model has to look at, (R,): attention is
+    causal, so those after the last target change nothing. Multiples of 32, at most T, for few
+    shapes to occur.
     """
+    # the last target's column; 0 where there is none
     T = targets.shape[1]
     last = ((targets != IGNORE) * np.arange(T)).max(axis=1, initial=0)
     return np.minimum(T, 32 * (1 + last // 32))
@@ -140,19 +162,24 @@ def used_columns(targets):
 
 def fit_rows(targets, device_batch_size):
     """
-    Micro-batches of (R, T) targets, each as (slice of rows, columns to look at). A micro-batch takes as many rows as
-    have no more positions than device_batch_size rows of T: where rows are sorted by length, short ones go many at a
-    time and little is padding.
+    Micro-batches of (R, T) targets, each as (slice of rows, columns to look at). A micro-batch
+    takes as many rows as have no more positions than device_batch_size rows of T: where rows are
+    sorted by length, short ones go many at a time and little is padding.
     """
     num_rows, T = targets.shape
     columns = used_columns(targets)
     start = 0
-    while start < num_rows:
-        end = start + 1
-        while end < num_rows and (end + 1 - start) * columns[start: end + 1].max() <= device_batch_size * T:
-            end += 1
-        yield slice(start, end), columns[start:end].max()
-        start = end
+    widest = 0  # columns of the micro-batch so far
+    for row in range(num_rows):
+        # does this row fit beside those of the micro-batch?
+        wider = max(widest, columns[row])
+        if row > start and (row + 1 - start) * wider > device_batch_size * T:
+            yield slice(start, row), widest
+            start = row
+            wider = columns[row]
+        widest = wider
+    if num_rows > 0:
+        yield slice(start, num_rows), widest
 
 
 # -----------------------------------------------------------------------------
@@ -160,7 +187,10 @@ def fit_rows(targets, device_batch_size):
 
 
 def optimizer_step(model, optimizers, scaler=NO_SCALING):
-    """Reduce gradients, update parameters, clear gradients. Returns the global gradient norm as a float."""
+    """
+    Reduce gradients over ranks, update parameters, clear gradients. Returns the norm of the reduced
+    gradient as a float.
+    """
     if scaler.is_enabled():
         unscale(optimizers, scaler)
     for optimizer in optimizers:
@@ -169,21 +199,30 @@ def optimizer_step(model, optimizers, scaler=NO_SCALING):
     scaler.update()
     model.zero_grad(set_to_none=True)
 
+    # Each rank knows the squares of its shard
     grad_sq = sum(optimizer.grad_sq for optimizer in optimizers)
     grad_sq = torch.as_tensor(grad_sq, dtype=torch.float32, device=model.device)
     norm = all_reduce_sum(grad_sq).sqrt().item()
-    if not math.isfinite(norm) and not scaler.is_enabled():  # the parameters are lost: stop before they are saved
-        raise UserError(f"the gradient's norm is {norm}, with a finite loss; nothing of this step was saved",
-                        "resume with --resume_from_step=-2, or start again, with a smaller --matrix_lr")
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        # the parameters are lost: stop before anything saves them
+        raise UserError(
+            f"the gradient's norm is {norm}, with a finite loss; nothing of this step was saved",
+            "resume with --resume_from_step=-2, or start again, with a smaller --matrix_lr")
     return norm
 
 
 def unscale(optimizers, scaler):
-    """Divide the gradients by the scale; when one overflowed anywhere, every optimizer on every rank skips the step."""
+    """
+    Divide the gradients by the scale; when one overflowed anywhere, every optimizer on every rank
+    skips the step.
+    """
+    # Unscaled gradients; a flag per optimizer says whether any of this rank's overflowed
     flags = []
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         flags += scaler._found_inf_per_device(optimizer).values()
+
+    # All flags become the sum: an optimizer with a flag above 0 skips its step
     found = all_reduce_sum(torch.stack(flags).sum())
     for flag in flags:
         flag.copy_(found)

@@ -33,7 +33,9 @@ SAMPLE_TOKENS = 64
 
 
 def sample_all(model, tokenizer):
-    """[{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>."""
+    """
+    [{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>.
+    """
     engine = Engine(model, tokenizer)
     samples = complete_prompts(engine)
     bos = tokenizer.get_bos_token_id()
@@ -57,7 +59,8 @@ def main():
     for split in ("train", "val"):
         rows = eval_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
         my_rows = rows[ddp_rank::ddp_world_size]
-        bpb[split] = evaluate_bpb(model, eval_batches(my_rows, device_batch_size, device), token_bytes)
+        batches = eval_batches(my_rows, device_batch_size, device)
+        bpb[split] = evaluate_bpb(model, batches, token_bytes)
         print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)}")
 
     # Samples, on rank 0

@@ -1,17 +1,17 @@
 """
 Pretrain a base model on raw text.
 
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20      (one node of 8 GPUs)
-    python -m scripts.base_train --depth=12                                           (one GPU)
-    python -m scripts.base_train --depth=4 --max_seq_len=512 --num_iterations=1000    (a CPU)
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20     (8 GPUs)
+    python -m scripts.base_train --depth=12                                          (one GPU)
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --num_iterations=1000   (a CPU)
 
 Smallest run, to see that it works:
 
-    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 --eval_tokens=512 \
-        --total_batch_size=512 --num_iterations=20
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 \
+        --eval_tokens=512 --total_batch_size=512 --num_iterations=20
 
-A step's rows depend on the seed and the step alone: any number of processes and any micro-batch give the same run,
-and `--resume_from_step` goes on with exactly the losses of an unbroken one.
+A step's rows depend on the seed and the step alone: any number of processes and any micro-batch
+give the same run, and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 """
 
 from functools import partial
@@ -44,47 +44,47 @@ from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_ste
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                         # wandb run name; dummy = log to metrics.jsonl only
-device_type: str = ""                      # cuda, mps or cpu; empty = detect
-seed: int = 42                             # of initialisation and data order
+run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                 # cuda, mps or cpu; empty = detect
+seed: int = 42                        # of initialisation and data order
 # Data
-data: str | None = None                    # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
-crop: bool = False                         # one row of each long document per epoch, for a short run
+data: str | None = None               # file, folder or glob of text; None = the default corpus
+crop: bool = False                    # one row of each long document per epoch: for a short run
 # Model
-depth: Positive = 20                       # layers; width = 64 * depth and everything else follows
-max_seq_len: Positive = 2048               # context length T in tokens
-head_dim: Positive = 128                   # size of an attention head; a tiny model wants smaller ones
-value_embeds: bool = False                 # a table of values per layer: learns more from little text
-head_start: bool | None = None             # begin with counts (nanochat/head_start.py); None = where it pays
+depth: Positive = 20                  # layers; width = 64 * depth and everything else follows
+max_seq_len: Positive = 2048          # context length T in tokens
+head_dim: Positive = 128              # size of an attention head
+value_embeds: bool = False            # a table of values per layer: for little text; no export_hf
+head_start: bool | None = None        # see nanochat/head_start.py; None = where it pays
 # Horizon: the first that is > 0 decides
-num_iterations: CountOrOff = -1            # optimizer steps
-target_flops: NonNegativeOrOff = -1.0      # total training FLOPs
+num_iterations: CountOrOff = -1       # optimizer steps
+target_flops: NonNegativeOrOff = -1.0  # total training FLOPs
 target_param_data_ratio: NonNegativeOrOff = 20.0  # training tokens per parameter (Chinchilla: 20)
-# Optimization
-device_batch_size: CountOrOff = -1         # rows per micro-batch; -1 = what the device's memory holds
-total_batch_size: CountOrOff = -1          # tokens per step over all ranks; -1 = derived from the horizon
-embedding_lr: NonNegative | None = None    # Adam, embedding, x 1 / sqrt(width / 768); None = see LEARNED_LRS
-unembedding_lr: NonNegative | None = None  # Adam, output head, scaled likewise; None = see LEARNED_LRS
-value_lr: NonNegative = 0.1                # Adam, value embeddings, scaled likewise
-matrix_lr: NonNegative = 0.02              # Muon, all matrices of the blocks
-weight_decay: NonNegative = 0.2            # Muon, at depth 12; x 1 / width^2, falls linearly to 0
-warmup_iters: Count = 10                   # steps of linear learning rate warmup
-warmdown_ratio: Fraction = 0.5             # last part of the run, in which the learning rate falls
-final_lr_frac: Fraction = 0.0              # learning rate at the end, as a fraction
+# Optimization. None = 0.3 and 0.004, or after a head start 0.01 and 0.0003
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+total_batch_size: CountOrOff = -1     # tokens per step over all ranks; -1 = derived
+embedding_lr: NonNegative | None = None  # Adam, embedding, x 1 / sqrt(width / 768)
+unembedding_lr: NonNegative | None = None  # Adam, output head, scaled likewise
+value_lr: NonNegative = 0.1           # Adam, value embeddings, scaled likewise
+matrix_lr: NonNegative = 0.02         # Muon, all matrices of the blocks
+weight_decay: NonNegative = 0.2       # Muon, at depth 12; x 1 / width^2, falls linearly to 0
+warmup_iters: Count = 10              # steps of linear learning rate warmup
+warmdown_ratio: Fraction = 0.5        # last part of the run, in which the learning rate falls
+final_lr_frac: Fraction = 0.0         # learning rate at the end, as a fraction
 # Evaluation, samples, checkpoints
-eval_every: CountOrOff = 250               # steps between validation losses; -1 = at the end only
-eval_tokens: CountOrOff = 10485760         # tokens of the fixed validation set to score; -1 = all of it
-sample_every: CountOrOff = 2000            # steps between samples; -1 = at the end only
-save_every: CountOrOff = 1000              # steps between checkpoints; one is also saved before evaluations
-keep_last: CountOrOff = 2                  # newest checkpoints to keep; -1 = all
-resume_from_step: int = -1                 # step to go on from; -2 = the latest checkpoint, -1 = new run
-model_tag: str | None = None               # folder of the checkpoints; None = d<depth>
-compile: bool | None = None                # torch.compile on a GPU; None = if Triton is there
+eval_every: CountOrOff = 250          # steps between validation losses; -1 = at the end only
+eval_tokens: CountOrOff = 10485760    # tokens of the validation set to score; -1 = all
+sample_every: CountOrOff = 2000       # steps between samples; -1 = at the end only
+save_every: CountOrOff = 1000         # steps between checkpoints, besides those at evaluations
+keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+model_tag: str | None = None          # folder of the checkpoints; None = d<depth>
+compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
-# Default learning rates of embedding and head. The larger ones would spoil tables that start from counts.
+# Default learning rates of embedding and head; the first ones would spoil tables that were counted
 LEARNED_LRS = (0.3, 0.004)
 COUNTED_LRS = (0.01, 0.0003)  # after a head start
 
@@ -92,7 +92,10 @@ COUNTED_LRS = (0.01, 0.0003)  # after a head start
 
 
 def muon_momentum(step):
-    """Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged for long."""
+    """
+    Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged
+    for long.
+    """
     return 0.85 + 0.10 * min(step / 300, 1)
 
 
@@ -109,14 +112,16 @@ def main():
     if not stage.state:
         stage.tokenizer = get_tokenizer()
         vocab_size = stage.tokenizer.get_vocab_size()
-        config = GPTConfig.from_depth(depth, vocab_size, max_seq_len, head_dim, value_embeds=value_embeds)
+        config = GPTConfig.from_depth(
+            depth, vocab_size, max_seq_len, head_dim, value_embeds=value_embeds)
         stage.model = GPT.create(config, device)
     model = stage.model
     tokenizer = stage.tokenizer
     token_bytes = get_token_bytes(device, tokenizer)
     num_params = model.num_params()
     flops_per_token = model.estimate_flops()
-    print0(f"model: {model.config} | parameters: {num_params:,} | FLOPs per token: {flops_per_token:.3e}")
+    print0(f"model: {model.config} | parameters: {num_params:,} | "
+           f"FLOPs per token: {flops_per_token:.3e}")
 
     # Horizon and batch: every derived setting is printed
     iterations, batch_tokens, rule = derive_horizon(
@@ -126,9 +131,10 @@ def main():
     my_rows = rank_slice(rows_per_step, stage.rank, stage.world_size)
     most_rows = ceil_div(rows_per_step, stage.world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
-    print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, {device_rows} at a time on each "
-           f"of {stage.world_size} ranks | steps: {iterations:,} (from {rule}) | tokens: {run_tokens:,} "
-           f"({run_tokens / num_params:.1f} per parameter)")
+    print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, "
+           f"{device_rows} at a time on each of {stage.world_size} ranks | "
+           f"steps: {iterations:,} (from {rule}) | "
+           f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
 
     # Head start: the next token given one, from counts
     spans = get_spans(data, "train")
@@ -150,8 +156,10 @@ def main():
     if unembedding_lr is not None:
         head_lr = unembedding_lr
     decay = weight_decay * (12 / depth) ** 2
-    print0(f"learning rates: embedding {table_lr}, head {head_lr}, matrices {matrix_lr} | weight decay: {decay:.3g}")
-    optimizers = model.setup_optimizers(table_lr, head_lr, matrix_lr, compile=compile, value_lr=value_lr)
+    print0(f"learning rates: embedding {table_lr}, head {head_lr}, matrices {matrix_lr} | "
+           f"weight decay: {decay:.3g}")
+    optimizers = model.setup_optimizers(
+        table_lr, head_lr, matrix_lr, compile=compile, value_lr=value_lr)
     scaler = stage.load_optimizers(optimizers)
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
@@ -169,8 +177,7 @@ def main():
         sample_due = last or (step > 0 and is_due(step, sample_every))
 
         # Save first: whatever fails later, the steps so far are on disk
-        if keeper.save_due(step, eval_due):
-            keeper.save(step, optimizers, scaler, loader=loader.state())
+        keeper.save_if_due(step, eval_due, loader=loader.state())
         if keeper.stopping:
             break
 
@@ -185,7 +192,8 @@ def main():
 
         # Sample, on rank 0
         if sample_due and stage.rank == 0:
-            samples = attempt("sampling", lambda: complete_prompts(Engine(model, tokenizer))) or samples
+            engine = Engine(model, tokenizer)
+            samples = attempt("sampling", partial(complete_prompts, engine)) or samples
             for sample in samples:
                 print0(f"sample: {sample['text']!r}")
         if last:
@@ -194,16 +202,19 @@ def main():
         # Train: one optimizer step on this step's rows
         keeper.start_step()
         lr_factor = lr_multiplier(step, iterations, warmup_iters, warmdown_ratio, final_lr_frac)
-        set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=decay * (1 - step / iterations))
+        step_decay = decay * (1 - step / iterations)
+        set_rates(optimizers, lr_factor, momentum=muon_momentum(step), weight_decay=step_decay)
         inputs, targets = shift(loader.next_rows(rows_per_step)[my_rows])
-        loss, device_rows = accumulate_gradients(model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
+        loss, device_rows = accumulate_gradients(
+            model, inputs, targets, batch_tokens, device_rows, scaler=scaler)
         loss = keeper.check_finite(loss, step, describe_position(loader.state(), spans, seed))
         grad_norm = optimizer_step(model, optimizers, scaler)
 
         # Log
         step += 1
         progress["tokens"] += batch_tokens
-        keeper.finish_step(step, loss, batch_tokens, lr_factor, grad_norm, epoch=loader.state()["epoch"])
+        epoch = loader.state()["epoch"]
+        keeper.finish_step(step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch)
 
     # Report and cleanup
     loader.close()

@@ -2,14 +2,16 @@
 Reinforcement learning on word problems: GRPO reduced to its core.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl
-    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 --eval_examples=8   (a CPU)
+    python -m scripts.chat_rl --num_iterations=4 --examples_per_step=2 --num_samples=4 \
+        --eval_examples=8                                                          (a CPU)
 
-Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's advantage is its
-reward minus the mean of its question's (arXiv 2402.03300, without dividing by the standard deviation, arXiv
-2503.20783). Every step trains once on what the present model wrote, so there is no ratio to clip, and no KL term: the
-loss is the negative log-likelihood weighted by the advantage, summed over the tokens that the model sampled (including
-the stop token, excluding what a tool forced) and divided by their number over all ranks. KL to the model at the start,
-the reference model, and entropy are logged.
+Several answers are sampled to each question and rewarded 1 when right, 0 when wrong; an answer's
+advantage is its reward minus the mean of its question's (arXiv 2402.03300, without dividing by the
+standard deviation, arXiv 2503.20783). Every step trains once on what the present model wrote, so
+there is no ratio to clip, and no KL term: the loss is the negative log-likelihood weighted by the
+advantage, summed over the tokens that the model sampled (including the stop token, excluding what a
+tool forced) and divided by their number over all ranks. KL to the model at the start, the reference
+model, and entropy are logged.
 """
 
 import copy
@@ -37,43 +39,49 @@ from nanochat.horizon import choose_device_batch_size, shuffled_indices
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
-from nanochat.training import accumulate_gradients, fit_rows, lr_multiplier, optimizer_step, set_rates
+from nanochat.training import (
+    accumulate_gradients,
+    fit_rows,
+    lr_multiplier,
+    optimizer_step,
+    set_rates,
+)
 from tasks.evaluate import cut_prompt, evaluate_generative
 from tasks.gsm8k import GSM8K
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                     # wandb run name; dummy = log to metrics.jsonl only
-device_type: str = ""                  # cuda, mps or cpu; empty = detect
-seed: int = 42                         # of the order of questions and of the samples
+run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                 # cuda, mps or cpu; empty = detect
+seed: int = 42                        # of the order of questions and of the samples
 # Model
 source: Literal["sft", "mid"] = "sft"  # stage to start from
-model_tag: str | None = None           # its tag, and the result's; None = the one saved last
-model_step: int | None = None          # its step; None = the last
+model_tag: str | None = None          # its tag, and the result's; None = the one saved last
+model_step: int | None = None         # its step; None = the last
 # Horizon
-num_epochs: Positive = 1               # passes over the questions
-num_iterations: CountOrOff = -1        # optimizer steps; -1 = num_epochs
+num_epochs: Positive = 1              # passes over the questions
+num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
 # Rollouts
-examples_per_step: Positive = 16       # questions per optimizer step over all ranks
-num_samples: Annotated[int, Range(2)] = 16  # answers per question; they are compared with each other
-max_new_tokens: Positive = 256         # per answer
-temperature: Annotated[float, Range(0.01)] = 1.0  # of the samples; 1 = what the loss assumes; 0 = all alike
-top_k: Count = 0                       # of the samples; 0 = off, what the loss assumes
-rollout_rows: Positive = 64            # answers generated at a time on each rank
+examples_per_step: Positive = 16      # questions per optimizer step over all ranks
+num_samples: Annotated[int, Range(2)] = 16  # answers per question, compared with each other
+max_new_tokens: Positive = 256        # per answer
+temperature: Annotated[float, Range(0.01)] = 1.0  # of the samples; 1 = what the loss assumes
+top_k: Count = 0                      # of the samples; 0 = off, what the loss assumes
+rollout_rows: Positive = 64           # answers generated at a time on each rank
 # Optimization
-device_batch_size: CountOrOff = -1     # rows per micro-batch, more if short; -1 = what the memory holds
-embedding_lr: NonNegative = 0.2        # Adam, token embedding; scaled by 1 / sqrt(width / 768)
-unembedding_lr: NonNegative = 0.004    # Adam, output head; scaled likewise
-value_lr: NonNegative = 0.1            # Adam, value embeddings; scaled likewise
-matrix_lr: NonNegative = 0.02          # Muon, all matrices of the blocks
-init_lr_frac: NonNegative = 0.05       # all learning rates start at this fraction and fall linearly to 0
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
+value_lr: NonNegative = 0.1           # Adam, value embeddings; scaled likewise
+matrix_lr: NonNegative = 0.02         # Muon, all matrices of the blocks
+init_lr_frac: NonNegative = 0.05      # all learning rates start at this fraction, fall to 0
 # Evaluation and checkpoints
-eval_every: CountOrOff = 60            # steps between evaluations on held-out questions; -1 = at the end
-eval_examples: CountOrOff = 400        # held-out questions to ask; -1 = all
-eval_samples: Positive = 1             # answers to each, for pass@k; 1 = greedy
-save_every: CountOrOff = 60            # steps between checkpoints; one is also saved before evaluations
-keep_last: CountOrOff = 2              # newest checkpoints to keep; -1 = all
-resume_from_step: int = -1             # step to go on from; -2 = the latest checkpoint, -1 = new run
+eval_every: CountOrOff = 60           # steps between evaluations; -1 = at the end only
+eval_examples: CountOrOff = 400       # held-out questions to ask; -1 = all
+eval_samples: Positive = 1            # answers to each, for pass@k; 1 = greedy
+save_every: CountOrOff = 60           # steps between checkpoints, besides those at evaluations
+keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "examples_per_step")
@@ -86,7 +94,10 @@ SHOWN_ANSWERS = 4  # answers of the last step in the report
 
 
 def make_rollout_model(model):
-    """The model that samples the answers: a copy in the compute dtype, so that decoding never casts, or itself."""
+    """
+    The model that samples the answers: a copy in the compute dtype, so that decoding never casts,
+    or itself.
+    """
     if get_precision_dtype(model.device.type) == torch.float32:
         return model
     rollout_model = copy.deepcopy(model).requires_grad_(False).to_compute_dtype()
@@ -105,7 +116,8 @@ def sync_rollout_model(rollout_model, model):
 
 def step_questions(task, step):
     """
-    This rank's share of the questions of a step: (place, index) each, the place in one shuffled pass after another.
+    This rank's share of the questions of a step: (place, index) each, the place in one shuffled
+    pass after another.
     """
     end = (step + 1) * examples_per_step
     if num_iterations <= 0:
@@ -116,16 +128,20 @@ def step_questions(task, step):
 
 def roll_out(engine, task, step):
     """
-    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with num_samples entries per
-    question; what is sampled depends on the seed, the question's place in the run and the sample alone.
+    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with
+    num_samples entries per question; what is sampled depends on the seed, the question's place in
+    the run and the sample alone.
     """
     context = engine.model.config.sequence_len
     max_tokens = min(max_new_tokens, context // 2)
+
+    # A row an answer: num_samples rows next to each other share a prompt, which is read once
     rows = []
     conversations = []
     for place, index in step_questions(task, step):
         conversation = task[index]
-        prompt = cut_prompt(engine.tokenizer.render_for_completion(conversation), context - max_tokens)
+        prompt = engine.tokenizer.render_for_completion(conversation)
+        prompt = cut_prompt(prompt, context - max_tokens)
         for sample in range(num_samples):
             sampling = Sampling(temperature, top_k, seed=f"{seed}:{place}:{sample}")
             rows.append(engine.make_row(prompt, sampling, max_tokens))
@@ -133,6 +149,7 @@ def roll_out(engine, task, step):
     for _ in engine.generate_rows(rows, rollout_rows):
         pass  # the rows themselves keep their tokens
 
+    # Reward each answer; compare it with the others to its question
     rewards = np.zeros(len(rows), dtype=np.float32)
     for i, row in enumerate(rows):
         rewards[i] = task.reward(conversations[i], engine.tokenizer.decode(row.tokens))
@@ -143,8 +160,8 @@ def roll_out(engine, task, step):
 
 def training_arrays(rows, advantages, max_len):
     """
-    (inputs, targets, weights), (R, T) each, T at most max_len, of finished rows: the targets are the tokens that the
-    model sampled, the weight of each is its answer's advantage.
+    (inputs, targets, weights), (R, T) each, T at most max_len, of finished rows: the targets are
+    the tokens that the model sampled, the weight of each is its answer's advantage.
     """
     longest = max((len(row.prompt) + len(row.tokens) for row in rows), default=1) - 1
     T = min(max_len, 32 * ceil_div(longest, 32))  # few shapes occur
@@ -152,6 +169,7 @@ def training_arrays(rows, advantages, max_len):
     targets = np.full((len(rows), T), IGNORE, dtype=np.int32)
     weights = np.zeros((len(rows), T), dtype=np.float32)
     for i, row in enumerate(rows):
+        # A tool's result is not what the model sampled: no target
         ids = row.prompt + row.tokens
         end = len(ids) - 1
         start = len(row.prompt) - 1  # the position that predicts the first sampled token
@@ -164,8 +182,8 @@ def training_arrays(rows, advantages, max_len):
 @torch.no_grad()
 def compare_models(model, ref_model, inputs, targets, device_rows):
     """
-    (KL to the reference model, entropy) in nats per token, estimated on sampled tokens: the means of log p - log p_ref
-    and of -log p (Schulman 2020, "Approximating KL divergence", k1).
+    (KL to the reference model, entropy) in nats per token, estimated on sampled tokens: the means
+    of log p - log p_ref and of -log p (Schulman 2020, "Approximating KL divergence", k1).
     """
     kl = 0.0
     entropy = 0.0
@@ -197,7 +215,8 @@ def main():
     progress = stage.progress
 
     # Two more models: the reference, which is only compared with, and the one that samples
-    ref_model = source_manager.load_model(device, source_step).requires_grad_(False).to_compute_dtype()
+    ref_model = source_manager.load_model(device, source_step)
+    ref_model = ref_model.requires_grad_(False).to_compute_dtype()
     rollout_model = make_rollout_model(model)
     engine = Engine(rollout_model, tokenizer)
 
@@ -209,8 +228,9 @@ def main():
         iterations = ceil_div(len(train_task) * num_epochs, examples_per_step)
     most_rows = ceil_div(examples_per_step, stage.world_size) * num_samples
     device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
-    print0(f"questions: {len(train_task):,} | {examples_per_step} x {num_samples} answers per step, {device_rows} at "
-           f"a time on each of {stage.world_size} ranks | steps: {iterations:,}")
+    print0(f"questions: {len(train_task):,} | "
+           f"{examples_per_step} x {num_samples} answers per step, "
+           f"{device_rows} at a time on each of {stage.world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, value_lr=value_lr)
@@ -239,8 +259,7 @@ def main():
         eval_due = last or is_due(step, eval_every)
 
         # Save first: whatever fails later, the steps so far are on disk
-        if keeper.save_due(step, eval_due):
-            keeper.save(step, optimizers, scaler)
+        keeper.save_if_due(step, eval_due)
         if keeper.stopping:
             break
 

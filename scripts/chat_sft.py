@@ -4,8 +4,9 @@ Supervised finetuning: one conversation a row, and only what the assistant itsel
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
     python -m scripts.chat_sft --num_iterations=20 --examples_per_step=4           (a CPU, to try)
 
-The loss of a step is the sum over its target tokens divided by their number over all ranks, so neither micro-batches
-nor ranks weigh a token differently. Conversations longer than the context are cut to it and counted.
+The loss of a step is the sum over its target tokens divided by their number over all ranks, so
+neither micro-batches nor ranks weigh a token differently. Conversations longer than the context are
+cut to it and counted.
 """
 
 from functools import partial
@@ -13,7 +14,14 @@ from typing import Literal
 
 from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import IGNORE, ceil_div, print0, run_script
-from nanochat.configurator import Count, CountOrOff, NonNegative, Positive, get_settings, override_from_cli
+from nanochat.configurator import (
+    Count,
+    CountOrOff,
+    NonNegative,
+    Positive,
+    get_settings,
+    override_from_cli,
+)
 from nanochat.dataloader import conversation_rows, count_used, to_device
 from nanochat.horizon import choose_device_batch_size, shuffled_indices
 from nanochat.loss_eval import evaluate_loss
@@ -25,37 +33,37 @@ from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                     # wandb run name; dummy = log to metrics.jsonl only
-device_type: str = ""                  # cuda, mps or cpu; empty = detect
-seed: int = 42                         # of the data order
+run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                 # cuda, mps or cpu; empty = detect
+seed: int = 42                        # of the data order
 # Model
 source: Literal["mid", "base"] = "mid"  # stage to start from
-model_tag: str | None = None           # its tag, and the result's; None = the one saved last
-model_step: int | None = None          # its step; None = the last
+model_tag: str | None = None          # its tag, and the result's; None = the one saved last
+model_step: int | None = None         # its step; None = the last
 # Data: your own conversations, and sizes of the mixture's parts
-data: str | None = None                # JSONL file of conversations to add (see tasks/customjson.py)
-smoltalk_size: Count = 10000           # SmolTalk conversations
-identity_epochs: Count = 1             # how often the mixture repeats the identity conversations
-spelling_size: Count = 300             # SimpleSpelling words
-spellingbee_size: Count = 300          # SpellingBee questions
-chain_size: Count = 0                  # conversations that join several of the others
+data: str | None = None               # JSONL file of conversations to add, tasks/customjson.py
+smoltalk_size: Count = 10000          # SmolTalk conversations
+identity_epochs: Count = 1            # how often the mixture repeats the identity conversations
+spelling_size: Count = 300            # SimpleSpelling words
+spellingbee_size: Count = 300         # SpellingBee questions
+chain_size: Count = 0                 # conversations that join several of the others
 # Horizon
-num_epochs: Positive = 1               # passes over the mixture
-num_iterations: CountOrOff = -1        # optimizer steps; -1 = num_epochs
-examples_per_step: Positive = 32       # conversations per optimizer step over all ranks
+num_epochs: Positive = 1              # passes over the mixture
+num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
+examples_per_step: Positive = 32      # conversations per optimizer step over all ranks
 # Optimization
-device_batch_size: CountOrOff = -1     # rows per micro-batch, more if short; -1 = what the memory holds
-embedding_lr: NonNegative = 0.2        # Adam, token embedding; scaled by 1 / sqrt(width / 768)
-unembedding_lr: NonNegative = 0.004    # Adam, output head; scaled likewise
-value_lr: NonNegative = 0.1            # Adam, value embeddings; scaled likewise
-matrix_lr: NonNegative = 0.02          # Muon, all matrices of the blocks
-init_lr_frac: NonNegative = 0.02       # all learning rates start at this fraction and fall linearly to 0
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
+value_lr: NonNegative = 0.1           # Adam, value embeddings; scaled likewise
+matrix_lr: NonNegative = 0.02         # Muon, all matrices of the blocks
+init_lr_frac: NonNegative = 0.02      # all learning rates start at this fraction, fall to 0
 # Evaluation and checkpoints
-eval_every: CountOrOff = 100           # steps between validation losses; -1 = at the end only
-eval_examples: CountOrOff = 256        # held-out conversations to score; -1 = all
-save_every: CountOrOff = 500           # steps between checkpoints; one is also saved before evaluations
-keep_last: CountOrOff = 2              # newest checkpoints to keep; -1 = all
-resume_from_step: int = -1             # step to go on from; -2 = the latest checkpoint, -1 = new run
+eval_every: CountOrOff = 100          # steps between validation losses; -1 = at the end only
+eval_examples: CountOrOff = 256       # held-out conversations to score; -1 = all
+save_every: CountOrOff = 500          # steps between checkpoints, besides those at evaluations
+keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "examples_per_step")
@@ -94,15 +102,16 @@ def main():
     max_seq_len = model.config.sequence_len
 
     # Data and horizon
-    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size, data)
+    mixture = sft_mixture(
+        smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size, data)
     held_out = SmolTalk("test")
     iterations = num_iterations
     if iterations <= 0:
         iterations = ceil_div(len(mixture) * num_epochs, examples_per_step)
     most_rows = ceil_div(examples_per_step, stage.world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, stage.device, most_rows)
-    print0(f"mixture: {len(mixture):,} conversations | {examples_per_step} per step, {device_rows} at a time on each "
-           f"of {stage.world_size} ranks | steps: {iterations:,}")
+    print0(f"mixture: {len(mixture):,} conversations | {examples_per_step} per step, "
+           f"{device_rows} at a time on each of {stage.world_size} ranks | steps: {iterations:,}")
 
     # Optimizers
     optimizers = model.setup_optimizers(embedding_lr, unembedding_lr, matrix_lr, value_lr=value_lr)
@@ -116,8 +125,7 @@ def main():
         eval_due = last or is_due(step, eval_every)
 
         # Save first: whatever fails later, the steps so far are on disk
-        if keeper.save_due(step, eval_due):
-            keeper.save(step, optimizers, scaler)
+        keeper.save_if_due(step, eval_due)
         if keeper.stopping:
             break
 
@@ -138,7 +146,8 @@ def main():
         indices = step_indices(step, len(mixture))
         inputs, targets, num_cut = conversation_rows(mixture, indices, stage.tokenizer, max_seq_len)
         num_targets = int((targets != IGNORE).sum())
-        mine = slice(stage.rank, None, stage.world_size)  # dealt out, for the rows are sorted by length
+        # dealt out to the ranks, for the rows are sorted by length
+        mine = slice(stage.rank, None, stage.world_size)
         loss, device_rows = accumulate_gradients(
             model, inputs[mine], targets[mine], num_targets, device_rows, scaler=scaler)
         loss = keeper.check_finite(loss, step, f"conversation {step * examples_per_step} and after")
@@ -149,10 +158,12 @@ def main():
         progress["used"] += len(inputs)
         progress["cut"] += num_cut
         progress["targets"] += num_targets
-        keeper.finish_step(step, loss, count_used(targets), lr_factor, grad_norm, num_targets=num_targets)
+        num_tokens = count_used(targets)
+        keeper.finish_step(step, loss, num_tokens, lr_factor, grad_norm, num_targets=num_targets)
 
     # Report and cleanup
-    print0(f"conversations used: {progress['used']:,} | cut to {max_seq_len} tokens: {progress['cut']:,} | "
+    print0(f"conversations used: {progress['used']:,} | "
+           f"cut to {max_seq_len} tokens: {progress['cut']:,} | "
            f"target tokens: {progress['targets']:,}")
     keeper.finish("Chat SFT", {
         "metrics": {"loss of conversations": progress["val_loss"]},

@@ -1,15 +1,18 @@
 """
-Midtraining: teach a base model the chat format, tool use and multiple choice, as more pretraining on conversations.
+Midtraining: teach a base model the chat format, tool use and multiple choice, as more pretraining
+on conversations.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
-    python -m scripts.mid_train --num_iterations=20 --total_batch_size=2048 --eval_tokens=2048      (a CPU, to try)
+    python -m scripts.mid_train --num_iterations=20 --total_batch_size=2048 --eval_tokens=2048  (a CPU)
 
-Conversations are packed into full rows like documents, and every token is a target, the user's too. The run is
-one pass over the mixture (or num_iterations steps): its tokens are counted beforehand, so progress and end are known.
+Conversations are packed into full rows like documents, and every token is a target, the user's too.
+The run is one pass over the mixture (or num_iterations steps): its tokens are counted beforehand,
+so progress and end are known.
 
-A tiny model does not learn multiple choice that way; it needs lessons (--lesson_rows): the letters of easy questions
-alone first, one question a row, at small rates; then ever harder ones beside the other conversations, where each row
-counts the same, or the one letter of an answer would drown in their hundreds of words. See dev/LOG.md.
+A tiny model does not learn multiple choice that way; it needs lessons (--lesson_rows): the letters
+of easy questions alone first, one question a row, at small rates; then ever harder ones beside the
+other conversations, where each row counts the same, or the one letter of an answer would drown in
+their hundreds of words. See dev/LOG.md.
 """
 
 from functools import partial
@@ -52,47 +55,49 @@ from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                     # wandb run name; dummy = log to metrics.jsonl only
-device_type: str = ""                  # cuda, mps or cpu; empty = detect
-seed: int = 42                         # of the data order
+run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+device_type: str = ""                 # cuda, mps or cpu; empty = detect
+seed: int = 42                        # of the data order
 # Model
-model_tag: str | None = None           # base model to start from, and tag of the result; None = the one saved last
-model_step: int | None = None          # its step; None = the last
+model_tag: str | None = None          # its tag, and the result's; None = the one saved last
+model_step: int | None = None         # its step; None = the last
 # Data: your own conversations, and how often the mixture holds each part
-data: str | None = None                # JSONL file of conversations to add (see tasks/customjson.py)
-identity_epochs: Count = 2             # how often the mixture repeats the identity conversations
-spelling_size: Count = 200000          # SimpleSpelling words
-spellingbee_size: Count = 80000        # SpellingBee questions
-# Lessons, for a tiny model: one conversation a row, all of the same weight, the multiple choice in its file's order
-lesson_rows: CountOrOff = -1           # conversations per step over all ranks; -1 = no lessons, packed rows
-question_steps: Count = 0              # first steps with nothing but multiple choice
-question_lr_frac: NonNegative = 0.2    # learning rates in those steps, as a fraction of the later ones
-question_share: Fraction = 0.55        # part of multiple choice in the steps after them
+data: str | None = None               # JSONL file of conversations to add, tasks/customjson.py
+identity_epochs: Count = 2            # how often the mixture repeats the identity conversations
+spelling_size: Count = 200000         # SimpleSpelling words
+spellingbee_size: Count = 80000       # SpellingBee questions
+# Lessons, for a tiny model: one conversation a row, all of the same weight, the multiple choice in
+# its file's order
+lesson_rows: CountOrOff = -1          # conversations per step; -1 = no lessons, packed rows
+question_steps: Count = 0             # first steps with nothing but multiple choice
+question_lr_frac: NonNegative = 0.2   # learning rates in those steps, as a fraction
+question_share: Fraction = 0.55       # part of multiple choice in the steps after them
 # Horizon
-num_iterations: CountOrOff = -1        # optimizer steps; -1 = one pass over the mixture
+num_iterations: CountOrOff = -1       # optimizer steps; -1 = one pass over the mixture
 # Optimization
-device_batch_size: CountOrOff = -1     # rows per micro-batch, more if short; -1 = what the memory holds
-total_batch_size: Positive = 524288    # tokens per optimizer step over all ranks
-embedding_lr: NonNegative = 0.2        # Adam, token embedding; scaled by 1 / sqrt(width / 768)
-unembedding_lr: NonNegative = 0.004    # Adam, output head; scaled likewise
-value_lr: NonNegative = 0.1            # Adam, value embeddings; scaled likewise
-matrix_lr: NonNegative = 0.02          # Muon, all matrices of the blocks
-init_lr_frac: NonNegative = 1.0        # all learning rates start at this fraction
-warmdown_ratio: Fraction = 0.2         # last part of the run, in which the learning rate falls to 0
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+total_batch_size: Positive = 524288   # tokens per optimizer step over all ranks
+embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
+unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
+value_lr: NonNegative = 0.1           # Adam, value embeddings; scaled likewise
+matrix_lr: NonNegative = 0.02         # Muon, all matrices of the blocks
+init_lr_frac: NonNegative = 1.0       # all learning rates start at this fraction
+warmdown_ratio: Fraction = 0.2        # last part of the run, in which the learning rate falls to 0
 # Evaluation and checkpoints
-eval_every: CountOrOff = 150           # steps between validation losses; -1 = at the end only
-eval_tokens: CountOrOff = 2097152      # tokens of held-out conversations to score; -1 = all
-save_every: CountOrOff = 500           # steps between checkpoints; one is also saved before evaluations
-keep_last: CountOrOff = 2              # newest checkpoints to keep; -1 = all
-resume_from_step: int = -1             # step to go on from; -2 = the latest checkpoint, -1 = new run
-compile: bool | None = None            # torch.compile on a GPU; None = if Triton is there
+eval_every: CountOrOff = 150          # steps between validation losses; -1 = at the end only
+eval_tokens: CountOrOff = 2097152     # tokens of held-out conversations to score; -1 = all
+save_every: CountOrOff = 500          # steps between checkpoints, besides those at evaluations
+keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
+resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "lesson_rows", "question_steps", "question_share")
 
 # -----------------------------------------------------------------------------
-# What a step trains on, in one of two ways. `next(step)` gives this rank's (inputs, targets, weights or None), and the
-# step's number of targets and of tokens over all ranks; `state()` says where in the data that was.
+# What a step trains on, in one of two ways. `next(step)` gives this rank's (inputs, targets,
+# weights or None), and the step's number of targets and of tokens over all ranks; `state()` says
+# where in the data that was.
 
 
 class PackedRows:
@@ -126,24 +131,31 @@ class PackedRows:
 
 
 def count_tokens(mixture, stage):
-    """Tokens of one pass over the mixture, counted by rendering it; ranks share the work. Collective."""
+    """
+    Tokens of one pass over the mixture, counted by rendering it; ranks share the work. Collective.
+    """
     mine = range(stage.rank, len(mixture), stage.world_size)
     count = sum(len(ids) for _, ids in rendered_conversations(mixture, mine, stage.tokenizer))
     return int(all_reduce_sum(torch.tensor(count, device=stage.device)))
 
 
 class Lessons:
-    """Conversations one a row, each of the same weight; see `lesson_indices`. The step alone says which."""
+    """
+    Conversations one a row, each of the same weight; see `lesson_indices`. The step alone says
+    which.
+    """
 
     def __init__(self, stage):
         questions = MMLU("auxiliary_train")
-        others = mid_mixture(identity_epochs, spelling_size, spellingbee_size, data, questions=False)
+        others = mid_mixture(
+            identity_epochs, spelling_size, spellingbee_size, data, questions=False)
         self.mixture = TaskSequence([questions, others])
         self.sizes = (len(questions), len(others))
         self.tokenizer = stage.tokenizer
         self.max_seq_len = stage.model.config.sequence_len
         self.num_rows = lesson_rows
-        self.my_rows = slice(stage.rank, None, stage.world_size)  # dealt out, for the rows are sorted by length
+        # dealt out, for the rows are sorted by length
+        self.my_rows = slice(stage.rank, None, stage.world_size)
         self.steps_per_epoch = count_lessons(len(questions))
         self.iterations = num_iterations if num_iterations > 0 else self.steps_per_epoch
         self.step = stage.step
@@ -151,7 +163,8 @@ class Lessons:
     def next(self, step):
         self.step = step
         indices = lesson_indices(step, *self.sizes)
-        inputs, targets, _ = conversation_rows(self.mixture, indices, self.tokenizer, self.max_seq_len)
+        inputs, targets, _ = conversation_rows(
+            self.mixture, indices, self.tokenizer, self.max_seq_len)
         weights = even_weights(targets)
         mine = (inputs[self.my_rows], targets[self.my_rows], weights[self.my_rows])
         return mine, 1, count_used(targets)  # the weights have a sum of 1
@@ -165,8 +178,9 @@ class Lessons:
 
 def lesson_indices(step, num_questions, num_others):
     """
-    Which lessons step `step` has, as places in the questions and, behind them, in the others. The questions come in
-    their own order, in the toy world from easy to hard; the others are part of one shuffled pass after another.
+    Which lessons step `step` has, as places in the questions and, behind them, in the others. The
+    questions come in their own order, in the toy world from easy to hard; the others are part of
+    one shuffled pass after another.
     """
     mixed = max(0, step - question_steps)  # steps before this one that had both
     few = lesson_rows if step < question_steps else round(lesson_rows * question_share)
@@ -203,8 +217,8 @@ def main():
     iterations = rows.iterations
     most_rows = ceil_div(rows.num_rows, stage.world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, stage.device, most_rows)
-    print0(f"mixture: {len(rows.mixture):,} conversations | batch: {rows.num_rows} rows, {device_rows} at a time on "
-           f"each of {stage.world_size} ranks | steps: {iterations:,}")
+    print0(f"mixture: {len(rows.mixture):,} conversations | batch: {rows.num_rows} rows, "
+           f"{device_rows} at a time on each of {stage.world_size} ranks | steps: {iterations:,}")
     val_documents = conversation_documents(SmolTalk("test"), stage.tokenizer, epochs=1)
     bos = stage.tokenizer.get_bos_token_id()
     val_rows = pack_documents(val_documents, bos, model.config.sequence_len, eval_tokens)
@@ -223,8 +237,7 @@ def main():
         eval_due = last or is_due(step, eval_every)
 
         # Save first: whatever fails later, the steps so far are on disk
-        if keeper.save_due(step, eval_due):
-            keeper.save(step, optimizers, scaler, loader=rows.state())
+        keeper.save_if_due(step, eval_due, loader=rows.state())
         if keeper.stopping:
             break
 
@@ -245,14 +258,16 @@ def main():
             lr_factor *= question_lr_frac
         set_rates(optimizers, lr_factor)
         (inputs, targets, weights), num_targets, num_tokens = rows.next(step)
-        loss, device_rows = accumulate_gradients(model, inputs, targets, num_targets, device_rows, weights, scaler)
+        loss, device_rows = accumulate_gradients(
+            model, inputs, targets, num_targets, device_rows, weights, scaler)
         loss = keeper.check_finite(loss, step, f"the mixture, {rows.state()}")
         grad_norm = optimizer_step(model, optimizers, scaler)
 
         # Log
         step += 1
         progress["tokens"] += num_tokens
-        keeper.finish_step(step, loss, num_tokens, lr_factor, grad_norm, epoch=rows.state()["epoch"])
+        epoch = rows.state()["epoch"]
+        keeper.finish_step(step, loss, num_tokens, lr_factor, grad_norm, epoch=epoch)
 
     # Report and cleanup
     rows.close()

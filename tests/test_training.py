@@ -21,7 +21,7 @@ from nanochat.horizon import (
 )
 from nanochat.metrics_log import MetricsLog
 from nanochat.run_keeper import RunKeeper, StopSignal, attempt, is_due
-from nanochat.training import NO_SCALING, accumulate_gradients, fit_rows, optimizer_step, used_columns
+from nanochat.training import accumulate_gradients, fit_rows, optimizer_step, used_columns
 from tests.stages import small_stage
 from tests.tiny import tiny_model
 
@@ -215,7 +215,7 @@ def test_a_run_is_saved_when_it_is_time(tmp_path):
     keeper = RunKeeper(small_stage(tmp_path), 12, "")
     try:
         assert [step for step in range(13) if keeper.save_due(step, eval_due=step == 8)] == [5, 8, 10, 12]
-        keeper.save(10, (), NO_SCALING, loader={"row": 3})
+        keeper.save(10, loader={"row": 3})
         assert not keeper.save_due(10, eval_due=True)
         assert keeper.stage.manager.load_meta(10)[1]["loader"] == {"row": 3}
         signal.raise_signal(signal.SIGTERM)
@@ -241,13 +241,13 @@ def test_a_save_that_fails_costs_a_warning_the_last_one_and_a_spoiled_model_are_
     keeper = RunKeeper(small_stage(tmp_path), 10, "")
     try:
         monkeypatch.setattr(keeper.stage.manager, "save", fail)
-        keeper.save(5, (), NO_SCALING)
+        keeper.save(5)
         assert "warning: the disk is full" in capsys.readouterr().out
         with pytest.raises(UserError, match="the disk is full"):
-            keeper.save(10, (), NO_SCALING)
+            keeper.save(10)
         keeper.stage.model.lm_head.weight.data[3, 0] = math.nan
         with pytest.raises(UserError, match="not finite after step 5; nothing of this step was saved"):
-            keeper.save(5, (), NO_SCALING)
+            keeper.save(5)
     finally:
         keeper.close()
 
