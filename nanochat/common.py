@@ -1,5 +1,5 @@
 """
-What every stage shares: errors, folders, and the set-up of a process with its device and rank.
+Shared by all stages: errors, folders, and the set-up of a process with its device and rank.
 Importing this module does nothing; `compute_init` sets a process up.
 """
 
@@ -153,7 +153,7 @@ def compute_init(device_type="", seed=42):
     device = choose_device(device_type, ddp_local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.set_float32_matmul_precision("high")  # TF32 in the matmuls that stay in float32
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cpu" and ddp_world_size > 1:
@@ -279,8 +279,8 @@ PEAK_TFLOPS = {
 
 def get_peak_flops(device, dtype):
     """
-    (FLOP/s, 'data sheet' | 'measured'): what MFU is a fraction of. Known GPUs in 16 bits come from
-    the table, anything else is timed on a matmul in the dtype that training uses.
+    (FLOP/s, 'data sheet' | 'measured'), the peak in the definition of MFU. Known GPUs in 16 bits
+    come from the table, anything else is timed on a matmul in the dtype that training uses.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)

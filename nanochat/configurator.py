@@ -2,7 +2,7 @@
 Command-line flags over a script's own globals.
 
 A script declares its settings as annotated lower-case module globals, one per line. The annotation
-says what a setting may be, the trailing comment is its help text:
+declares the values of a setting, the trailing comment is its help text:
 
     depth: Positive = 20             # number of layers; everything else follows from it
     eval_every: CountOrOff = 250     # steps between validation losses; -1 = at the end only
@@ -37,7 +37,7 @@ FALSE = {"false", "0", "no", "off"}
 NONE = {"none", "null"}
 
 # -----------------------------------------------------------------------------
-# What a setting may be
+# Declarations
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ Fraction = Annotated[float, Range(0, 1)]
 
 
 class Kind(NamedTuple):
-    """What an annotation declares: Annotated[int, Range(1)] | None is Kind(int, True, Range(1))."""
+    """A declaration: Annotated[int, Range(1)] | None is Kind(int, True, Range(1))."""
     type: type
     optional: bool
     allowed: Range | Choices | None
@@ -93,7 +93,7 @@ class Kind(NamedTuple):
 
 def read_annotation(annotation):
     """The Kind that an annotation declares."""
-    # int | None: what matters is the first part
+    # int | None: the type is the first part
     optional = get_origin(annotation) in (Union, types.UnionType)
     if optional:
         annotation = get_args(annotation)[0]

@@ -56,7 +56,7 @@ def gather_objects(items):
 
 
 class FailedElsewhere(UserError):
-    """Another rank failed at what all ranks do together."""
+    """Another rank failed in `run_together`."""
 
 
 def run_together(function, device):
@@ -69,7 +69,7 @@ def run_together(function, device):
     failure = None
     try:
         result = function()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # any error at all: the other ranks must hear of it
         failure = error
 
     # One flag per rank: the sum says whether any failed

@@ -52,8 +52,8 @@ def start_wandb(settings):
 class MetricsLog:
     """
     metrics.jsonl, one JSON object a line, and the same to a run of wandb where one is given. Rank 0
-    writes. After a resume at `step`, what the resumed run does again is dropped, so that nothing
-    stands twice: later steps, and the evaluation at that step, which comes after the checkpoint.
+    writes. After a resume at `step`, lines that the resumed run will write again are dropped: those
+    of later steps, and of the evaluation at that step, which comes after the checkpoint.
     """
 
     def __init__(self, path, wandb_run=None, step=0):

@@ -39,7 +39,7 @@ class RunKeeper:
         self._step_s = Ema(0.95)  # seconds; forgets the first step, which compiles
         self._smooth_loss = Ema(*stage.state.get("smooth_loss", ()))
 
-        # What may fail comes first: another run that writes here, wandb without a login
+        # First the two that may fail: another run may write here, wandb may lack a login
         stage.manager.claim(stage.device)
         wandb_run = start_wandb(stage.settings)
 
@@ -102,7 +102,7 @@ class RunKeeper:
         if not all(torch.isfinite(p).all() for p in stage.model.parameters()):
             raise self._diverged(f"parameters are not finite after step {step}")
 
-        # What a resumed run needs besides parameters and optimizers
+        # A resumed run needs this besides parameters and optimizers
         meta = {
             "settings": stage.settings,
             "iterations": self.iterations,
@@ -153,7 +153,7 @@ class RunKeeper:
     # -- the log
 
     def log_evaluation(self, step, metrics):
-        """Print and log what an evaluation at `step` found: {name: number}."""
+        """Print and log the results {name: number} of an evaluation at `step`."""
         train_s = self.stage.progress["train_s"]
         # metric names have a slash, for wandb's panels
         parts = [f"step: {step:05d}"]
@@ -164,7 +164,7 @@ class RunKeeper:
 
     def start_step(self):
         """Start the clock of a step. Returns time.perf_counter()."""
-        # work that is queued on a GPU belongs to what came before
+        # work that is still queued on a GPU is not this step's
         synchronize(self.stage.device)
         self._start = time.perf_counter()
         return self._start

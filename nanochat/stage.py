@@ -28,7 +28,7 @@ class Stage:
     step: int                            # steps that are done
     state: dict                          # meta data of the checkpoint to resume; {} for a new run
     progress: dict                       # counters of the loop; saved with every checkpoint
-    # What is trained; base_train makes the model and tokenizer of a new run itself
+    # The model in training; base_train makes that of a new run itself
     model: GPT | None = None
     tokenizer: RustBPETokenizer | None = None
     optimizers: tuple = ()
@@ -48,7 +48,7 @@ class Stage:
 
 def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=False, mfu=True):
     """
-    Set this process up and load what the stage starts from: its own checkpoint if
+    Set this process up and load the model that the stage starts from: its own checkpoint if
     --resume_from_step asks for it, else the model of `source`, the CheckpointManager of an earlier
     stage.
 

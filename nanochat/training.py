@@ -151,8 +151,8 @@ def backward(model, micro_batch, num_targets, scaler):
 def used_columns(targets):
     """
     How many columns of each row of (R, T) targets a model has to look at, (R,): attention is
-    causal, so those after the last target change nothing. Multiples of 32, at most T, for few
-    shapes to occur.
+    causal, so those after the last target change nothing. Multiples of 32, at most T, so that few
+    shapes occur.
     """
     # the last target's column; 0 where there is none
     T = targets.shape[1]

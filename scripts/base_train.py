@@ -61,7 +61,7 @@ num_iterations: CountOrOff = -1       # optimizer steps
 target_flops: NonNegativeOrOff = -1.0  # total training FLOPs
 target_param_data_ratio: NonNegativeOrOff = 20.0  # training tokens per parameter (Chinchilla: 20)
 # Optimization. None = 0.3 and 0.004, or after a head start 0.01 and 0.0003
-device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = as many as should fit
 total_batch_size: CountOrOff = -1     # tokens per step over all ranks; -1 = derived
 embedding_lr: NonNegative | None = None  # Adam, embedding, x 1 / sqrt(width / 768)
 unembedding_lr: NonNegative | None = None  # Adam, output head, scaled likewise

@@ -65,11 +65,11 @@ num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
 examples_per_step: Positive = 16      # questions per optimizer step over all ranks
 num_samples: Annotated[int, Range(2)] = 16  # answers per question, compared with each other
 max_new_tokens: Positive = 256        # per answer
-temperature: Annotated[float, Range(0.01)] = 1.0  # of the samples; 1 = what the loss assumes
-top_k: Count = 0                      # of the samples; 0 = off, what the loss assumes
+temperature: Annotated[float, Range(0.01)] = 1.0  # of the samples; the loss assumes 1
+top_k: Count = 0                      # of the samples; 0 = off, as the loss assumes
 rollout_rows: Positive = 64           # answers generated at a time on each rank
 # Optimization
-device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = as many as should fit
 embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
 value_lr: NonNegative = 0.1           # Adam, value embeddings; scaled likewise
@@ -129,7 +129,7 @@ def step_questions(task, step):
 def roll_out(engine, task, step):
     """
     Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with
-    num_samples entries per question; what is sampled depends on the seed, the question's place in
+    num_samples entries per question. The samples depend on the seed, the question's place in
     the run and the sample alone.
     """
     context = engine.model.config.sequence_len
@@ -169,7 +169,7 @@ def training_arrays(rows, advantages, max_len):
     targets = np.full((len(rows), T), IGNORE, dtype=np.int32)
     weights = np.zeros((len(rows), T), dtype=np.float32)
     for i, row in enumerate(rows):
-        # A tool's result is not what the model sampled: no target
+        # A tool's result was not sampled by the model: no target
         ids = row.prompt + row.tokens
         end = len(ids) - 1
         start = len(row.prompt) - 1  # the position that predicts the first sampled token

@@ -1,5 +1,5 @@
 """
-Supervised finetuning: one conversation a row, and only what the assistant itself says is a target.
+Supervised finetuning: one conversation a row, and only the assistant's own tokens are targets.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
     python -m scripts.chat_sft --num_iterations=20 --examples_per_step=4           (a CPU, to try)
@@ -52,7 +52,7 @@ num_epochs: Positive = 1              # passes over the mixture
 num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
 examples_per_step: Positive = 32      # conversations per optimizer step over all ranks
 # Optimization
-device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = as many as should fit
 embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
 value_lr: NonNegative = 0.1           # Adam, value embeddings; scaled likewise

@@ -75,7 +75,7 @@ question_share: Fraction = 0.55       # part of multiple choice in the steps aft
 # Horizon
 num_iterations: CountOrOff = -1       # optimizer steps; -1 = one pass over the mixture
 # Optimization
-device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = what the memory holds
+device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = as many as should fit
 total_batch_size: Positive = 524288   # tokens per optimizer step over all ranks
 embedding_lr: NonNegative = 0.2       # Adam, token embedding; scaled by 1 / sqrt(width / 768)
 unembedding_lr: NonNegative = 0.004   # Adam, output head; scaled likewise
@@ -95,7 +95,7 @@ compile: bool | None = None           # torch.compile on a GPU; None = if Triton
 FIXED = ("seed", "lesson_rows", "question_steps", "question_share")
 
 # -----------------------------------------------------------------------------
-# What a step trains on, in one of two ways. `next(step)` gives this rank's (inputs, targets,
+# The rows of a step, in one of two ways. `next(step)` gives this rank's (inputs, targets,
 # weights or None), and the step's number of targets and of tokens over all ranks; `state()` says
 # where in the data that was.
 
