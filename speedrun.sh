@@ -23,7 +23,7 @@ run() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else echo "+ $*"
 ranks() { run torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }
 
 # 0. Set-up: uv, torch, the rustbpe extension; a new report card. A few minutes.
-if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh gpu $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
+if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh gpu; fi
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 run python -m nanochat.report reset
 

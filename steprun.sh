@@ -53,7 +53,7 @@ stage() {  # a script with its flags, under torchrun where there are several GPU
 }
 
 step_setup() {
-    if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh "$EXTRA" $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
+    if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh "$EXTRA"; fi
     run python -m nanochat.report reset
 }
 DOWNLOADED=""

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 run() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else echo "+ $*"; "$@"; fi; }
 
 WANDB_RUN="${WANDB_RUN:-dummy}"
-if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu $([ "$WANDB_RUN" = dummy ] || echo --extra wandb); fi
+if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu; fi
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
 # 1. The toy world: stories, facts, word problems, questions and small talk from a seed (half a minute). Its place in

@@ -1,11 +1,12 @@
 """
 Command-line flags over a script's own globals.
 
-A script declares its settings as annotated lower-case module globals, one per line, with the default and, in
-a trailing comment, the help text:
+A script declares its settings as annotated lower-case module globals, one per line. The annotation
+declares the values of a setting, the trailing comment is its help text:
 
-    depth: int = 20                  # number of layers; everything else follows from it
-    num_iterations: int | None = None  # optimizer steps; None = derived from the horizon
+    depth: Positive = 20             # number of layers; everything else follows from it
+    eval_every: CountOrOff = 250     # steps between validation losses; -1 = at the end only
+    source: Literal["mid", "base"] = "mid"    # stage to start from
 
 and ends with
 
@@ -13,120 +14,257 @@ and ends with
         override_from_cli(globals(), prefix="--")
         run_script(main)
 
-`--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the nearest name,
-and a value of the wrong type is refused in one line. There is no config object: inside `main` the settings are
-plain globals, and a test sets them on the imported module before it calls `main()`. Tools with short flags (`-i`, `-p`)
-use `ArgumentParser`.
+`--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the
+nearest name, and a value of the wrong type or out of range is refused in one line. There is no
+config object: inside `main` the settings are plain globals. A test sets them on the imported module
+before it calls `main()`, which checks them again by `get_settings(globals())`. Tools with short
+flags (`-i`, `-p`) use `ArgumentParser`.
 """
 
 import argparse
 import difflib
-import io
 import math
 import re
 import sys
-import tokenize
+import types
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-_TRUE, _FALSE, _NONE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}, {"none", "null"}
+from nanochat.common import UserError, exit_with
+
+TRUE = {"true", "1", "yes", "on"}
+FALSE = {"false", "0", "no", "off"}
+NONE = {"none", "null"}
+
+# -----------------------------------------------------------------------------
+# Declarations
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from low to high; or_off: also -1, which stands for off, all or derived."""
+    low: float
+    high: float = math.inf
+    or_off: bool = False
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high or (self.or_off and value == -1)
+
+    def __str__(self):
+        text = f"{self.low} to {self.high}"
+        if self.high == math.inf:
+            text = f"{self.low} or more"
+        if self.or_off:
+            text += ", or -1"
+        return text
+
+
+class Choices(tuple):
+    """The values of a Literal."""
+
+    def __str__(self):
+        return " or ".join(self)
+
+
+# For declarations. -1 in an ...OrOff setting stands for off, all or derived: its comment says
+# which.
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+CountOrOff = Annotated[int, Range(1, or_off=True)]
+NonNegative = Annotated[float, Range(0)]
+NonNegativeOrOff = Annotated[float, Range(0, or_off=True)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+class Kind(NamedTuple):
+    """A declaration: Annotated[int, Range(1)] | None is Kind(int, True, Range(1))."""
+    type: type
+    optional: bool
+    allowed: Range | Choices | None
+
+    def __str__(self):
+        text = self.type.__name__
+        if self.optional:
+            text += " | None"
+        if self.allowed:
+            text += f", {self.allowed}"
+        return text
+
+
+def read_annotation(annotation):
+    """The Kind that an annotation declares."""
+    # int | None: the type is the first part
+    optional = get_origin(annotation) in (Union, types.UnionType)
+    if optional:
+        annotation = get_args(annotation)[0]
+
+    # Literal["a", "b"], Annotated[int, Range(1)], or a plain type
+    if get_origin(annotation) is Literal:
+        return Kind(str, optional, Choices(get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        value_type, allowed = get_args(annotation)
+        return Kind(value_type, optional, allowed)
+    return Kind(annotation, optional, None)
+
+
+def read_kinds(namespace):
+    """
+    {name: Kind} of a script's settings: its annotated globals without a capital or a leading
+    underscore.
+    """
+    # Up to Python 3.13 a running script finds its annotations in its globals. From 3.14 on it finds
+    # a function there that evaluates them (PEP 649); 1 is annotationlib.Format.VALUE.
+    annotations = namespace.get("__annotations__", {})
+    if "__annotate__" in namespace:
+        annotations = namespace["__annotate__"](1)
+
+    # Capitals are constants; an underscore is for the script alone
+    kinds = {}
+    for name, annotation in annotations.items():
+        if name == name.lower() and not name.startswith("_"):
+            kinds[name] = read_annotation(annotation)
+    return kinds
 
 
 def get_settings(namespace):
-    """The settings of a script as a dict: its annotated globals without a capital or a leading underscore."""
-    names = namespace.get("__annotations__", {})
-    return {name: namespace[name] for name in names if name == name.lower() and not name.startswith("_")}
+    """
+    The settings of a script as a dict. A value that its declaration does not allow is a UserError.
+    """
+    # tests and notebooks set globals, which the command line has not seen
+    settings = {}
+    for name, kind in read_kinds(namespace).items():
+        settings[name] = namespace[name]
+        check(name, settings[name], kind, f"leave --{name} out for its default")
+    return settings
+
+
+def check(name, value, kind, hint):
+    """Raise UserError where a setting has a value that its declaration does not allow."""
+    if kind.allowed and value is not None and value not in kind.allowed:
+        raise UserError(f"--{name}={value}: need {kind.allowed}", hint)
+
+
+# -----------------------------------------------------------------------------
+# The command line
 
 
 def override_from_cli(namespace, argv=None, prefix="--"):
     """
-    Overwrite the settings in `namespace` (a script's `globals()`) from `argv` (default: the process's arguments).
-    Returns all settings as a dict. `--help` prints every setting and exits 0; a mistake prints `error:` and
-    `hint:` on stderr and exits 2.
+    Overwrite the settings in `namespace` (a script's `globals()`) from `argv` (default: the
+    process's arguments). Returns all settings as a dict. `--help` prints every setting and exits 0;
+    a mistake prints `error:` and `hint:` on stderr and exits 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    types = {name: _type_name(namespace["__annotations__"][name]) for name in get_settings(namespace)}
-    if argv and argv[0] == prefix:  # torchrun hands over the `--` that separates its own flags from ours
+    if argv[:1] == [prefix]:  # torchrun hands over the `--` that separates its own flags from ours
         argv.pop(0)
-    while argv:
-        arg = argv.pop(0)
-        if arg in ("-h", prefix + "help"):
-            print(_help_text(namespace, types, prefix))
-            sys.exit(0)
-        if not arg.startswith(prefix):
-            _fail(f"unexpected argument {arg!r}", f"settings are given as {prefix}name=value; {prefix}help lists them")
-        name, has_value, value = arg[len(prefix):].partition("=")
-        name = name.replace("-", "_")
-        if name not in types:
-            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-            _fail(f"unknown setting {prefix}{name}",
-                  f"did you mean {prefix}{nearest[0]}?" if nearest else f"{prefix}help lists the settings")
-        if not has_value:
-            alone = not argv or argv[0].startswith(prefix)
-            if alone and not types[name].startswith("bool"):
-                _fail(f"{prefix}{name} needs a value ({types[name]})", f"for example {prefix}{name}={namespace[name]}")
-            value = "true" if alone else argv.pop(0)
-        try:
-            namespace[name] = _cast(value, types[name])
-        except (ValueError, OverflowError):
-            _fail(f"{prefix}{name}={value} is not of type {types[name]}",
-                  f"for example {prefix}{name}={namespace[name]}")
+
+    # Flag by flag; of two with one name the last one counts
+    kinds = read_kinds(namespace)
+    try:
+        while argv:
+            arg = argv.pop(0)
+            if arg in ("-h", prefix + "help"):
+                print(help_text(namespace, kinds, prefix))
+                sys.exit(0)
+            if not arg.startswith(prefix):
+                raise UserError(
+                    f"unexpected argument {arg!r}",
+                    f"settings are given as {prefix}name=value; {prefix}help lists them")
+
+            # --max-seq-len=512 -> max_seq_len, 512
+            name, has_value, text = arg.removeprefix(prefix).partition("=")
+            name = name.replace("-", "_")
+            if name not in kinds:
+                raise UserError(f"unknown setting {prefix}{name}", suggest(name, kinds, prefix))
+
+            # Without "=" the value is the next word; a bool that stands alone is true
+            kind = kinds[name]
+            example = f"for example {prefix}{name}={namespace[name]}"
+            if not has_value and argv and not argv[0].startswith(prefix):
+                text = argv.pop(0)
+            elif not has_value and kind.type is bool:
+                text = "true"
+            elif not has_value:
+                raise UserError(f"{prefix}{name} needs a value ({kind})", example)
+            namespace[name] = cast(name, text, kind, example)
+    except UserError as error:
+        exit_with(error)
     return get_settings(namespace)
 
 
+def suggest(name, known, prefix=""):
+    """A hint that names the option most like `name`."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists them"
+
+
+def cast(name, text, kind, hint):
+    """The text of a flag as a value of its kind, or UserError."""
+    # none is a value of its own
+    if kind.optional and text.lower() in NONE:
+        return None
+    try:
+        value = CASTS[kind.type](text)
+    except (ValueError, OverflowError):
+        raise UserError(f"--{name}={text} is not of type {kind}", hint) from None
+    check(name, value, kind, hint)
+    return value
+
+
+def cast_bool(text):
+    text = text.lower()
+    if text not in TRUE | FALSE:
+        raise ValueError(text)
+    return text in TRUE
+
+
+def cast_int(text):
+    """1000, 1_000 and 1e3."""
+    # not through float, which would round large numbers
+    if "e" not in text.lower():
+        return int(text)
+    number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def cast_float(text):
+    number = float(text)
+    if not math.isfinite(number):  # no setting means anything at nan or inf
+        raise ValueError(text)
+    return number
+
+
+CASTS = {bool: cast_bool, int: cast_int, float: cast_float, str: str}
+
+
+def help_text(namespace, kinds, prefix):
+    """
+    The script's docstring, then every setting with its kind, default and comment, in the order of
+    the file.
+    """
+    # a setting's comment stands on its line
+    with open(namespace["__file__"], encoding="utf-8") as f:
+        comments = dict(re.findall(r"^(\w+):.*?\s# *(.*)", f.read(), re.MULTILINE))
+    text = (namespace.get("__doc__") or "").strip() + "\n\nsettings:"
+    for name, kind in kinds.items():
+        text += f"\n  {prefix}{name}={namespace[name]}  ({kind})  {comments.get(name, '')}"
+    return text
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too."""
+    """
+    argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too.
+    """
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-        _fail(message.removeprefix("argument "), f"did you mean {near[0]}?" if near else "--help lists the options")
 
-
-def _type_name(annotation):
-    """`int`, `int | None` or a string of the same (postponed annotations) -> 'int', 'int | None'."""
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _cast(value, type_name):
-    """Turn the text of a flag into the declared type. `int` takes 1_000 and 1e6; `float` takes 1."""
-    options = [option.strip() for option in type_name.split("|")]
-    if "None" in options and value.lower() in _NONE:
-        return None
-    option = options[0]
-    if option == "bool":
-        if value.lower() not in _TRUE | _FALSE:
-            raise ValueError(value)
-        return value.lower() in _TRUE
-    if option == "int":
-        if re.fullmatch(r"[+-]?\d[\d_]*", value):
-            return int(value)
-        number = float(value)
-        if number != int(number):
-            raise ValueError(value)
-        return int(number)
-    if option == "float":
-        if not math.isfinite(float(value)):  # no setting means anything at nan or inf
-            raise ValueError(value)
-        return float(value)
-    return value
-
-
-def _help_text(namespace, types, prefix):
-    """The script's docstring, then every setting with its type, default and comment, in the order of the file."""
-    with open(namespace["__file__"], encoding="utf-8") as f:
-        source = f.read()
-    comments = {}
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        match = token.type == tokenize.COMMENT and re.match(r"(\w+)\s*:", lines[token.start[0] - 1])
-        if match:
-            comments.setdefault(match.group(1), token.string.lstrip("# "))
-    rows = [f"  {prefix}{name}={namespace[name]}  ({kind})  {comments.get(name, '')}" for name, kind in types.items()]
-    return "\n".join([(namespace.get("__doc__") or "").strip(), "", "settings:", *rows])
-
-
-def _fail(error, hint):
-    print(f"error: {error}\nhint: {hint}", file=sys.stderr)
-    sys.exit(2)
+        # argparse does not look for the nearest option
+        name = unknown[1] if unknown else ""
+        hint = suggest(name, self._option_string_actions)
+        exit_with(UserError(message.removeprefix("argument "), hint))

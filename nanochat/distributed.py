@@ -1,5 +1,5 @@
 """
-Collectives, all of them in one place: with one rank each is the identity, so one process runs the same code as many.
+All collectives. With one rank each is the identity, so one process runs the same code as many.
 `common.compute_init` starts the process group.
 """
 
@@ -10,10 +10,12 @@ from nanochat.common import UserError
 
 
 def world_size():
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
+    """0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -28,6 +30,7 @@ def reduce_scatter_sum(full):
     """(world * n, ...) on every rank -> this rank's (n, ...) of the sum over ranks."""
     if world_size() == 1:
         return full
+    # the first dimension divides by the ranks: callers pad it
     shard = torch.empty_like(full[: full.size(0) // world_size()])
     dist.reduce_scatter_tensor(shard, full, op=dist.ReduceOp.SUM)
     return shard
@@ -46,36 +49,46 @@ def gather_objects(items):
     """The lists of all ranks joined, in rank order, on every rank; for small picklable things."""
     if world_size() == 1:
         return items
+    # every rank's list arrives in its place
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
 class FailedElsewhere(UserError):
-    """Another rank failed at what all ranks do together."""
+    """Another rank failed in `run_together`."""
 
 
 def run_together(function, device):
-    """function() on every rank; an error on one becomes an error on all, so that none waits in the next collective."""
-    result = failure = None
+    """
+    function() on every rank; an error on one becomes an error on all, so that none waits in the
+    next collective.
+    """
+    # Do it, but do not leave yet
+    result = None
+    failure = None
     try:
         result = function()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # any error at all: the other ranks must hear of it
         failure = error
+
+    # One flag per rank: the sum says whether any failed
     if all_reduce_sum(torch.tensor(float(failure is not None), device=device)).item() > 0:
         raise failure or FailedElsewhere("it failed on another rank")
     return result
 
 
 def barrier():
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
-# Losses are summed and divided by the step's global token count, so ranks may have different numbers of rows, and
-# any split of a step into ranks and micro-batches gives the same gradient.
-
-
 def rank_slice(num_rows, ddp_rank, ddp_world_size):
-    """This rank's part of a step's rows, as a slice; parts differ by one row at most."""
-    return slice(num_rows * ddp_rank // ddp_world_size, num_rows * (ddp_rank + 1) // ddp_world_size)
+    """
+    This rank's part of a step's rows, as a slice; parts differ by one row at most. They may differ
+    because losses are summed and divided by the targets of all ranks.
+    """
+    start = num_rows * ddp_rank // ddp_world_size
+    end = num_rows * (ddp_rank + 1) // ddp_world_size
+    return slice(start, end)

@@ -27,17 +27,16 @@ from nanochat.common import (
     run_script,
     write_text,
 )
-from nanochat.configurator import get_settings, override_from_cli
+from nanochat.configurator import CountOrOff, Positive, get_settings, override_from_cli
 from nanochat.core_bundle import NUM_TASKS, get_eval_bundle, load_tasks
 from nanochat.core_eval import evaluate_core
 from nanochat.report import get_report
-from nanochat.training import check_settings
 
 hf_path: str = ""              # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
 model_tag: str | None = None   # which of our models, such as d20; None = the last one that was trained
 model_step: int | None = None  # which of its checkpoints; None = the last
-max_per_task: int = -1         # questions per task, the same ones each time; -1 = all
-batch_tokens: int = 16384      # most tokens in a forward pass; halve it when memory runs out
+max_per_task: CountOrOff = -1  # questions per task, the same ones each time; -1 = all
+batch_tokens: Positive = 16384  # most tokens in a forward pass; halve it when memory runs out
 device_type: str = ""          # cuda, mps or cpu; empty = detect
 
 REPORT_COLUMNS = ["task", "accuracy", "stderr", "centered", "n", "truncated"]
@@ -175,7 +174,6 @@ def log_to_report(settings, name, core):
 
 def main():
     settings = get_settings(globals())
-    check_settings(settings)
     ddp_rank, _, _, device = compute_init(device_type)
 
     # tasks, model

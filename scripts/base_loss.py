@@ -8,42 +8,47 @@ Bits per byte of a checkpoint on the training and the validation text, and sampl
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
-from nanochat.configurator import get_settings, override_from_cli
+from nanochat.configurator import CountOrOff, NonNegative, Positive, get_settings, override_from_cli
 from nanochat.dataloader import eval_batches, eval_rows
 from nanochat.dataset import get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
-from nanochat.training import check_settings
 
 # -----------------------------------------------------------------------------
 # Settings
-source: str = "base"            # stage of the checkpoint: base, mid, sft or rl
-model_tag: str | None = None    # model to load; None = the one saved last
-model_step: int | None = None   # step to load; None = the last
-device_type: str = ""           # cuda, mps or cpu; empty = detect
-data: str | None = None         # file, folder or glob; None = the default corpus
-eval_tokens: int = 10485760     # tokens of each split to score; -1 = all
-device_batch_size: int = 8      # rows at a time
-temperature: float = 0.8        # of the unconditioned samples
-seed: int = 42                  # of the unconditioned samples
+source: str = "base"               # stage of the checkpoint: base, mid, sft or rl
+model_tag: str | None = None       # model to load; None = the one saved last
+model_step: int | None = None      # step to load; None = the last
+device_type: str = ""              # cuda, mps or cpu; empty = detect
+data: str | None = None            # file, folder or glob; None = the default corpus
+eval_tokens: CountOrOff = 10485760  # tokens of each split to score; -1 = all
+device_batch_size: Positive = 8    # rows at a time
+temperature: NonNegative = 0.8     # of the unconditioned samples
+seed: int = 42                     # of the unconditioned samples
 
-NUM_UNCONDITIONED, SAMPLE_TOKENS = 4, 64
+NUM_UNCONDITIONED = 4
+SAMPLE_TOKENS = 64
 
 
 def sample_all(model, tokenizer):
-    """[{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>."""
+    """
+    [{prompt, text}]: greedy completions of the prompts, then samples from nothing but <|bos|>.
+    """
     engine = Engine(model, tokenizer)
-    sequences, _ = engine.generate_batch([tokenizer.get_bos_token_id()], NUM_UNCONDITIONED, max_tokens=SAMPLE_TOKENS,
-                                         temperature=temperature, seed=seed)
-    return complete_prompts(engine) + [{"prompt": "", "text": tokenizer.decode(sequence[1:])} for sequence in sequences]
+    samples = complete_prompts(engine)
+    bos = tokenizer.get_bos_token_id()
+    sequences, _ = engine.generate_batch(
+        [bos], NUM_UNCONDITIONED, max_tokens=SAMPLE_TOKENS, temperature=temperature, seed=seed)
+    for sequence in sequences:
+        samples.append({"prompt": "", "text": tokenizer.decode(sequence[1:])})
+    return samples
 
 
 def main():
-    # Init
+    # Device, ranks, model
     settings = get_settings(globals())
-    check_settings(settings, needed=("device_batch_size",))
     ddp_rank, _, ddp_world_size, device = compute_init(device_type)
     model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)
     token_bytes = get_token_bytes(device, tokenizer)
@@ -53,17 +58,26 @@ def main():
     bpb = {}
     for split in ("train", "val"):
         rows = eval_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
-        batches = eval_batches(rows[ddp_rank::ddp_world_size], device_batch_size, device)
+        my_rows = rows[ddp_rank::ddp_world_size]
+        batches = eval_batches(my_rows, device_batch_size, device)
         bpb[split] = evaluate_bpb(model, batches, token_bytes)
         print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)}")
 
     # Samples, on rank 0
-    samples = sample_all(model, tokenizer) if ddp_rank == 0 else []
+    samples = []
+    if ddp_rank == 0:
+        samples = sample_all(model, tokenizer)
     for sample in samples:
         print0(f"sample: {sample['text']!r}")
+
+    # Report and cleanup
     section = "Base model loss" if source == "base" else f"Loss of the {source} model"
-    get_report().log(section, {"config": settings, "samples": samples, "train bpb": bpb["train"],
-                               "metrics": {"bpb": bpb["val"]}})
+    get_report().log(section, {
+        "config": settings,
+        "samples": samples,
+        "train bpb": bpb["train"],
+        "metrics": {"bpb": bpb["val"]},
+    })
     compute_cleanup()
 
 

@@ -11,19 +11,19 @@ corpus.
 """
 
 import time
+from typing import Annotated
 
 from nanochat.common import UserError, get_base_dir, print0, run_script
-from nanochat.configurator import get_settings, override_from_cli
+from nanochat.configurator import CountOrOff, Positive, Range, get_settings, override_from_cli
 from nanochat.dataset import iter_texts
 from nanochat.report import get_report
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
-from nanochat.training import check_settings
 
 data: str | None = None           # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
-max_chars: int = 2_000_000_000    # stop after this many characters
-doc_cap: int = 10_000             # characters taken of one document, so that a few long ones do not decide; -1 = all
-vocab_size: int = 65_536          # tokens, the special ones included
-buffer_size: int = 8192           # documents handed to the trainer at a time: memory against waiting
+max_chars: Positive = 2_000_000_000  # stop after this many characters
+doc_cap: CountOrOff = 10_000      # characters taken of one document, so that a few long ones do not decide; -1 = all
+vocab_size: Annotated[int, Range(265, 2**31)] = 65_536  # tokens; 265 = the bytes and the special ones
+buffer_size: Annotated[int, Range(1, 2**31)] = 8192  # documents handed to the trainer at a time: memory against waiting
 trainer: str = "rustbpe"          # rustbpe, or huggingface (the `tokenizers` library, slower)
 
 # What decoding must give back unchanged: contractions, digits, scripts, emoji, control characters,
@@ -77,7 +77,6 @@ def train_tokenizer():
 
 def main():
     settings = get_settings(globals())
-    check_settings(settings)  # what would fail only after minutes of training fails now
     if trainer not in TOKENIZER_KINDS:
         kinds = " or ".join(TOKENIZER_KINDS)
         raise UserError(f"--trainer={trainer} is unknown, needed: {kinds}")

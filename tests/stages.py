@@ -5,11 +5,14 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from nanochat import dataloader
-from nanochat.checkpoint_manager import get_checkpoint_dir
+from nanochat import stage as stage_module
+from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tasks.gsm8k import GSM8K
+from tests.tiny import tiny_model
 
 BASE = dict(depth=1, max_seq_len=64, total_batch_size=256, device_batch_size=2, eval_tokens=300, eval_every=2,
             num_iterations=4, device_type="cpu")
@@ -34,8 +37,8 @@ def run_stage(stage, **settings):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GSM8K, "reward", odd_length)
-            if hasattr(script, "get_peak_flops"):  # takes half a second a run, in 16 bits five
-                patch.setattr(script, "get_peak_flops", lambda device, dtype: (1e12, "not measured"))
+            # takes half a second a run, in 16 bits five
+            patch.setattr(stage_module, "get_peak_flops", lambda device, dtype: (1e12, "not measured"))
             # 10 rows each, so that 4 steps of 4 rows go through several; the usual half a million tokens take long
             patch.setattr(dataloader, "BLOCK_TOKENS", 650)
             for name, value in (defaults | settings).items():
@@ -44,6 +47,14 @@ def run_stage(stage, **settings):
     finally:  # a run that ends in an error leaves its own behind, which in a process of its own does not matter
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def small_stage(folder, step=0, state=None, **settings):
+    """A Stage as `open_stage` makes it, of a tiny model."""
+    settings = {"run": "dummy", "save_every": 5, "keep_last": -1, **settings}
+    return stage_module.Stage(settings, torch.device("cpu"), rank=0, world_size=1, peak_flops=1e12,
+                              manager=CheckpointManager(folder), step=step, state=state or {},
+                              progress={"train_s": 0.0}, model=tiny_model())
 
 
 def curve(stage, tag="d1"):

@@ -8,8 +8,9 @@ import torch
 
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
+from nanochat.inference import refresh
 from scripts import chat_rl
-from scripts.chat_rl import compare_models, make_rollout_model, roll_out, sync_rollout_model, training_arrays
+from scripts.chat_rl import compare_models, make_rollout_model, roll_out, training_arrays
 from tests.tiny import tiny_model
 
 
@@ -41,7 +42,7 @@ def test_the_make_rollout_model_has_the_weights_of_the_last_step_in_the_compute_
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    sync_rollout_model(writer, model)
+    refresh(writer, model)
     for own, written in zip(model.parameters(), writer.parameters(), strict=True):
         assert own.dtype == torch.float32 and written.dtype == dtype and torch.equal(own.to(dtype), written)
     assert writer.cos.dtype == torch.float32

@@ -12,7 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import FORMAT_VERSION, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
-from nanochat.training import resume_step
+from nanochat.stage import resume_step
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

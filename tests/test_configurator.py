@@ -2,9 +2,12 @@
 
 import pytest
 
+from nanochat.common import UserError
 from nanochat.configurator import get_settings, override_from_cli
 
 SOURCE = '''"""A script."""
+from typing import Literal
+from nanochat.configurator import CountOrOff, Fraction, NonNegative, Positive
 depth: int = 20            # number of layers
 lr: float = 0.5
 run: str = "dummy"         # name of the run
@@ -13,6 +16,11 @@ flag: bool = False
 maybe: bool | None = None
 Constant: int = 3
 _hidden: int = 4
+layers: Positive = 12      # of the model
+every: CountOrOff = 250
+share: Fraction = 0.5
+rate: NonNegative | None = None
+source: Literal["mid", "base"] = "mid"
 '''
 
 
@@ -44,6 +52,8 @@ def script(tmp_path):
     (["--flag=0"], {"flag": False}),
     (["--maybe", "--depth=2"], {"maybe": True, "depth": 2}),
     (["--maybe=none"], {"maybe": None}),
+    (["--layers=1", "--every=-1", "--share=1", "--rate=0"], {"layers": 1, "every": -1, "share": 1.0, "rate": 0.0}),
+    (["--rate=none", "--source=base"], {"rate": None, "source": "base"}),
 ])
 def test_flags_are_cast_by_declared_type(script, argv, expected):
     settings = override_from_cli(script, argv)
@@ -53,7 +63,25 @@ def test_flags_are_cast_by_declared_type(script, argv, expected):
 
 
 def test_settings_are_the_annotated_lower_case_globals(script):
-    assert list(get_settings(script)) == ["depth", "lr", "run", "steps", "flag", "maybe"]
+    assert list(get_settings(script)) == ["depth", "lr", "run", "steps", "flag", "maybe", "layers", "every", "share",
+                                          "rate", "source"]
+
+
+def test_annotations_that_are_evaluated_late_are_the_same(script):
+    """Python 3.14 leaves a function behind in a module's globals, and no `__annotations__` (PEP 649)."""
+    annotations = script.pop("__annotations__", None) or script["__annotate__"](1)
+    late = script | {"__annotate__": lambda format: annotations, "__conditional_annotations__": {0, 1}}
+    assert list(get_settings(late)) == list(annotations)[:6] + list(annotations)[8:]
+    assert override_from_cli(late, ["--depth=4", "--layers=3"])["layers"] == late["layers"] == 3
+
+
+@pytest.mark.parametrize("name, value, need", [
+    ("layers", 0, "1 or more"), ("every", 0, "1 or more, or -1"), ("share", 1.5, "0 to 1"), ("rate", -0.1, "0 or more"),
+    ("source", "sft", "mid or base")])
+def test_a_setting_that_a_test_or_a_notebook_set_is_checked_by_its_declaration(script, name, value, need):
+    script[name] = value
+    with pytest.raises(UserError, match=f"--{name}={value}: need {need}\n.*leave --{name} out"):
+        get_settings(script)
 
 
 @pytest.mark.parametrize("argv, error, hint", [
@@ -66,6 +94,12 @@ def test_settings_are_the_annotated_lower_case_globals(script):
     (["--flag=maybe"], "--flag=maybe is not of type bool", "--flag"),
     (["--depth"], "--depth needs a value", "--depth=20"),
     (["depth=4"], "unexpected argument 'depth=4'", "--name=value"),
+    (["--layers=0"], "--layers=0: need 1 or more", "--layers=12"),
+    (["--layers=2.5"], "--layers=2.5 is not of type int, 1 or more", "--layers=12"),
+    (["--every=0"], "--every=0: need 1 or more, or -1", "--every=250"),
+    (["--share=1.5"], "--share=1.5: need 0 to 1", "--share=0.5"),
+    (["--rate=-1"], "--rate=-1.0: need 0 or more", "--rate=None"),
+    (["--source=sft"], "--source=sft: need mid or base", "--source=mid"),
 ])
 def test_a_mistake_is_two_lines_and_exit_code_2(script, capsys, argv, error, hint):
     with pytest.raises(SystemExit) as exit_info:
@@ -81,3 +115,5 @@ def test_help_shows_every_setting_with_default_and_comment(script, capsys):
     out = capsys.readouterr().out
     assert exit_info.value.code == 0
     assert "--depth=20  (int)  number of layers" in out and "--steps=None  (int | None)" in out and "A script." in out
+    assert "--layers=12  (int, 1 or more)  of the model" in out and "--every=250  (int, 1 or more, or -1)" in out
+    assert "--rate=None  (float | None, 0 or more)" in out and "--source=mid  (str, mid or base)" in out

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     # settings, files, devices
     "common": [],
-    "configurator": [],
+    "configurator": ["common"],
     "distributed": ["common"],
     "precision": ["common"],
     # the model
@@ -45,6 +45,9 @@ ROOMS = {
     # training
     "checkpoint_manager": ["common", "distributed", "gpt", "inference", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],
+    "horizon": ["common", "precision"],
+    "metrics_log": ["common"],
+    "stage": ["checkpoint_manager", "common", "gpt", "precision", "tokenizer", "training"],
     "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "training"],
     # evaluation
     "sandbox_child": [],
@@ -54,6 +57,7 @@ ROOMS = {
     "core_eval": ["distributed"],
     "curves": [],
     "report": ["common", "configurator", "curves"],
+    "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
 }
 
 

@@ -1,4 +1,4 @@
-"""The figures behind the printed speeds: peak FLOP/s, the arithmetic of a step, the choice of the batch size."""
+"""What the speeds on the screen rest on: the data sheets' peaks, a step's arithmetic, the first guess of a batch."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 
 from nanochat.common import get_peak_flops
 from nanochat.gpt import GPTConfig
-from nanochat.training import choose_device_batch_size, step_line
+from nanochat.horizon import choose_device_batch_size
+from nanochat.metrics_log import step_line
 
 CUDA = torch.device("cuda")
 
@@ -18,13 +19,13 @@ CUDA = torch.device("cuda")
     ("NVIDIA A100-SXM4-80GB", 312),
     ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165),
 ])
-def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, tflops, monkeypatch):
+def test_the_peak_of_a_known_gpu_is_its_data_sheets(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     for dtype in (torch.bfloat16, torch.float16):
         assert get_peak_flops(CUDA, dtype) == (tflops * 1e12, "data sheet")
 
 
-def test_the_peak_of_any_other_device_is_measured(monkeypatch):
+def test_the_peak_of_anything_else_is_measured(monkeypatch):
     flops, source = get_peak_flops(torch.device("cpu"), torch.float32)
     assert source == "measured" and 1e8 < flops < 1e15
 
@@ -38,17 +39,14 @@ def test_the_peak_of_any_other_device_is_measured(monkeypatch):
             get_peak_flops(CUDA, dtype)
 
 
-def test_the_metrics_and_the_line_of_a_step():
-    metrics, line = step_line(50, 200, loss=2.0, lr_factor=0.5, dt_s=0.25, tokens=4096, flops_per_s=3e12,
-                              peak_flops=12e12, eta_s=90, epoch=1)
-    assert metrics == {"step": 50, "train/loss": 2.0, "lrm": 0.5, "dt_ms": 250, "tok_per_sec": 16384, "mfu": 0.25,
-                       "epoch": 1}
-    assert line == ("step: 00050/00200 (25.0%) | loss: 2.00000 | lrm: 0.50 | dt: 250ms | tok/s: 16,384 | mfu: 25.0% | "
-                    "eta: 1.5m")
+def test_a_steps_figures():
+    metrics = {"step": 50, "train/loss": 2.0, "lrm": 0.5, "dt_ms": 250, "tok_per_sec": 16384, "mfu": 0.25, "epoch": 1}
+    assert step_line(metrics, 200, eta_s=90) == (
+        "step: 00050/00200 (25.0%) | loss: 2.00000 | lrm: 0.500 | dt: 250ms | tok/s: 16,384 | mfu: 25.0% | eta: 1.5m")
 
 
 @pytest.mark.parametrize("depth", [4, 20, 32])
-def test_more_memory_gives_larger_batches(depth, monkeypatch):
+def test_more_memory_lets_more_rows_in(depth, monkeypatch):
     def guess(gib, max_rows=10**6):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2**30, 2**40))
         return choose_device_batch_size(-1, config, CUDA, max_rows)
@@ -58,6 +56,6 @@ def test_more_memory_gives_larger_batches(depth, monkeypatch):
     assert rows == sorted(rows) and rows[0] == 1 and rows[-1] > rows[1]
     assert all(math.log2(n).is_integer() for n in rows)
     assert guess(10_000, max_rows=24) == 16
-    # a dtype of twice the size: half as many rows
+    # in a format of twice the size half as many fit
     monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
     assert guess(10_000) * 2 == rows[-1]

@@ -10,6 +10,7 @@ import torch
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
 from nanochat.dataloader import rendered_conversations
+from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_rl, mid_train
 from tasks.gsm8k import GSM8K
@@ -53,6 +54,25 @@ def test_mid_goes_over_its_mixture_once(tokenizer):
     loader = meta["loader"]
     position = loader["epoch"] * sum(lengths) + sum(lengths[: loader["row"]]) + loader["offset"]
     assert position > 2048 and abs(position + 64 * loader["rows_used"] - sum(lengths)) <= 2048
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_value_embeddings_have_a_learning_rate_of_their_own_in_every_stage(stage, monkeypatch):
+    """As in pretraining, which is where a model gets them."""
+    def setup_optimizers(model, *args, **kwargs):
+        adam, muon = real(model, *args, **kwargs)
+        rates.append([group["initial_lr"] / model.adam_scale for group in adam.param_groups])
+        return [adam, muon]
+    rates, real = [], GPT.setup_optimizers
+    run_stage("base", model_tag="values", value_embeds=True, num_iterations=1, eval_every=-1)
+    for name in list(STAGES)[1 : list(STAGES).index(stage)]:
+        run_stage(name, model_tag="values", num_iterations=1, eval_every=-1)
+    monkeypatch.setattr(GPT, "setup_optimizers", setup_optimizers)
+    more = {"value_embeds": True} if stage == "base" else {}
+    run_stage(stage, model_tag="values", num_iterations=1, eval_every=-1, embedding_lr=0.2, **more)
+    run_stage(stage, model_tag="values", num_iterations=1, eval_every=-1, embedding_lr=0.2, value_lr=0.07, **more)
+    assert [values for _, _, values in rates] == [pytest.approx(0.1), pytest.approx(0.07)]
+    assert [embedding for _, embedding, _ in rates] == [pytest.approx(0.2)] * 2
 
 
 LESSONS = dict(lesson_rows=6, question_steps=2, question_share=0.5)

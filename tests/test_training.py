@@ -9,25 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import CheckpointManager
 from nanochat.common import UserError
 from nanochat.dataloader import shift
 from nanochat.gpt import GPTConfig
-from nanochat.training import (
-    MetricsLog,
-    RunKeeper,
-    StopSignal,
-    accumulate_gradients,
+from nanochat.horizon import (
     align_batch_size,
-    attempt,
-    check_finite,
     choose_device_batch_size,
     derive_batch_size,
     derive_horizon,
-    fit_rows,
-    optimizer_step,
-    used_columns,
+    shuffled_indices,
 )
+from nanochat.metrics_log import MetricsLog
+from nanochat.run_keeper import RunKeeper, StopSignal, attempt, is_due
+from nanochat.training import accumulate_gradients, fit_rows, optimizer_step, used_columns
+from tests.stages import small_stage
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -142,14 +137,15 @@ def test_a_rank_without_rows_takes_part_in_a_step_in_float16():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    manager = CheckpointManager(tmp_path)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, request):
+    keeper = RunKeeper(small_stage(tmp_path), 10, "")
+    request.addfinalizer(keeper.close)
     with pytest.raises(UserError, match=r"(?s)step 7 is nan.*shard_3, row 3.*no.*earlier checkpoint.*start again"):
-        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", manager)
-    manager.save_model(tiny_model(), 5)
+        keeper.check_finite(torch.tensor(math.nan), 7, "shard_3, row 3")
+    keeper.stage.manager.save_model(tiny_model(), 5)
     with pytest.raises(UserError, match=r"(?s)last good checkpoint is step 5.*resume with"):
-        check_finite(torch.tensor(math.nan), 7, "shard_3, row 3", manager)
-    assert check_finite(torch.tensor(2.5), 7, "", CheckpointManager(tmp_path)) == 2.5
+        keeper.check_finite(torch.tensor(math.nan), 7, "shard_3, row 3")
+    assert keeper.check_finite(torch.tensor(2.5), 7, "") == 2.5
 
 
 def test_an_evaluation_that_fails_costs_a_warning(capsys):
@@ -207,32 +203,21 @@ def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     assert lines[-2:] == [{"step": 4, "train/loss": 0}, {"step": 4, "val/bpb": 1}]
 
 
-def test_a_missing_wandb_is_one_line(tmp_path):
-    try:
-        import wandb  # noqa: F401
-        pytest.skip("wandb is installed")
-    except ImportError:
-        pass
-    with pytest.raises(UserError, match="wandb is not installed"):
-        RunKeeper(CheckpointManager(tmp_path), {"run": "my-run"}, 10, 0, None, "", CPU)
-
-
 def test_a_resumed_run_whose_data_changed_is_warned(tmp_path, capsys):
-    manager, settings = CheckpointManager(tmp_path), {"run": "dummy", "save_every": 5, "keep_last": -1}
-    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "3 documents", CPU).close()
+    stage = small_stage(tmp_path, state={"data": "3 documents"})
+    RunKeeper(stage, 10, "3 documents").close()
     assert capsys.readouterr().out == ""
-    RunKeeper(manager, settings, 10, 0, {"data": "3 documents"}, "4 documents", CPU).close()
+    RunKeeper(stage, 10, "4 documents").close()
     assert "warning: the data is not what the run began with (4 documents now" in capsys.readouterr().out
 
 
 def test_a_run_is_saved_when_it_is_time(tmp_path):
-    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
-    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 12, 0, None, "", CPU)
+    keeper = RunKeeper(small_stage(tmp_path), 12, "")
     try:
         assert [step for step in range(13) if keeper.save_due(step, eval_due=step == 8)] == [5, 8, 10, 12]
-        keeper.save(10, tiny_model(), (), None, None, loader={"row": 3})
+        keeper.save(10, loader={"row": 3})
         assert not keeper.save_due(10, eval_due=True)
-        assert keeper.manager.load_meta(10)[1]["loader"] == {"row": 3}
+        assert keeper.stage.manager.load_meta(10)[1]["loader"] == {"row": 3}
         signal.raise_signal(signal.SIGTERM)
         assert keeper.save_due(11, eval_due=False) and keeper.stopping
     finally:
@@ -253,18 +238,16 @@ def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
 def test_a_save_that_fails_costs_a_warning_the_last_one_and_a_spoiled_model_are_errors(tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise UserError("the disk is full")
-    settings = {"run": "dummy", "save_every": 5, "keep_last": -1}
-    keeper = RunKeeper(CheckpointManager(tmp_path), settings, 10, 0, None, "", CPU)
+    keeper = RunKeeper(small_stage(tmp_path), 10, "")
     try:
-        monkeypatch.setattr(keeper.manager, "save", fail)
-        keeper.save(5, tiny_model(), (), None, None)
+        monkeypatch.setattr(keeper.stage.manager, "save", fail)
+        keeper.save(5)
         assert "warning: the disk is full" in capsys.readouterr().out
         with pytest.raises(UserError, match="the disk is full"):
-            keeper.save(10, tiny_model(), (), None, None)
-        model = tiny_model()
-        model.lm_head.weight.data[3, 0] = math.nan
-        with pytest.raises(UserError, match="not finite after step 5; they were not saved"):
-            keeper.save(5, model, (), None, None)
+            keeper.save(10)
+        keeper.stage.model.lm_head.weight.data[3, 0] = math.nan
+        with pytest.raises(UserError, match="not finite after step 5; nothing of this step was saved"):
+            keeper.save(5)
     finally:
         keeper.close()
 
@@ -281,6 +264,31 @@ def test_one_overflowed_gradient_skips_the_step_of_every_optimizer():
         optimizer_step(model, optimizers, scaler)
         assert [p.tolist() for p in params] == ([[1, 1], [1, 1]] if math.isinf(bad) else [[0, 0], [0, 0]])
     assert scaler.get_scale() == 2.0  # halved once
+
+
+def test_examples_are_shuffled_passes_that_depend_on_the_seed_and_the_pass():
+    passes = [shuffled_indices(range(start, start + 10), 10, seed=1) for start in (0, 10)]
+    assert [sorted(indices) for indices in passes] == [[*range(10)]] * 2 and passes[0] != passes[1]
+    assert shuffled_indices(range(7, 13), 10, seed=1) == (passes[0] + passes[1])[7:13]
+    assert shuffled_indices(range(10), 10, seed=2) != passes[0]
+
+
+def test_what_is_never_due_is_not_due_at_step_0():
+    assert [step for step in range(7) if is_due(step, 3)] == [0, 3, 6]
+    assert not is_due(0, -1)
+
+
+def test_the_time_left_forgets_the_first_step_which_compiles(tmp_path, monkeypatch, capsys):
+    keeper = RunKeeper(small_stage(tmp_path), 101, "")
+    clock = 0.0
+    monkeypatch.setattr("nanochat.run_keeper.time.perf_counter", lambda: clock)
+    for step in range(1, 102):
+        keeper.start_step()
+        clock += 60 if step == 1 else 1
+        keeper.finish_step(step, 2.0, 100, 1.0, 0.5)
+    keeper.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert "dt: 60000ms" in lines[0] and "step: 00051/00101" in lines[50] and lines[50].endswith("eta: 1.0m")
 
 
 def test_columns_after_the_last_target_are_left_out_in_steps_of_32():

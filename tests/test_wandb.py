@@ -4,10 +4,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from nanochat.checkpoint_manager import CheckpointManager
-from nanochat.training import RunKeeper
+from nanochat.run_keeper import RunKeeper
+from tests.stages import small_stage
 
 
 @pytest.fixture
@@ -22,12 +21,12 @@ def calls(monkeypatch):
 
 
 def keep_a_run(folder, name, step=0, state=None):
-    settings = {"run": name, "depth": 4, "save_every": 5}
-    keeper = RunKeeper(CheckpointManager(folder), settings, 10, step, state, "3 documents", torch.device("cpu"))
-    keeper.log({"step": step + 1, "train/loss": 2.5, "mfu": 0.4})
-    keeper.log({"step": step + 1, "val/bpb": 1.5})
+    stage = small_stage(folder, step, state, run=name, depth=4)
+    keeper = RunKeeper(stage, 10, "3 documents")
+    keeper.metrics_log.log({"step": step + 1, "train/loss": 2.5, "mfu": 0.4})
+    keeper.metrics_log.log({"step": step + 1, "val/bpb": 1.5})
     keeper.close()
-    return settings
+    return stage.settings
 
 
 def test_wandb_hears_the_settings_every_metric_and_the_end(tmp_path, calls):

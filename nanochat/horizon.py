@@ -1,0 +1,145 @@
+"""
+How long a run is, how large its batches are, and which examples a step has: all from the settings
+and the model's size.
+"""
+
+import math
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from nanochat.common import UserError, print0
+from nanochat.precision import get_precision_dtype
+
+MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
+MIN_BATCH = 2**11   # tokens; at this size the optimizer already takes a quarter of a step on a CPU
+CPU_TOKENS = 8192   # a CPU gains nothing from a larger micro-batch
+
+# -----------------------------------------------------------------------------
+# Steps and tokens per step
+
+
+def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
+    """
+    (optimizer steps, tokens per step, the setting that decided). The first of the three horizons
+    that is > 0 decides. total_batch_size <= 0 is derived from it: see derive_batch_size, and small
+    enough for MIN_STEPS steps.
+    """
+    sequence_len = model.config.sequence_len
+    if num_iterations > 0:
+        if total_batch_size <= 0:
+            total_batch_size = batch_size_of_steps(num_iterations)
+        return num_iterations, align_batch_size(total_batch_size, sequence_len), "--num_iterations"
+
+    # The two others give a number of tokens
+    if target_flops > 0:
+        rule = "--target_flops"
+        num_tokens = target_flops / model.estimate_flops()
+    elif target_param_data_ratio > 0:
+        rule = "--target_param_data_ratio"
+        num_tokens = target_param_data_ratio * model.num_params()
+    else:
+        raise UserError("the run has no end: --num_iterations, --target_flops and "
+                        "--target_param_data_ratio are all <= 0",
+                        "set one, for example --num_iterations=1000")
+    if total_batch_size <= 0:
+        total_batch_size = min(derive_batch_size(num_tokens), round_batch(num_tokens / MIN_STEPS))
+    batch_tokens = align_batch_size(total_batch_size, sequence_len)
+    return max(1, round(num_tokens / batch_tokens)), batch_tokens, rule
+
+
+def derive_batch_size(num_tokens):
+    """
+    Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv
+    2505.13738), passing through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of
+    two.
+    """
+    return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
+
+
+def batch_size_of_steps(num_steps):
+    """
+    The derived batch size of a run of num_steps. Each depends on the run's tokens: a few rounds
+    settle it.
+    """
+    batch_tokens = 2**14
+    for _ in range(20):
+        batch_tokens = derive_batch_size(num_steps * batch_tokens)
+    return batch_tokens
+
+
+def round_batch(tokens):
+    """The nearest power of two (by ratio), at least MIN_BATCH."""
+    return max(MIN_BATCH, 2 ** round(math.log2(max(tokens, 1))))
+
+
+def align_batch_size(batch_tokens, sequence_len):
+    """
+    The batch in whole rows; a size that is no multiple is rounded to the nearest one, with a note.
+    """
+    aligned = max(1, round(batch_tokens / sequence_len)) * sequence_len
+    if aligned != batch_tokens:
+        print0(f"note: a batch of {batch_tokens} tokens is not a multiple of {sequence_len}, "
+               f"using {aligned}")
+    return aligned
+
+
+# -----------------------------------------------------------------------------
+# Rows per micro-batch
+
+
+def choose_device_batch_size(asked, config, device, max_rows):
+    """
+    Rows per micro-batch to start with: as asked, or if that is <= 0 a power of two that should fit
+    the device's free memory. A guess is enough, since `accumulate_gradients` halves it when it does
+    not fit, and the split never changes the result.
+    """
+    if asked > 0:
+        return asked
+    # Kept for the backward pass: 34 bytes in 16 bits, so 17 elements, per token, layer and channel
+    # (arXiv 2205.05198, eq. 1, without attention scores). Twice that, since code that is not
+    # compiled keeps its intermediate results too.
+    bytes_per_element = get_precision_dtype(device.type).itemsize
+    elements_per_row = 2 * 17 * config.sequence_len * config.n_layer * config.n_embd
+    bytes_per_row = elements_per_row * bytes_per_element
+    if device.type == "cuda":
+        gradients_and_optimizer = 16 * 12 * config.n_layer * config.n_embd**2  # bytes
+        free = torch.cuda.mem_get_info(device)[0] - gradients_and_optimizer
+        rows = int(0.9 * free / bytes_per_row)
+    else:
+        fitting = free_memory_bytes() // (2 * bytes_per_row)
+        rows = min(fitting, max(1, CPU_TOKENS // config.sequence_len))
+    rows = max(1, min(rows, max_rows))
+    return 2 ** int(math.log2(rows))
+
+
+def free_memory_bytes():
+    """Free memory of this machine; 4 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 * 2**30
+
+
+# -----------------------------------------------------------------------------
+# Examples of a step
+
+
+def shuffled_indices(places, num_examples, seed):
+    """
+    Places in an endless sequence of shuffled passes over num_examples -> the indices of the
+    examples there. A pass holds every example once, in an order that depends on the seed and the
+    pass alone.
+    """
+    indices = []
+    for place in places:
+        epoch, place_in_epoch = divmod(place, num_examples)
+        indices.append(int(epoch_order(seed, epoch, num_examples)[place_in_epoch]))
+    return indices
+
+
+@lru_cache(maxsize=2)  # a step may end one pass and begin the next
+def epoch_order(seed, epoch, num_examples):
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)

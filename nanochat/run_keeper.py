@@ -1,0 +1,289 @@
+"""
+Everything around the loop of a training script: saving, stopping on a signal, logging, the report.
+"""
+
+import math
+import signal
+import sys
+import time
+
+import torch
+
+from nanochat.common import UserError, compute_cleanup, peak_memory_bytes, print0, synchronize
+from nanochat.distributed import all_reduce_sum
+from nanochat.metrics_log import MetricsLog, start_wandb, step_line
+from nanochat.report import get_report
+from nanochat.training import Ema
+
+
+class RunKeeper:
+    """
+    Made when all else is set up, so that a run that cannot start moves no checkpoints. Then
+      - a run where another one is still writing is refused;
+      - a new run moves an older one's checkpoints aside, a resumed run those of later steps;
+      - a run resumed past its end is refused;
+      - a resumed run whose data changed prints a warning; `data` is a line that describes them.
+    """
+
+    def __init__(self, stage, iterations, data):
+        # Facts of the run
+        self.stage = stage
+        self.iterations = iterations
+        self.data = data
+        self._flops_per_token = stage.model.estimate_flops()
+
+        # State of the loop
+        self.stopping = False     # a signal asked for it
+        self._saved_step = stage.step if stage.state else -1  # the last checkpoint's
+        self._start = 0.0         # time.perf_counter() when this step began
+        self._step_s = Ema(0.95)  # seconds; forgets the first step, which compiles
+        self._smooth_loss = Ema(*stage.state.get("smooth_loss", ()))
+
+        # First the two that may fail: another run may write here, wandb may lack a login
+        stage.manager.claim(stage.device)
+        wandb_run = start_wandb(stage.settings)
+
+        # Make room: no checkpoint of another run stands among those of this one
+        if stage.state:
+            self._check_resumed()
+            for folder in stage.manager.forget_after(stage.step):
+                print0(f"note: the checkpoint of a later step is now {folder}")
+        else:
+            moved = stage.manager.move_aside()
+            if moved:
+                print0(f"note: the checkpoints of an earlier run are now in {moved}")
+
+        # From here on a signal asks, and metrics are written
+        self._signal = StopSignal(stage.device)
+        self.metrics_path = stage.manager.checkpoint_dir / "metrics.jsonl"
+        self.metrics_log = MetricsLog(self.metrics_path, wandb_run, stage.step)
+
+    def _check_resumed(self):
+        # The horizon may have been shortened
+        step = self.stage.step
+        if step > self.iterations:
+            raise UserError(
+                f"the checkpoint is at step {step}, the run ends at {self.iterations}",
+                f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
+
+        # Files may have been added, or lines
+        data_then = self.stage.state.get("data", self.data)
+        if data_then != self.data:
+            print0("warning: the data is not what the run began with "
+                   f"({self.data} now, {data_then} then): from here on it sees other rows, "
+                   "some perhaps twice")
+
+    # -- saving
+
+    def save_if_due(self, step, eval_due, **state):
+        """Save a checkpoint, with `state` in its meta data, when it is time. Collective."""
+        if self.save_due(step, eval_due):
+            self.save(step, **state)
+
+    def save_due(self, step, eval_due):
+        """
+        Whether to save now: every save_every steps, before every evaluation, at the end, and when a
+        signal asks the run to stop, which `stopping` then says. Collective.
+        """
+        # The last step is saved anyway: a signal then changes nothing
+        last = step == self.iterations
+        self.stopping = self._signal.asked() and not last
+        due = last or self.stopping or eval_due or is_due(step, self.stage.settings["save_every"])
+        return due and step > 0 and step != self._saved_step
+
+    def save(self, step, **state):
+        """
+        Save a checkpoint, with `state` in its meta data. When writing fails the run goes on with a
+        warning, since space may be freed before the next one; but the last save of a run raises, as
+        do parameters that are not finite: the step that spoils them has a finite loss. Collective.
+        """
+        # A checkpoint with NaN would only be noticed when it is loaded
+        stage = self.stage
+        if not all(torch.isfinite(p).all() for p in stage.model.parameters()):
+            raise self._diverged(f"parameters are not finite after step {step}")
+
+        # A resumed run needs this besides parameters and optimizers
+        meta = {
+            "settings": stage.settings,
+            "iterations": self.iterations,
+            "data": self.data,
+            "scaler": stage.scaler.state_dict() or None,
+            "progress": stage.progress,
+            "smooth_loss": self._smooth_loss.state(),
+            **state,
+        }
+        try:
+            stage.manager.save(
+                step,
+                stage.model,
+                stage.optimizers,
+                stage.tokenizer,
+                meta,
+                stage.settings["keep_last"],
+            )
+        except UserError as error:
+            if self.stopping or step == self.iterations:
+                raise
+            print(f"warning: {error}", flush=True)
+        self._saved_step = step
+
+    def check_finite(self, loss, step, place):
+        """
+        The loss summed over ranks as a float. One that is not finite ends the run; `place` says
+        where in the data its rows are from.
+        """
+        loss = all_reduce_sum(loss).item()
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss at step {step} is {loss}; its rows are from {place}")
+        return loss
+
+    def _diverged(self, what):
+        """The UserError for a run whose numbers went wrong: it names the last good checkpoint."""
+        # There may be no checkpoint yet
+        manager = self.stage.manager
+        saved = manager.last_step()
+        last = "nor is there an earlier checkpoint"
+        way_on = "start again with a smaller --matrix_lr"
+        if saved is not None:
+            last = f"the last good checkpoint is step {saved} in {manager.checkpoint_dir}"
+            way_on = "resume with --resume_from_step=-2 and a smaller --matrix_lr"
+        return UserError(f"{what}; nothing of this step was saved, {last}",
+                         f"{way_on}, or check that part of the data")
+
+    # -- the log
+
+    def log_evaluation(self, step, metrics):
+        """Print and log the results {name: number} of an evaluation at `step`."""
+        train_s = self.stage.progress["train_s"]
+        # metric names have a slash, for wandb's panels
+        parts = [f"step: {step:05d}"]
+        for name, value in metrics.items():
+            parts.append(f"{name.replace('/', ' ')}: {value:.6f}")
+        print0(" | ".join([*parts, f"train time: {train_s / 60:.2f}m"]))
+        self.metrics_log.log({"step": step, **metrics, "train_s": train_s})
+
+    def start_step(self):
+        """Start the clock of a step. Returns time.perf_counter()."""
+        # work that is still queued on a GPU is not this step's
+        synchronize(self.stage.device)
+        self._start = time.perf_counter()
+        return self._start
+
+    def finish_step(self, step, loss, tokens, lr_factor, grad_norm, **more):
+        """
+        Count, log and print the optimizer step after which `step` steps are done. tokens: those
+        that all ranks trained on. more: further metrics of this stage.
+        """
+        # The step ends when the device has done it
+        stage = self.stage
+        synchronize(stage.device)
+        dt_s = time.perf_counter() - self._start
+        stage.progress["train_s"] += dt_s
+
+        # Everything to the file, the main figures to the screen
+        metrics = {
+            "step": step,
+            "train/loss": loss,
+            "smooth_loss": self._smooth_loss.update(loss),
+            "lrm": lr_factor,
+            "grad_norm": grad_norm,
+            "dt_ms": 1000 * dt_s,
+            "tok_per_sec": tokens / dt_s,
+            "train_s": stage.progress["train_s"],
+            "memory_bytes": peak_memory_bytes(stage.device),
+            **more,
+        }
+        if stage.peak_flops is not None:
+            flops_per_s = self._flops_per_token * tokens / dt_s
+            metrics["mfu"] = flops_per_s / (stage.peak_flops * stage.world_size)
+        self.metrics_log.log(metrics)
+        eta_s = self._step_s.update(dt_s) * (self.iterations - step)
+        print0(step_line(metrics, self.iterations, eta_s))
+
+    # -- the end
+
+    def finish(self, section, facts):
+        """
+        The end of a script: write its section of the report, leave the process group, close the
+        log. Exits when a signal stopped the run.
+        """
+        # The facts that every stage has
+        train_s = self.stage.progress["train_s"]
+        memory_mib = peak_memory_bytes(self.stage.device) / 2**20
+        print0(f"peak memory: {memory_mib:,.0f} MiB | train time: {train_s / 60:.2f}m")
+        get_report().log(section, {
+            "config": self.stage.settings,
+            "curves": str(self.metrics_path),
+            **facts,
+            "training minutes": train_s / 60,
+            "peak memory MiB": memory_mib,
+        })
+
+        # All ranks leave together, then rank 0 may still write
+        compute_cleanup()
+        self.close()
+
+    def close(self):
+        """
+        Close the log. A run that was stopped says how to go on, and exits as if the signal had
+        ended it (128 + its number): a shell script with further stages then stops too.
+        """
+        self.metrics_log.close()
+        self._signal.restore()
+        if not self.stopping:
+            return
+
+        # Stopped by a signal: how to go on
+        if self._saved_step >= 0:
+            step = self._saved_step
+            print0(f"stopped at step {step}; go on with --resume_from_step={step}")
+        else:
+            print0("stopped before the first step: nothing to save")
+        sys.exit(128 + (self._signal.received or signal.SIGTERM))
+
+
+class StopSignal:
+    """
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost connection) ask the loop to save and end; a second
+    SIGINT interrupts at once. `received` is the number of the first one or 0. `asked` says whether
+    a signal came to any rank: collective, so that all ranks leave the loop at the same step.
+    """
+
+    def __init__(self, device):
+        self.received = 0
+        self._device = device
+        # A background job of a shell script starts with SIGINT ignored; here it stops the run all
+        # the same. nohup ignores SIGHUP, and that is what its user wants. Windows has no SIGHUP.
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def _receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+    def asked(self):
+        received = torch.tensor(float(self.received > 0), device=self._device)
+        return all_reduce_sum(received).item() > 0
+
+    def restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def is_due(step, every):
+    """Whether `step` is a multiple of `every`; never if that is <= 0."""
+    return every > 0 and step % every == 0
+
+
+def attempt(what, function):
+    """function(), or None with a warning when it fails: an evaluation must never cost the run."""
+    try:
+        return function()
+    except Exception as error:  # any failure at all is survivable here, the run is not
+        print(f"warning: {what} failed and is skipped: {type(error).__name__}: {error}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None

@@ -1,0 +1,117 @@
+"""
+How a training stage begins: it sets up the process, then starts a new run or resumes an old one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager
+from nanochat.common import UserError, compute_init, get_peak_flops, print0
+from nanochat.gpt import GPT
+from nanochat.precision import describe_precision, get_precision_dtype
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.training import NO_SCALING, make_scaler
+
+
+@dataclass
+class Stage:
+    """A training stage: where it runs and the model it starts from. `open_stage` makes it."""
+    settings: dict
+    # Where it runs
+    device: torch.device
+    rank: int
+    world_size: int
+    peak_flops: float | None             # of one device; None = not measured
+    # The run
+    manager: CheckpointManager           # of this stage's own checkpoints
+    step: int                            # steps that are done
+    state: dict                          # meta data of the checkpoint to resume; {} for a new run
+    progress: dict                       # counters of the loop; saved with every checkpoint
+    # The model in training; base_train makes that of a new run itself
+    model: GPT | None = None
+    tokenizer: RustBPETokenizer | None = None
+    optimizers: tuple = ()
+    scaler: torch.amp.GradScaler = NO_SCALING
+
+    def load_optimizers(self, optimizers):
+        """
+        Take new optimizers, and give them their saved state if the run is resumed. Returns the
+        loss scaler, which is made anew or restored.
+        """
+        if self.state:
+            self.manager.load_optimizers(optimizers, self.step)
+        self.optimizers = optimizers
+        self.scaler = make_scaler(self.device, self.state.get("scaler"))
+        return self.scaler
+
+
+def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=False, mfu=True):
+    """
+    Set this process up and load the model that the stage starts from: its own checkpoint if
+    --resume_from_step asks for it, else the model of `source`, the CheckpointManager of an earlier
+    stage.
+
+    fixed: settings that a resumed run cannot change. progress: the loop's counters at the start of
+    a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
+    FLOP/s.
+    """
+    # Device, ranks, precision
+    rank, _, world_size, device = compute_init(settings["device_type"], settings["seed"])
+    print0(f"device: {device} x {world_size} | precision: {describe_precision(device.type, fp8)}")
+
+    # The peak that MFU is a fraction of. Now, because a loader's thread would disturb a measurement
+    peak_flops = None
+    if mfu:
+        peak_flops, origin = get_peak_flops(device, get_precision_dtype(device.type))
+        print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({origin})")
+
+    # A new run, or the state of the one to resume
+    step, state = resume_step(manager, settings["resume_from_step"], settings, fixed)
+    progress = {"train_s": 0.0, **(progress or {}), **state.get("progress", {})}
+    stage = Stage(settings, device, rank, world_size, peak_flops, manager, step, state, progress)
+
+    # Model and tokenizer: a resumed run does not need the earlier stage any more
+    if state:
+        source = manager
+        source_step = step
+    elif source is not None:
+        source_step, _ = source.load_meta(settings["model_step"])
+    else:
+        return stage
+    stage.tokenizer = source.load_tokenizer(source_step)
+    stage.model = source.load_model(device, source_step)
+    folder = source.checkpoint_dir
+    print0(f"model: {folder.parent.name}/{folder.name}, step {source_step} | "
+           f"parameters: {stage.model.num_params():,}")
+    return stage
+
+
+def resume_step(manager, resume_from_step, settings, fixed=()):
+    """
+    (step, meta data) to go on from: (0, {}) for a new run (resume_from_step = -1); -2 is the latest
+    whole checkpoint. Settings that differ from the saved run's are printed; those in `fixed` are
+    refused, because changing them would make it another run.
+    """
+    # Which checkpoint
+    if resume_from_step == -1:
+        return 0, {}
+    if resume_from_step < -2:
+        raise UserError(f"--resume_from_step={resume_from_step}: need a step, -2 for the latest "
+                        "checkpoint, or -1 for a new run", "--resume_from_step=-2")
+    step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
+    if "settings" not in meta:
+        raise UserError(f"step {step} in {manager.checkpoint_dir} holds a model alone and cannot "
+                        "be resumed", "resume from another step, or start a new run")
+
+    # Compare the settings
+    for name, saved in meta["settings"].items():
+        now = settings.get(name)
+        if name == "resume_from_step" or now == saved:
+            continue
+        if name in fixed:
+            raise UserError(
+                f"--{name}={now}, but the run that is resumed has {saved}",
+                f"resume with --{name}={saved}, or leave --resume_from_step out for a new run")
+        print0(f"note: --{name}={now} now, {saved} in the run that is resumed")
+    return step, meta
