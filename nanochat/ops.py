@@ -48,16 +48,18 @@ def relu_square(x):
 def rotary_table(length, head_dim, base, device):
     """cos and sin of position * base^(-2i / D), each (1, 1, length, D / 2), always float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = base**-exponents
     positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, base**-exponents)
+    angles = torch.outer(positions, frequencies)
     return angles.cos()[None, None], angles.sin()[None, None]
 
 
 def apply_rotary(x, cos, sin):
     """Rotate each pair (x_i, x_{i + D/2}) by minus the angle of its position. x (B, H, T, D) keeps its dtype."""
     x1, x2 = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-    return rotated.to(x.dtype)
+    y1 = x1 * cos + x2 * sin
+    y2 = x2 * cos - x1 * sin
+    return torch.cat((y1, y2), dim=-1).to(x.dtype)
 
 
 def rotary_norm(x, cos, sin):
@@ -197,8 +199,9 @@ class _HeadLoss(torch.autograd.Function):
             else:
                 dw += dlogits.T @ x[part]
 
-        if len(x) < len(all_x):
-            dx = torch.zeros_like(all_x).index_copy_(0, rows, dx)
+        if len(x) < len(all_x):  # rows without a weight have no gradient
+            all_dx = torch.zeros_like(all_x)
+            dx = all_dx.index_copy_(0, rows, dx)
         ctx.save_for_backward(dx, dw)
         return total
 

@@ -21,19 +21,12 @@ from itertools import islice
 from typing import Any
 
 from nanochat.common import compiles
+from nanochat.conversation import PART_AFTER
 from nanochat.engine import Decoder, Row
 from nanochat.inference import compile_decoding
 from nanochat.streaming import TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
-
-# special token -> kind of the text after it. A tool call has a python and a python_output block.
-BLOCKS = {
-    "python_start": "python",
-    "python_end": "text",
-    "output_start": "python_output",
-    "output_end": "text",
-}
 
 
 class QueueFull(Exception):
@@ -82,8 +75,8 @@ class Request:
         # without tools there are no blocks: all is text
         self.block_kinds = {}
         if self.row.tool is not None:
-            for name, kind in BLOCKS.items():
-                self.block_kinds[self.tokenizer.encode_special(f"<|{name}|>")] = kind
+            for name, kind in PART_AFTER.items():
+                self.block_kinds[self.tokenizer.encode_special(name)] = kind
 
     @property
     def scores_prompt(self):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
+from nanochat.conversation import PART_AFTER
 from nanochat.engine import Engine, Sampling, fit_conversation
 from nanochat.streaming import TextStream
 
@@ -26,12 +27,12 @@ DIM = "\033[2m"
 PLAIN = "\033[0m"
 CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
-# Special tokens in an answer: the type of the part that follows, and how a terminal shows the token
+# How a terminal shows the special tokens around a tool call and its result
 MARKS = {
-    "<|python_start|>": ("python", f"{DIM}["),
-    "<|python_end|>": ("text", f"] {PLAIN}"),
-    "<|output_start|>": ("python_output", f"{DIM}= "),
-    "<|output_end|>": ("text", f" {PLAIN}"),
+    "<|python_start|>": f"{DIM}[",
+    "<|python_end|>": f"] {PLAIN}",
+    "<|output_start|>": f"{DIM}= ",
+    "<|output_end|>": f" {PLAIN}",
 }
 
 
@@ -77,7 +78,7 @@ def answer(engine, prompt, args, seed, show_tools=False):
     wrote, and whether Ctrl-C cut it short.
     """
     tokenizer = engine.tokenizer
-    marks = {tokenizer.encode_special(name): mark for name, mark in MARKS.items()}
+    marks = {tokenizer.encode_special(name): name for name in MARKS}  # ids of these tokens
     # piped output is passed on unchanged
     unsafe = CONTROL if sys.stdout.isatty() else {}
     stream = TextStream(tokenizer)
@@ -104,11 +105,11 @@ def answer(engine, prompt, args, seed, show_tools=False):
                 write(stream.feed(token))
                 continue
             # a tool call or its result begins or ends
-            part_type, shown = marks[token]
+            name = marks[token]
             write(stream.flush())
-            parts.append({"type": part_type, "text": ""})
+            parts.append({"type": PART_AFTER[name], "text": ""})
             if show_tools:
-                print(shown, end="", flush=True)
+                print(MARKS[name], end="", flush=True)
     except KeyboardInterrupt:
         stopped = True
         print("\n(stopped)", file=sys.stderr)

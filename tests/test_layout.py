@@ -39,7 +39,7 @@ ROOMS = {
     "cuda_graphs": [],
     "inference": ["cuda_graphs", "gpt", "ops", "precision"],
     "engine": ["common", "cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
-    "scheduler": ["common", "engine", "inference", "streaming"],
+    "scheduler": ["common", "conversation", "engine", "inference", "streaming"],
     "api": [],
     "service": ["api", "engine", "sampling", "scheduler", "streaming"],
     # training
