@@ -1,7 +1,7 @@
 //! Applies a merge table to text; the ids are exactly those of tiktoken with the same ranks and pattern.
 
-use crate::split::Splitter;
-use crate::words::{hash, is_short, key_of, locked, Interner, Key};
+use super::split::Splitter;
+use super::words::{hash, is_short, key_of, locked, Interner, Key};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicUsize, Ordering};

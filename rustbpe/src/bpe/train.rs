@@ -5,7 +5,7 @@
 //! count: the top is recounted, and merged if the bound was exact, or else put back with the new count. Merging costs
 //! time in proportion to the places where something is merged, and there is no table of pairs to keep up to date.
 
-use crate::words::{Interner, WordCounts};
+use super::words::{Interner, WordCounts};
 use std::cmp::Reverse;
 use std::collections::binary_heap::{BinaryHeap, PeekMut};
 

@@ -1,6 +1,6 @@
 //! Words by number, and how often each occurs.
 
-use crate::split::Splitter;
+use super::split::Splitter;
 use hashbrown::HashTable;
 use rustc_hash::FxHasher;
 use std::hash::Hasher;

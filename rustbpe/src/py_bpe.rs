@@ -1,14 +1,10 @@
 //! The Python module: argument checks, conversions, and the GIL released around all real work.
 //! A bad argument is a ValueError; an error raised by the user's iterator is passed on as it is.
 
-use crate::adamw::{self, Rates, State};
-use crate::attention::{attend, Shape, Tensors};
-use crate::encode::Encoder;
-use crate::loss::{loss_of_bf16, loss_of_f32, Bf16, Logit, Rows};
-use crate::rowwise::{self, Op, Task};
-use crate::split::{Splitter, DEFAULT_PATTERN};
-use crate::train::learn_tokens;
-use crate::words::{count_words, Batch};
+use crate::bpe::encode::Encoder;
+use crate::bpe::split::{Splitter, DEFAULT_PATTERN};
+use crate::bpe::train::learn_tokens;
+use crate::bpe::words::{count_words, Batch};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -92,7 +88,7 @@ fn iterate<'py>(values: &Any<'py>) -> Result<Bound<'py, PyIterator>> {
 ///     tokenizer.train_from_iterator(["some text", "more text"], vocab_size=300)
 ///     tokenizer.encode("more")
 #[pyclass(module = "rustbpe")]
-struct Tokenizer {
+pub struct Tokenizer {
     pattern: String,
     encoder: Option<Encoder>, // None before training
 }
@@ -220,170 +216,4 @@ fn fill(py: Python<'_>, stream: &mut Option<Py<PyIterator>>, batch: &mut Batch, 
         batch.ends.push(batch.text.len());
     }
     Ok(!batch.ends.is_empty())
-}
-
-/// Softmax cross-entropy of logits capped by cap * tanh(x / cap), times a weight a row, on `num_threads` threads.
-/// Takes the addresses of contiguous tensors that no one else uses meanwhile: logits (rows, width) in bfloat16 or
-/// float32, which become their gradient, targets (rows,) int64, weights (rows,) and losses (rows,) float32, the result.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-fn capped_cross_entropy(
-    py: Python<'_>,
-    logits: usize,
-    targets: usize,
-    weights: usize,
-    losses: usize,
-    is_bfloat16: bool,
-    rows: usize,
-    width: usize,
-    cap: f32,
-    num_threads: usize,
-) -> Result<()> {
-    if rows == 0 {
-        return Ok(());
-    }
-    // sound if the caller keeps to the contract above: tensors are aligned, initialised, and do not overlap
-    let targets = unsafe { std::slice::from_raw_parts(targets as *const i64, rows) };
-    let weights = unsafe { std::slice::from_raw_parts(weights as *const f32, rows) };
-    let losses = unsafe { std::slice::from_raw_parts_mut(losses as *mut f32, rows) };
-    if targets.iter().any(|&target| target as usize >= width) {
-        return Err(format!("a target is outside the vocabulary of {width} tokens").into());
-    }
-    py.detach(|| {
-        if is_bfloat16 {
-            let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut Bf16, rows * width) };
-            loss_of_bf16(Rows { logits, targets, weights, losses }, cap, num_threads);
-        } else {
-            let logits = unsafe { std::slice::from_raw_parts_mut(logits as *mut f32, rows * width) };
-            loss_of_f32(Rows { logits, targets, weights, losses }, cap, num_threads);
-        }
-    });
-    Ok(())
-}
-
-/// Row by row, in bfloat16 or float32: 'norm' (value: eps), after a rotation where `angles` has its cosines and sines,
-/// 'relu_square', or 'causal_softmax' (value: the scale). tensors: x and the result; or x (of causal_softmax, the
-/// result), the gradient by the result, and the gradient by x. Each is an address, as above, and strides; their sizes
-/// are (batch, tokens, heads, width), those of the angles, in float32, (batch, tokens, 1, width / 2).
-#[pyfunction]
-#[pyo3(signature = (op, tensors, sizes, is_bfloat16, num_threads, value=0.0, angles=None))]
-#[allow(clippy::too_many_arguments)]
-fn row_op(
-    py: Python<'_>,
-    op: &str,
-    tensors: Vec<(usize, [usize; 3])>,
-    sizes: [usize; 4],
-    is_bfloat16: bool,
-    num_threads: usize,
-    value: f32,
-    angles: Option<[(usize, [usize; 3]); 2]>,
-) -> Result<()> {
-    let rows = |(address, strides)| rowwise::Rows { address, strides };
-    let (x, dy, out) = match tensors[..] {
-        [x, out] => (rows(x), None, rows(out)),
-        [x, dy, out] => (rows(x), Some(rows(dy)), rows(out)),
-        _ => return Err(format!("{} tensors: need 2, or 3 for the gradient", tensors.len()).into()),
-    };
-    let op = match (op, angles) {
-        ("norm", None) => Op::Norm { eps: value },
-        ("norm", Some([cos, sin])) => Op::RotaryNorm { eps: value, cos: rows(cos), sin: rows(sin) },
-        ("relu_square", None) => Op::ReluSquare,
-        ("causal_softmax", None) if sizes[1] <= sizes[3] => Op::CausalSoftmax { scale: value },
-        _ => return Err(format!("there is no {op} of this kind").into()),
-    };
-    let task = Task { op, x, dy, out, sizes: [sizes[0], sizes[1], sizes[2]], width: sizes[3] };
-    let run = if is_bfloat16 { rowwise::run::<Bf16> } else { rowwise::run::<f32> };
-    py.detach(|| unsafe { run(task, num_threads) }); // sound if the caller keeps to the contract
-    Ok(())
-}
-
-/// Attention of one token a row: q and out (rows, heads, dim); k and v with the first lengths[row] positions of each
-/// row and key head, in bfloat16 or float32; the addresses of tensors, as above. sizes: (heads, key heads, dim),
-/// strides: numbers from a row, and from a key head, to the next.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-fn one_token_attention(
-    py: Python<'_>,
-    q: usize,
-    k: usize,
-    v: usize,
-    out: usize,
-    is_bfloat16: bool,
-    lengths: Vec<usize>,
-    sizes: (usize, usize, usize),
-    strides: (usize, usize),
-    num_threads: usize,
-) {
-    let run = if is_bfloat16 { attend_to_addresses::<Bf16> } else { attend_to_addresses::<f32> };
-    let ((heads, kv_heads, dim), (row_stride, head_stride)) = (sizes, strides);
-    let shape = Shape { heads, kv_heads, row_stride, head_stride, dim };
-    py.detach(|| run([q, k, v, out], &lengths, shape, num_threads));
-}
-
-fn attend_to_addresses<L: Logit>(addresses: [usize; 4], lengths: &[usize], shape: Shape, num_threads: usize) {
-    let [q, k, v, out] = addresses;
-    let (size, longest) = (lengths.len() * shape.heads * shape.dim, lengths.iter().max().copied().unwrap_or(0));
-    if size == 0 {
-        return;
-    }
-    // up to the end of the last row's last head
-    let cached =
-        (lengths.len() - 1) * shape.row_stride + (shape.kv_heads - 1) * shape.head_stride + longest * shape.dim;
-    // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
-    let tensors = unsafe {
-        Tensors {
-            q: std::slice::from_raw_parts(q as *const L, size),
-            k: std::slice::from_raw_parts(k as *const L, cached),
-            v: std::slice::from_raw_parts(v as *const L, cached),
-            out: std::slice::from_raw_parts_mut(out as *mut L, size),
-            first: 0,
-        }
-    };
-    attend(tensors, lengths, shape, num_threads);
-}
-
-/// One step of AdamW on `size` float32 numbers: the addresses, as above, of the parameters, their gradient, and its
-/// running means, plain and squared; all but the gradient change. `step` counts from 1.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-fn adamw_update(
-    py: Python<'_>,
-    addresses: [usize; 4],
-    size: usize,
-    step: i32,
-    lr: f64,
-    betas: (f64, f64),
-    eps: f64,
-    weight_decay: f64,
-    num_threads: usize,
-) {
-    let (beta1, beta2) = betas;
-    let rates = Rates {
-        lr: (lr / (1.0 - beta1.powi(step))) as f32,
-        decay: (1.0 - lr * weight_decay) as f32,
-        beta1: beta1 as f32,
-        beta2: beta2 as f32,
-        correction2: (1.0 - beta2.powi(step)) as f32,
-        eps: eps as f32,
-    };
-    let [param, grad, exp_avg, exp_avg_sq] = addresses;
-    if size == 0 {
-        return;
-    }
-    // sound if the caller keeps to the contract: tensors are aligned, initialised, and do not overlap
-    let state = unsafe {
-        State {
-            param: std::slice::from_raw_parts_mut(param as *mut f32, size),
-            grad: std::slice::from_raw_parts(grad as *const f32, size),
-            exp_avg: std::slice::from_raw_parts_mut(exp_avg as *mut f32, size),
-            exp_avg_sq: std::slice::from_raw_parts_mut(exp_avg_sq as *mut f32, size),
-        }
-    };
-    py.detach(|| adamw::update(state, rates, num_threads));
-}
-
-#[pymodule(name = "rustbpe")]
-mod module {
-    #[pymodule_export]
-    use super::{adamw_update, capped_cross_entropy, one_token_attention, row_op, Tokenizer};
 }
