@@ -197,23 +197,21 @@ def capped_cross_entropy(logits, targets, weights, losses, cap):
     weights (n,). The gradient overwrites the logits. All contiguous, weights and losses float32.
     """
     rows = logits.shape[:1]
-    kernels.capped_cross_entropy(
+    tensors = (
         _describe("logits", logits, contiguous=True),
         _describe("targets", targets, INT64, rows, contiguous=True),
         _describe("weights", weights, FLOAT32, rows, contiguous=True),
         _describe("losses", losses, FLOAT32, rows, contiguous=True),
-        cap,
-        torch.get_num_threads(),
     )
+    kernels.capped_cross_entropy(tensors, cap, torch.get_num_threads())
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, *settings):
     """adamw.adamw_update of contiguous float32 tensors of one shape, in place."""
-    kernels.adamw_update(
+    tensors = (
         _describe("param", param, FLOAT32, contiguous=True),
         _describe("grad", grad, FLOAT32, param.shape, contiguous=True),
         _describe("exp_avg", exp_avg, FLOAT32, param.shape, contiguous=True),
         _describe("exp_avg_sq", exp_avg_sq, FLOAT32, param.shape, contiguous=True),
-        *settings,
-        torch.get_num_threads(),
     )
+    kernels.adamw_update(tensors, settings, torch.get_num_threads())

@@ -124,13 +124,8 @@ impl Tokenizer {
     /// the pair with the smallest ids; the number of threads makes no difference.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=None, pattern=None, num_threads=None))]
     fn train_from_iterator(
-        &mut self,
-        py: Python<'_>,
-        iterator: &Any<'_>,
-        vocab_size: &Any<'_>,
-        buffer_size: Option<&Any<'_>>,
-        pattern: Option<&Any<'_>>,
-        num_threads: Option<&Any<'_>>,
+        &mut self, py: Python<'_>, iterator: &Any<'_>, vocab_size: &Any<'_>, buffer_size: Option<&Any<'_>>,
+        pattern: Option<&Any<'_>>, num_threads: Option<&Any<'_>>,
     ) -> Result<()> {
         let vocab_size = integer("vocab_size", vocab_size, 256, 1 << 31)?;
         let buffer_size = buffer_size.map_or(Ok(8192), |value| integer("buffer_size", value, 1, 1 << 31))?;
@@ -180,10 +175,7 @@ impl Tokenizer {
     /// of the last: `ids = np.frombuffer(ids, "<u4")`, then text i is `ids[offsets[i]:offsets[i + 1]]`.
     #[pyo3(signature = (texts, num_threads=None))]
     fn encode_to_buffer<'py>(
-        &self,
-        py: Python<'py>,
-        texts: &Any<'py>,
-        num_threads: Option<&Any<'py>>,
+        &self, py: Python<'py>, texts: &Any<'py>, num_threads: Option<&Any<'py>>,
     ) -> Result<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
         let (encoder, texts, num_threads) = (self.trained()?, self::texts(texts)?, thread_count(num_threads)?);
         let encoded = py.detach(|| encoder.encode_batch(&texts, num_threads))?;

@@ -143,11 +143,7 @@ impl Encoder {
     /// A word that is not in the cache.
     #[inline(never)]
     fn encode_word(
-        &self,
-        text: &[u8],
-        (key, start, end): (Key, usize, usize),
-        worker: &mut Worker,
-        ids: &mut Vec<u32>,
+        &self, text: &[u8], (key, start, end): (Key, usize, usize), worker: &mut Worker, ids: &mut Vec<u32>,
     ) {
         let before = ids.len();
         match self.tokens.find(key, text, start, end) {

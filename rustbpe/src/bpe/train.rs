@@ -51,9 +51,7 @@ struct Trainer {
 /// The tokens: first the 256 bytes, then one a merge, until the vocabulary is full or no pair is left.
 /// `check` is called now and then; its error stops the training.
 pub fn learn_tokens<E: From<String>>(
-    corpus: Vec<WordCounts>,
-    vocab_size: usize,
-    mut check: impl FnMut() -> Result<(), E>,
+    corpus: Vec<WordCounts>, vocab_size: usize, mut check: impl FnMut() -> Result<(), E>,
 ) -> Result<Interner, E> {
     let mut trainer = Trainer::new(corpus)?;
     let mut tokens = Interner::default();

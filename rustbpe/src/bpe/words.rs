@@ -190,9 +190,7 @@ impl<'a> Counter<'a> {
 /// Counts the words of all batches. `next_batch` runs on the calling thread, while the workers split and count; it
 /// fills the batch it is given and returns false at the end of the stream.
 pub fn count_words<E: From<String>>(
-    splitter: &Splitter,
-    num_threads: usize,
-    mut next_batch: impl FnMut(&mut Batch) -> Result<bool, E>,
+    splitter: &Splitter, num_threads: usize, mut next_batch: impl FnMut(&mut Batch) -> Result<bool, E>,
 ) -> Result<Vec<WordCounts>, E> {
     let shards: Vec<Mutex<WordCounts>> = (0..NUM_SHARDS).map(|_| Mutex::default()).collect();
     let error = OnceLock::new(); // the first text that the pattern failed on

@@ -1,5 +1,6 @@
 //! The update of AdamW, in one pass over four tensors where torch takes eight.
 
+use super::tensor::Tensor;
 use super::threads::for_each;
 use multiversion::multiversion;
 
@@ -18,22 +19,50 @@ fn fade(mean: f32) -> f32 {
     }
 }
 
+/// (step, counted from 1; lr; betas; eps; weight decay)
+pub type Settings = (i32, f64, (f64, f64), f64, f64);
+
 #[derive(Clone, Copy)]
-pub struct Rates {
-    pub lr: f32,    // divided by the bias correction of exp_avg
-    pub decay: f32, // factor of the parameters
-    pub beta1: f32,
-    pub beta2: f32,
-    pub correction2: f32, // bias correction of exp_avg_sq
-    pub eps: f32,
+struct Rates {
+    lr: f32,    // divided by the bias correction of exp_avg
+    decay: f32, // factor of the parameters
+    beta1: f32,
+    beta2: f32,
+    correction2: f32, // bias correction of exp_avg_sq
+    eps: f32,
 }
 
-/// The tensors, or a part of each: the parameters, their gradient, and its running means, plain and squared.
-pub struct State<'a> {
-    pub param: &'a mut [f32],
-    pub grad: &'a [f32],
-    pub exp_avg: &'a mut [f32],
-    pub exp_avg_sq: &'a mut [f32],
+/// A part of each tensor.
+struct State<'a> {
+    param: &'a mut [f32],
+    grad: &'a [f32],
+    exp_avg: &'a mut [f32],
+    exp_avg_sq: &'a mut [f32],
+}
+
+/// One step for parameters, their gradient, and its running means, plain and squared; all but the gradient change.
+pub fn update(tensors: [Tensor; 4], settings: Settings, num_threads: usize) -> Result<(), String> {
+    let (step, lr, (beta1, beta2), eps, weight_decay) = settings;
+    let rates = Rates {
+        lr: (lr / (1.0 - beta1.powi(step))) as f32,
+        decay: (1.0 - lr * weight_decay) as f32,
+        beta1: beta1 as f32,
+        beta2: beta2 as f32,
+        correction2: (1.0 - beta2.powi(step)) as f32,
+        eps: eps as f32,
+    };
+    let [mut param, grad, mut exp_avg, mut exp_avg_sq] = tensors;
+    if [grad.shape, exp_avg.shape, exp_avg_sq.shape] != [param.shape; 3] {
+        return Err("the parameters, their gradient and its means differ in shape".to_string());
+    }
+    let parts = param.slice_mut(&[&grad, &exp_avg, &exp_avg_sq])?.chunks_mut(PART);
+    let parts = parts.zip(exp_avg.slice_mut(&[&grad, &exp_avg_sq])?.chunks_mut(PART));
+    let parts = parts.zip(exp_avg_sq.slice_mut(&[&grad])?.chunks_mut(PART));
+    let parts = parts.zip(grad.slice()?.chunks(PART));
+    for_each(parts, num_threads, |(((param, exp_avg), exp_avg_sq), grad)| {
+        update_part(State { param, grad, exp_avg, exp_avg_sq }, rates)
+    });
+    Ok(())
 }
 
 #[multiversion(targets("x86_64+avx2+fma"))]
@@ -45,12 +74,4 @@ fn update_part(state: State, rates: Rates) {
         *square = fade(beta2 * *square + (1.0 - beta2) * grad * grad);
         *param = decay * *param - lr * *mean / ((*square / correction2).sqrt() + eps);
     }
-}
-
-pub fn update(state: State, rates: Rates, num_threads: usize) {
-    let parts = state.param.chunks_mut(PART).zip(state.grad.chunks(PART));
-    let parts = parts.zip(state.exp_avg.chunks_mut(PART)).zip(state.exp_avg_sq.chunks_mut(PART));
-    for_each(parts, num_threads, |(((param, grad), exp_avg), exp_avg_sq)| {
-        update_part(State { param, grad, exp_avg, exp_avg_sq }, rates)
-    });
 }

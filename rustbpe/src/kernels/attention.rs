@@ -1,39 +1,74 @@
 //! Attention of one new token a row to the cached keys and values of that row: what decoding does in every layer.
 //! torch's kernel is made for many queries and takes up to three times as long for one (dev/LOG.md).
 
-use super::math::{dot, exp, Float};
-use super::tensor::Rows;
+use super::math::{dot, exp, Bf16, Float};
+use super::tensor::{Dtype, Rows, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
 
 const WORK_OF_A_PART: usize = 1 << 16; // elements of k
 
-/// What is read: q (B, H, D) contiguous, and of each row and head of k and v a block of positions, of which the first
-/// `lengths[row]` count.
-#[derive(Clone, Copy)]
-pub struct Inputs<'a, L> {
-    pub q: &'a [L],
-    pub k: Rows<'a, L>,
-    pub v: Rows<'a, L>,
-    pub lengths: &'a [usize],
-    pub heads: usize,
-    pub kv_heads: usize, // heads may share keys and values
-    pub dim: usize,
+/// out (B, H, 1, D) = softmax(q k' / sqrt(D)) v of q (B, H, 1, D) with k and v (B, H_kv, S, D) up to position
+/// last (B, 1), or all of it.
+pub fn attend(
+    q: &Tensor, k: &Tensor, v: &Tensor, last: Option<&Tensor>, out: &mut Tensor, num_threads: usize,
+) -> Result<(), String> {
+    match q.dtype {
+        Dtype::Bfloat16 => attend_as::<Bf16>(q, k, v, last, out, num_threads),
+        _ => attend_as::<f32>(q, k, v, last, out, num_threads),
+    }
 }
 
-/// The queries of `out`, which begin with number `first`.
+fn attend_as<L: Float>(
+    q: &Tensor, k: &Tensor, v: &Tensor, last: Option<&Tensor>, out: &mut Tensor, num_threads: usize,
+) -> Result<(), String> {
+    let [num_rows, heads, _, dim] = q.shape;
+    let [_, kv_heads, positions, _] = k.shape;
+    if out.shape != q.shape || q.shape[2] != 1 || kv_heads == 0 || heads % kv_heads != 0 {
+        return Err(format!("q of shape {:?} does not fit k of shape {:?}", q.shape, k.shape));
+    }
+    let lengths = match last {
+        Some(last) => last.slice::<i64>()?.iter().map(|&last| (last as usize).wrapping_add(1)).collect(),
+        None => vec![positions; num_rows],
+    };
+    if lengths.len() != num_rows || lengths.iter().any(|length| !(1..=positions).contains(length)) {
+        return Err(format!("{num_rows} queries attend to {lengths:?} positions of {positions}"));
+    }
+    let kv_shape = [num_rows, kv_heads, positions, dim];
+    let inputs = Inputs { k: k.rows(kv_shape, 2)?, v: v.rows(kv_shape, 2)?, lengths: &lengths, heads, kv_heads };
+    let queries = q.slice::<L>()?;
+    let out = out.slice_mut::<L>(&[q, k, v])?;
+    if out.is_empty() {
+        return Ok(());
+    }
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    let share = WORK_OF_A_PART.div_ceil(1 + dim * longest);
+    let parts = queries.chunks(share * dim).zip(out.chunks_mut(share * dim)).enumerate();
+    for_each(parts, num_threads, |(i, (q, out))| attend_part(inputs, q, out, dim, i * share));
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Inputs<'a, L> {
+    k: Rows<'a, L>, // a "row" has all positions of a head
+    v: Rows<'a, L>,
+    lengths: &'a [usize],
+    heads: usize,
+    kv_heads: usize,
+}
+
+/// Some queries, of which the first has number `first` among all rows' heads.
 #[multiversion(targets("x86_64+avx2+fma"))]
-fn attend_part<L: Float>(inputs: Inputs<L>, out: &mut [L], first: usize) {
-    let Inputs { q, k, v, lengths, heads, kv_heads, dim } = inputs;
+fn attend_part<L: Float>(inputs: Inputs<L>, q: &[L], out: &mut [L], dim: usize, first: usize) {
+    let Inputs { k, v, lengths, heads, kv_heads } = inputs;
     let mut scores = Vec::new();
     let mut sums = vec![0f32; dim];
-    let queries = q[first * dim..].chunks_exact(dim);
-    for (i, (q, out)) in queries.zip(out.chunks_exact_mut(dim)).enumerate() {
+    for (i, (q, out)) in q.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
         let row = (first + i) / heads;
         let head = (first + i) % heads;
-        let block = [row, head * kv_heads / heads, 0];
-        let k = &k.row(block)[..lengths[row] * dim];
-        let v = &v.row(block)[..lengths[row] * dim];
+        let place = [row, head * kv_heads / heads, 0]; // heads may share keys and values
+        let k = &k.row(place)[..lengths[row] * dim];
+        let v = &v.row(place)[..lengths[row] * dim];
         let q: Vec<f32> = q.iter().map(|x| x.to_f32() / (dim as f32).sqrt()).collect();
         scores.resize(lengths[row], 0f32);
         for (score, k) in scores.iter_mut().zip(k.chunks_exact(dim)) {
@@ -54,15 +89,4 @@ fn attend_part<L: Float>(inputs: Inputs<L>, out: &mut [L], first: usize) {
             *out = L::from_f32(sum / total);
         }
     }
-}
-
-/// out (B, H, D) = softmax(q k' / sqrt(D)) v.
-pub fn attend<L: Float>(inputs: Inputs<L>, out: &mut [L], num_threads: usize) {
-    if out.is_empty() {
-        return;
-    }
-    let longest = inputs.lengths.iter().max().copied().unwrap_or(0);
-    let num_queries = WORK_OF_A_PART.div_ceil(1 + inputs.dim * longest);
-    let parts = out.chunks_mut(num_queries * inputs.dim).enumerate();
-    for_each(parts, num_threads, |(i, out)| attend_part(inputs, out, i * num_queries));
 }

@@ -3,84 +3,85 @@
 //! training a d4 with 32,768 tokens.
 //!
 //! With s = 1 / (1 + exp(2x / c)) the capped logit is c - 2c s and its derivative is 4 s (1 - s). The constant c drops
-//! out of the softmax, and exp(-2c s) <= 1 needs no maximum to be subtracted first. Of logits in bfloat16, which has
-//! 65,536 numbers, both are looked up.
+//! out of the softmax, and p = exp(-2c s) <= 1 needs no maximum to be subtracted first.
 
 use super::math::{exp, lane_sums, Bf16, Float, LANES};
+use super::tensor::{Dtype, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
 
 const WORK_OF_A_PART: usize = 1 << 18; // logits
 
-/// Rows, or a part of them: their logits (overwritten by the gradient), targets, weights and losses.
-pub struct Rows<'a, L> {
-    pub logits: &'a mut [L],
-    pub targets: &'a [i64],
-    pub weights: &'a [f32],
-    pub losses: &'a mut [f32],
-}
+/// s and p of each bfloat16 number, by its bits.
+type Table = [(f32, f32); TABLE_SIZE];
+const TABLE_SIZE: usize = 1 << 16;
 
-/// s of a raw logit, and its term in the softmax's sum, exp(-2c s).
-#[inline(always)]
-fn terms(x: f32, cap: f32) -> (f32, f32) {
-    let s = 1.0 / (1.0 + exp((x * (2.0 / cap)).clamp(-80.0, 80.0)));
-    (s, exp(-2.0 * cap * s))
-}
-
-/// Where s and p of a logit come from.
-trait Source<L>: Sync {
-    fn get(&self, x: L) -> (f32, f32);
-}
-
-struct Computed {
-    cap: f32,
-}
-
-impl<L: Float> Source<L> for Computed {
-    #[inline(always)]
-    fn get(&self, x: L) -> (f32, f32) {
-        terms(x.to_f32(), self.cap)
+/// losses (n,) = weights (n,) * cross-entropy of logits (n, V) for targets (n,); the logits become their gradient.
+/// tensors: logits, targets, weights, losses.
+pub fn capped_cross_entropy(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(), String> {
+    match tensors[0].dtype {
+        Dtype::Bfloat16 => run::<Bf16>(tensors, cap, num_threads),
+        _ => run::<f32>(tensors, cap, num_threads),
     }
 }
 
-/// By the bits of a raw bfloat16 logit
-struct Table(Box<[(f32, f32); Table::SIZE]>);
-
-impl Table {
-    const SIZE: usize = 1 << 16;
+fn run<L: Float>(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(), String> {
+    let [mut logits, targets, weights, mut losses] = tensors;
+    let [_, _, num_rows, width] = logits.shape;
+    if [targets.shape, weights.shape, losses.shape] != [[1, 1, 1, num_rows]; 3] {
+        return Err(format!("targets, weights and losses must have {num_rows} elements, one for each row of logits"));
+    }
+    let losses = losses.slice_mut::<f32>(&[&logits, &targets, &weights])?;
+    let logits = logits.slice_mut::<L>(&[&targets, &weights])?;
+    let targets = targets.slice::<i64>()?;
+    let weights = weights.slice::<f32>()?;
+    if let Some(target) = targets.iter().find(|&&target| target as usize >= width) {
+        return Err(format!("target {target} is outside the vocabulary of {width} tokens"));
+    }
+    if logits.is_empty() {
+        return Ok(());
+    }
+    // A table takes as long to make as 65,536 logits to compute
+    let is_worth_a_table = L::DTYPE == Dtype::Bfloat16 && logits.len() > 16 * TABLE_SIZE;
+    let table = is_worth_a_table.then(|| make_table(cap));
+    let share = WORK_OF_A_PART.div_ceil(width);
+    let parts = logits.chunks_mut(share * width).zip(losses.chunks_mut(share));
+    let parts = parts.zip(targets.chunks(share)).zip(weights.chunks(share));
+    for_each(parts, num_threads, |(((logits, losses), targets), weights)| {
+        run_part(Rows { logits, targets, weights, losses }, cap, table.as_deref())
+    });
+    Ok(())
 }
 
-impl Source<Bf16> for Table {
-    #[inline(always)]
-    fn get(&self, x: Bf16) -> (f32, f32) {
-        self.0[x.0 as usize]
-    }
+/// A part of each tensor.
+struct Rows<'a, L> {
+    logits: &'a mut [L],
+    targets: &'a [i64],
+    weights: &'a [f32],
+    losses: &'a mut [f32],
 }
 
 #[multiversion(targets("x86_64+avx2+fma"))]
-fn make_table(cap: f32) -> Table {
-    let mut table = vec![(0.0, 0.0); Table::SIZE];
-    for (bits, entry) in table.iter_mut().enumerate() {
-        *entry = terms(Bf16(bits as u16).to_f32(), cap);
-    }
-    Table(table.try_into().unwrap())
-}
-
-/// losses[i] = weights[i] * cross-entropy(row i, targets[i]), and each row of logits becomes its gradient.
-#[multiversion(targets("x86_64+avx2+fma"))]
-fn loss_part<L: Float, S: Source<L>>(rows: Rows<L>, source: &S, cap: f32) {
+fn run_part<L: Float>(rows: Rows<L>, cap: f32, table: Option<&Table>) {
     let width = rows.logits.len() / rows.losses.len();
     let mut s = vec![0f32; width];
     let mut p = vec![0f32; width];
     for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
-        let target = rows.targets[i] as usize;
-        let weight = rows.weights[i];
-        for ((x, s), p) in row.iter().zip(&mut s).zip(&mut p) {
-            (*s, *p) = source.get(*x);
+        let terms_of_row = row.iter().zip(&mut s).zip(&mut p);
+        if let Some(table) = table {
+            for ((x, s), p) in terms_of_row {
+                (*s, *p) = table[(x.to_f32().to_bits() >> 16) as usize];
+            }
+        } else {
+            for ((x, s), p) in terms_of_row {
+                (*s, *p) = terms(x.to_f32(), cap);
+            }
         }
         let chunks = p.chunks_exact(LANES);
         let tail = chunks.remainder();
         let total = lane_sums(chunks).iter().chain(tail).sum::<f32>();
+        let target = rows.targets[i] as usize;
+        let weight = rows.weights[i];
         rows.losses[i] = weight * (total.ln() + 2.0 * cap * s[target]);
         let scale = 4.0 * weight / total;
         for ((x, s), p) in row.iter_mut().zip(&s).zip(&p) {
@@ -91,29 +92,18 @@ fn loss_part<L: Float, S: Source<L>>(rows: Rows<L>, source: &S, cap: f32) {
     }
 }
 
-/// The same for all rows of logits in float32, shared out to threads.
-pub fn loss_of_f32(rows: Rows<f32>, cap: f32, num_threads: usize) {
-    share_out(rows, num_threads, |rows| loss_part(rows, &Computed { cap }, cap))
+/// s and p of a raw logit.
+#[inline(always)]
+fn terms(x: f32, cap: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp((x * (2.0 / cap)).clamp(-80.0, 80.0)));
+    (s, exp(-2.0 * cap * s))
 }
 
-/// The same for logits in bfloat16. A table for all of them takes as long to make as 65,536 logits to compute.
-pub fn loss_of_bf16(rows: Rows<Bf16>, cap: f32, num_threads: usize) {
-    if rows.logits.len() > 16 * Table::SIZE {
-        let table = make_table(cap);
-        return share_out(rows, num_threads, |rows| loss_part(rows, &table, cap));
+#[multiversion(targets("x86_64+avx2+fma"))]
+fn make_table(cap: f32) -> Box<Table> {
+    let mut table = Box::new([(0.0, 0.0); TABLE_SIZE]);
+    for (bits, entry) in table.iter_mut().enumerate() {
+        *entry = terms(f32::from_bits((bits as u32) << 16), cap);
     }
-    share_out(rows, num_threads, |rows| loss_part(rows, &Computed { cap }, cap))
-}
-
-fn share_out<L: Float>(rows: Rows<L>, num_threads: usize, work: impl Fn(Rows<L>) + Sync) {
-    let count = rows.losses.len();
-    if count == 0 {
-        return;
-    }
-    let (width, share) = (rows.logits.len() / count, (WORK_OF_A_PART * count).div_ceil(rows.logits.len()));
-    let parts = rows.logits.chunks_mut(share * width).zip(rows.losses.chunks_mut(share));
-    let parts = parts.zip(rows.targets.chunks(share)).zip(rows.weights.chunks(share));
-    for_each(parts, num_threads, |(((logits, losses), targets), weights)| {
-        work(Rows { logits, targets, weights, losses })
-    });
+    table
 }

@@ -1,30 +1,103 @@
-//! What a layer does to rows between its matmuls: RMSNorm without a weight, with rotary positions where they are
-//! wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes over
-//! memory for one, and a few microseconds to begin each; here a row is done while it is in the cache.
+//! What a layer does to rows between its matmuls: RMSNorm without a weight, after a rotation by rotary positions where
+//! they are wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes
+//! over memory for one, and a few microseconds to begin each; here a row is done while it is in the cache.
 
-use super::math::{dot, exp, largest, sum, Float};
-use super::tensor::{Rows, RowsMut};
+use super::math::{dot, exp, largest, sum, Bf16, Float};
+use super::tensor::{Dtype, Rows, RowsMut, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
+use std::ops::Range;
 
 const WORK_OF_A_PART: usize = 1 << 15; // elements: small, so that a thread that is held up holds nobody else up
 
 #[derive(Clone, Copy)]
 pub enum Op {
-    Norm { eps: f32 },
+    Norm {
+        eps: f32,
+    },
     ReluSquare,
     /// Of the first b + 1 elements of row (a, b, c) times the scale; the others become 0.
-    CausalSoftmax { scale: f32 },
+    CausalSoftmax {
+        scale: f32,
+    },
 }
 
-/// What an operation reads. With the gradient `dy` of its result it computes the gradient of x; of CausalSoftmax x is
-/// then the result itself. With `angles`, the cosines and sines of half a row, Norm first rotates the pairs
-/// (i, i + width / 2) of a row by minus the angles.
+/// out = op(x); or with dy, the gradient of the result, out = the gradient of x. For the gradient of CausalSoftmax, x is
+/// its result. With angles, the cosines and sines of (1 or a, b, 1, width / 2), Norm first rotates the pairs
+/// (i, i + width / 2) of each row by minus the angle.
+pub struct Task {
+    pub op: Op,
+    pub x: Tensor,
+    pub dy: Option<Tensor>,
+    pub angles: Option<[Tensor; 2]>,
+    pub out: Tensor,
+}
+
+/// The rows that are read.
 #[derive(Clone, Copy)]
-pub struct Inputs<'a, L> {
-    pub x: Rows<'a, L>,
-    pub dy: Option<Rows<'a, L>>,
-    pub angles: Option<[Rows<'a, f32>; 2]>,
+struct Inputs<'a, L> {
+    x: Rows<'a, L>,
+    dy: Option<Rows<'a, L>>,
+    angles: Option<[Rows<'a, f32>; 2]>,
+}
+
+impl Task {
+    pub fn run(&mut self, num_threads: usize) -> Result<(), String> {
+        match self.x.dtype {
+            Dtype::Bfloat16 => self.run_as::<Bf16>(num_threads),
+            _ => self.run_as::<f32>(num_threads),
+        }
+    }
+
+    fn run_as<L: Float>(&mut self, num_threads: usize) -> Result<(), String> {
+        let op = self.op;
+        let shape @ [a, b, c, width] = self.out.shape;
+        if matches!(op, Op::CausalSoftmax { .. }) && b > width {
+            return Err(format!("{b} queries, but {width} keys"));
+        }
+        let mut read = vec![&self.x];
+        let mut inputs = Inputs { x: self.x.rows::<L>(shape, 3)?, dy: None, angles: None };
+        if let Some(dy) = &self.dy {
+            read.push(dy);
+            inputs.dy = Some(dy.rows(shape, 3)?);
+        }
+        if let Some([cos, sin]) = &self.angles {
+            read.extend([cos, sin]);
+            let half = [a, b, c, width / 2];
+            inputs.angles = Some([cos.rows(half, 3)?, sin.rows(half, 3)?]);
+        }
+        let out = self.out.rows_mut::<L>(&read)?;
+        let num_tokens = a * b;
+        let share = WORK_OF_A_PART.div_ceil((c * width).max(1));
+        for_each(0..num_tokens.div_ceil(share), num_threads, |part| {
+            let tokens = part * share..num_tokens.min((part + 1) * share);
+            run_part(op, inputs, &out, shape, tokens)
+        });
+        Ok(())
+    }
+}
+
+/// The rows of some tokens, the pairs (a, b) in rows (a, b, c). The caller gives each token to one thread.
+#[multiversion(targets("x86_64+avx2+fma"))]
+fn run_part<L: Float>(op: Op, inputs: Inputs<L>, out: &RowsMut<L>, shape: [usize; 4], tokens: Range<usize>) {
+    let [_, num_b, num_c, width] = shape;
+    let mut space = vec![0f32; width];
+    for token in tokens {
+        let b = token % num_b;
+        for c in 0..num_c {
+            let place = [token / num_b, b, c];
+            let x = inputs.x.row(place);
+            let dy = inputs.dy.map(|dy| dy.row(place));
+            let angles = inputs.angles.map(|[cos, sin]| [cos.row(place), sin.row(place)]);
+            // SAFETY: each token belongs to one part, each part to one thread, which asks for each row once.
+            let out = unsafe { out.row_mut(place) };
+            match op {
+                Op::Norm { eps } => norm(x, dy, out, angles, eps, &mut space),
+                Op::ReluSquare => relu_square(x, dy, out),
+                Op::CausalSoftmax { scale } => softmax(x, dy, out, b + 1, scale, &mut space),
+            }
+        }
+    }
 }
 
 /// out = scale * x, its pairs rotated by minus the angles; sign -1: by the angles, which undoes it.
@@ -48,14 +121,7 @@ fn rotate<X: Float, Y: Float>(x: &[X], out: &mut [Y], angles: Option<[&[f32]; 2]
 
 /// `space` is as long as a row.
 #[inline(always)]
-fn norm<L: Float>(
-    x: &[L],
-    dy: Option<&[L]>,
-    out: &mut [L],
-    angles: Option<[&[f32]; 2]>,
-    eps: f32,
-    space: &mut [f32],
-) {
+fn norm<L: Float>(x: &[L], dy: Option<&[L]>, out: &mut [L], angles: Option<[&[f32]; 2]>, eps: f32, space: &mut [f32]) {
     let width = x.len() as f32;
     let scale = 1.0 / (dot(x, x) / width + eps).sqrt(); // of the rotated row as well
     let Some(dy) = dy else {
@@ -79,15 +145,15 @@ fn relu(x: f32) -> f32 {
 
 #[inline(always)]
 fn relu_square<L: Float>(x: &[L], dy: Option<&[L]>, out: &mut [L]) {
-    let Some(dy) = dy else {
+    if let Some(dy) = dy {
+        for ((out, x), dy) in out.iter_mut().zip(x).zip(dy) {
+            *out = L::from_f32(2.0 * relu(x.to_f32()) * dy.to_f32());
+        }
+    } else {
         for (out, x) in out.iter_mut().zip(x) {
             let x = relu(x.to_f32());
             *out = L::from_f32(x * x);
         }
-        return;
-    };
-    for ((out, x), dy) in out.iter_mut().zip(x).zip(dy) {
-        *out = L::from_f32(2.0 * relu(x.to_f32()) * dy.to_f32());
     }
 }
 
@@ -113,30 +179,4 @@ fn softmax<L: Float>(x: &[L], dy: Option<&[L]>, out: &mut [L], seen: usize, scal
         }
     }
     future.fill(L::from_f32(0.0));
-}
-
-#[multiversion(targets("x86_64+avx2+fma"))]
-fn run_part<L: Float>(op: Op, inputs: Inputs<L>, mut out: RowsMut<L>) {
-    let Inputs { x, dy, angles } = inputs;
-    let mut space = vec![0f32; x.width];
-    for [a, b] in out.tokens() {
-        for c in 0..out.grid[2] {
-            let place = [a, b, c];
-            let x = x.row(place);
-            let dy = dy.map(|dy| dy.row(place));
-            let angles = angles.map(|[cos, sin]| [cos.row(place), sin.row(place)]);
-            let out = out.row_mut(place);
-            match op {
-                Op::Norm { eps } => norm(x, dy, out, angles, eps, &mut space),
-                Op::ReluSquare => relu_square(x, dy, out),
-                Op::CausalSoftmax { scale } => softmax(x, dy, out, b + 1, scale, &mut space),
-            }
-        }
-    }
-}
-
-/// Writes all rows of `out`.
-pub fn run<L: Float>(op: Op, inputs: Inputs<L>, out: RowsMut<L>, num_threads: usize) {
-    let num_tokens = WORK_OF_A_PART.div_ceil((out.grid[2] * inputs.x.width).max(1));
-    for_each(out.split(num_tokens), num_threads, |out| run_part(op, inputs, out));
 }

@@ -1,11 +1,28 @@
-use super::loss::{loss_of_f32, Rows};
+use super::loss::capped_cross_entropy;
+use super::tensor::{Dtype, Tensor};
+
+/// A contiguous tensor over the elements of a vector, which has to outlive it.
+fn tensor<T>(elements: &mut [T], dtype: Dtype, rows: usize, width: usize) -> Tensor {
+    assert_eq!(elements.len(), rows * width);
+    // SAFETY: the vector is there until the end of the test that asks for the tensor.
+    unsafe { Tensor::new(elements.as_mut_ptr() as usize, dtype, [1, 1, rows, width], [0, 0, width, 1]) }.unwrap()
+}
+
+/// A small random generator (xorshift), so that a failure can be repeated.
+fn random(state: &mut u64, below: usize) -> usize {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    (*state >> 33) as usize % below
+}
 
 #[test]
 fn the_gradient_is_the_slope_of_the_loss() {
     let (rows, width, cap) = (3, 77, 15.0);
     let mut seed = 7;
     let logits: Vec<f32> = (0..rows * width).map(|_| random(&mut seed, 4000) as f32 / 100.0 - 20.0).collect();
-    let (targets, weights) = ([5, 0, 76], [1.0, 0.5, 2.0]);
+    let mut targets = [5i64, 0, 76];
+    let mut weights = [1f32, 0.5, 2.0];
     let loss = |row: usize, bump: Option<usize>| {
         let capped = (0..width).map(|i| {
             let x = logits[row * width + i] as f64 + if bump == Some(i) { 1e-4 } else { 0.0 };
@@ -15,9 +32,15 @@ fn the_gradient_is_the_slope_of_the_loss() {
         weights[row] as f64 * (capped.iter().map(|x| x.exp()).sum::<f64>().ln() - capped[targets[row] as usize])
     };
     for num_threads in [1, 2, 8] {
-        let (mut gradient, mut losses) = (logits.clone(), [0.0; 3]);
-        let batch = Rows { logits: &mut gradient, targets: &targets, weights: &weights, losses: &mut losses };
-        loss_of_f32(batch, cap as f32, num_threads);
+        let mut gradient = logits.clone();
+        let mut losses = [0f32; 3];
+        let tensors = [
+            tensor(&mut gradient, Dtype::Float32, rows, width),
+            tensor(&mut targets, Dtype::Int64, 1, rows),
+            tensor(&mut weights, Dtype::Float32, 1, rows),
+            tensor(&mut losses, Dtype::Float32, 1, rows),
+        ];
+        capped_cross_entropy(tensors, cap as f32, num_threads).unwrap();
         for row in 0..rows {
             assert!((losses[row] as f64 - loss(row, None)).abs() < 1e-5);
             for i in 0..width {
