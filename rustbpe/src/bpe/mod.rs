@@ -3,6 +3,9 @@
 
 #![forbid(unsafe_code)]
 
+/// The error of a callback, or a message.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
 pub mod encode;
 pub mod split;
 pub mod train;

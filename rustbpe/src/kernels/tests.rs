@@ -21,8 +21,8 @@ fn the_gradient_is_the_slope_of_the_loss() {
     let (rows, width, cap) = (3, 77, 15.0);
     let mut seed = 7;
     let logits: Vec<f32> = (0..rows * width).map(|_| random(&mut seed, 4000) as f32 / 100.0 - 20.0).collect();
-    let mut targets = [5i64, 0, 76];
-    let mut weights = [1f32, 0.5, 2.0];
+    let targets = [5i64, 0, 76];
+    let weights = [1f32, 0.5, 2.0];
     let loss = |row: usize, bump: Option<usize>| {
         let capped = (0..width).map(|i| {
             let x = logits[row * width + i] as f64 + if bump == Some(i) { 1e-4 } else { 0.0 };
@@ -34,6 +34,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
     for num_threads in [1, 2, 8] {
         let mut gradient = logits.clone();
         let mut losses = [0f32; 3];
+        let (mut targets, mut weights) = (targets, weights);
         let tensors = [
             tensor(&mut gradient, Dtype::Float32, rows, width),
             tensor(&mut targets, Dtype::Int64, 1, rows),
