@@ -2,6 +2,7 @@
 //! describes it; what does not fit is a ValueError. The GIL is released around all real work.
 
 use crate::kernels::adamw::{self, Settings};
+use crate::kernels::math::Bf16;
 use crate::kernels::rowwise::{Op, Task};
 use crate::kernels::tensor::{Dtype, Tensor};
 use crate::kernels::{attention, loss};
@@ -62,7 +63,8 @@ fn row_op(
         _ => return Err(PyValueError::new_err(format!("there is no operation {op}"))),
     };
     let mut task = Task { op, x, dy, angles, out };
-    release_gil(py, move || task.run(num_threads))
+    let run = if task.x.dtype == Dtype::Bfloat16 { Task::run::<Bf16> } else { Task::run::<f32> };
+    release_gil(py, move || run(&mut task, num_threads))
 }
 
 /// See `attention::attend`.
@@ -70,13 +72,16 @@ fn row_op(
 fn one_token_attention(
     py: Python<'_>, q: Tensor, k: Tensor, v: Tensor, mut out: Tensor, last: Option<Tensor>, num_threads: usize,
 ) -> PyResult<()> {
-    release_gil(py, || attention::attend(&q, &k, &v, last.as_ref(), &mut out, num_threads))
+    let attend = if q.dtype == Dtype::Bfloat16 { attention::attend::<Bf16> } else { attention::attend::<f32> };
+    release_gil(py, || attend(&q, &k, &v, last.as_ref(), &mut out, num_threads))
 }
 
 /// tensors: logits, targets, weights, losses; see `loss::capped_cross_entropy`.
 #[pyfunction]
 fn capped_cross_entropy(py: Python<'_>, tensors: [Tensor; 4], cap: f32, num_threads: usize) -> PyResult<()> {
-    release_gil(py, || loss::capped_cross_entropy(tensors, cap, num_threads))
+    let is_bfloat16 = tensors[0].dtype == Dtype::Bfloat16;
+    let run = if is_bfloat16 { loss::capped_cross_entropy::<Bf16> } else { loss::capped_cross_entropy::<f32> };
+    release_gil(py, || run(tensors, cap, num_threads))
 }
 
 /// tensors: the parameters, their gradient, exp_avg, exp_avg_sq; see `adamw::update`.

@@ -129,11 +129,7 @@ struct Counter<'a> {
     shards: &'a [Mutex<WordCounts>],
 }
 
-impl<'a> Counter<'a> {
-    fn new(shards: &'a [Mutex<WordCounts>]) -> Self {
-        Counter { cache: vec![(0, 0); 1 << CACHE_BITS], shards }
-    }
-
+impl Counter<'_> {
     fn count_batch(&mut self, splitter: &Splitter, batch: &Batch) -> Result<(), Error> {
         let mut start = 0;
         for &end in &batch.ends {
@@ -169,12 +165,6 @@ impl<'a> Counter<'a> {
     fn share(&self, key: Key, word: &[u8], count: u64) {
         locked(&self.shards[hash(key) as usize % NUM_SHARDS]).add(key, word, count);
     }
-
-    fn finish(self) {
-        for &(key, count) in &self.cache {
-            self.evict(key, count);
-        }
-    }
 }
 
 /// Counts the words of all batches. `next_batch` runs on the calling thread, while the workers split and count; it
@@ -188,13 +178,13 @@ pub fn count_words(
     let receiver = Mutex::new(receiver);
     let receive = || locked(&receiver).recv(); // an error once the sender is gone
     let work = || {
-        let mut counter = Counter::new(&shards);
+        let mut counter = Counter { cache: vec![(0, 0); 1 << CACHE_BITS], shards: &shards };
         while let Ok(batch) = receive() {
-            if let Err(message) = counter.count_batch(splitter, &batch) {
-                let _ = error.set(message);
+            if let Err(failure) = counter.count_batch(splitter, &batch) {
+                let _ = error.set(failure);
             }
         }
-        counter.finish();
+        counter.cache.iter().for_each(|&(key, count)| counter.evict(key, count));
     };
     std::thread::scope(|scope| -> Result<(), Error> {
         let sender = sender; // dropped on the way out, also by an error, which ends the workers

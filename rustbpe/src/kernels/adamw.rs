@@ -32,14 +32,6 @@ struct Rates {
     eps: f32,
 }
 
-/// A part of each tensor.
-struct State<'a> {
-    param: &'a mut [f32],
-    grad: &'a [f32],
-    exp_avg: &'a mut [f32],
-    exp_avg_sq: &'a mut [f32],
-}
-
 /// One step for parameters, their gradient, and its running means, plain and squared; all but the gradient change.
 pub fn update(tensors: [Tensor; 4], settings: Settings, num_threads: usize) -> Result<(), String> {
     let (step, lr, (beta1, beta2), eps, weight_decay) = settings;
@@ -60,15 +52,15 @@ pub fn update(tensors: [Tensor; 4], settings: Settings, num_threads: usize) -> R
     let parts = parts.zip(exp_avg_sq.slice_mut(&[&grad])?.chunks_mut(PART));
     let parts = parts.zip(grad.slice()?.chunks(PART));
     for_each(parts, num_threads, |(((param, exp_avg), exp_avg_sq), grad)| {
-        update_part(State { param, grad, exp_avg, exp_avg_sq }, rates)
+        update_part(param, grad, exp_avg, exp_avg_sq, rates)
     });
     Ok(())
 }
 
 #[multiversion(targets("x86_64+avx2+fma"))]
-fn update_part(state: State, rates: Rates) {
+fn update_part(param: &mut [f32], grad: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], rates: Rates) {
     let Rates { lr, decay, beta1, beta2, correction2, eps } = rates;
-    let elements = state.param.iter_mut().zip(state.grad).zip(state.exp_avg).zip(state.exp_avg_sq);
+    let elements = param.iter_mut().zip(grad).zip(exp_avg).zip(exp_avg_sq);
     for (((param, grad), mean), square) in elements {
         *mean = fade(*mean + (1.0 - beta1) * (grad - *mean));
         *square = fade(beta2 * *square + (1.0 - beta2) * grad * grad);

@@ -1,8 +1,8 @@
 //! Attention of one new token a row to the cached keys and values of that row: what decoding does in every layer.
 //! torch's kernel is made for many queries and takes up to three times as long for one (dev/LOG.md).
 
-use super::math::{dot, exp, Bf16, Float};
-use super::tensor::{Dtype, Rows, Tensor};
+use super::math::{dot, exp, Float};
+use super::tensor::{Rows, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
 
@@ -10,16 +10,7 @@ const WORK_OF_A_PART: usize = 1 << 16; // elements of k
 
 /// out (B, H, 1, D) = softmax(q k' / sqrt(D)) v of q (B, H, 1, D) with k and v (B, H_kv, S, D) up to position
 /// last (B, 1), or all of it.
-pub fn attend(
-    q: &Tensor, k: &Tensor, v: &Tensor, last: Option<&Tensor>, out: &mut Tensor, num_threads: usize,
-) -> Result<(), String> {
-    match q.dtype {
-        Dtype::Bfloat16 => attend_as::<Bf16>(q, k, v, last, out, num_threads),
-        _ => attend_as::<f32>(q, k, v, last, out, num_threads),
-    }
-}
-
-fn attend_as<L: Float>(
+pub fn attend<L: Float>(
     q: &Tensor, k: &Tensor, v: &Tensor, last: Option<&Tensor>, out: &mut Tensor, num_threads: usize,
 ) -> Result<(), String> {
     let [num_rows, heads, _, dim] = q.shape;

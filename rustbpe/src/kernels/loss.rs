@@ -5,7 +5,7 @@
 //! With s = 1 / (1 + exp(2x / c)) the capped logit is c - 2c s and its derivative is 4 s (1 - s). The constant c drops
 //! out of the softmax, and p = exp(-2c s) <= 1 needs no maximum to be subtracted first.
 
-use super::math::{exp, lane_sums, Bf16, Float, LANES};
+use super::math::{exp, lane_sums, Float, LANES};
 use super::tensor::{Dtype, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
@@ -18,14 +18,7 @@ const TABLE_SIZE: usize = 1 << 16;
 
 /// losses (n,) = weights (n,) * cross-entropy of logits (n, V) for targets (n,); the logits become their gradient.
 /// tensors: logits, targets, weights, losses.
-pub fn capped_cross_entropy(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(), String> {
-    match tensors[0].dtype {
-        Dtype::Bfloat16 => run::<Bf16>(tensors, cap, num_threads),
-        _ => run::<f32>(tensors, cap, num_threads),
-    }
-}
-
-fn run<L: Float>(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(), String> {
+pub fn capped_cross_entropy<L: Float>(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(), String> {
     let [mut logits, targets, weights, mut losses] = tensors;
     let [_, _, num_rows, width] = logits.shape;
     if [targets.shape, weights.shape, losses.shape] != [[1, 1, 1, num_rows]; 3] {
@@ -48,25 +41,19 @@ fn run<L: Float>(tensors: [Tensor; 4], cap: f32, num_threads: usize) -> Result<(
     let parts = logits.chunks_mut(share * width).zip(losses.chunks_mut(share));
     let parts = parts.zip(targets.chunks(share)).zip(weights.chunks(share));
     for_each(parts, num_threads, |(((logits, losses), targets), weights)| {
-        run_part(Rows { logits, targets, weights, losses }, cap, table.as_deref())
+        run_part(logits, targets, weights, losses, cap, table.as_deref())
     });
     Ok(())
 }
 
-/// A part of each tensor.
-struct Rows<'a, L> {
-    logits: &'a mut [L],
-    targets: &'a [i64],
-    weights: &'a [f32],
-    losses: &'a mut [f32],
-}
-
 #[multiversion(targets("x86_64+avx2+fma"))]
-fn run_part<L: Float>(rows: Rows<L>, cap: f32, table: Option<&Table>) {
-    let width = rows.logits.len() / rows.losses.len();
+fn run_part<L: Float>(
+    logits: &mut [L], targets: &[i64], weights: &[f32], losses: &mut [f32], cap: f32, table: Option<&Table>,
+) {
+    let width = logits.len() / losses.len();
     let mut s = vec![0f32; width];
     let mut p = vec![0f32; width];
-    for (i, row) in rows.logits.chunks_exact_mut(width).enumerate() {
+    for (i, row) in logits.chunks_exact_mut(width).enumerate() {
         let terms_of_row = row.iter().zip(&mut s).zip(&mut p);
         if let Some(table) = table {
             for ((x, s), p) in terms_of_row {
@@ -80,9 +67,9 @@ fn run_part<L: Float>(rows: Rows<L>, cap: f32, table: Option<&Table>) {
         let chunks = p.chunks_exact(LANES);
         let tail = chunks.remainder();
         let total = lane_sums(chunks).iter().chain(tail).sum::<f32>();
-        let target = rows.targets[i] as usize;
-        let weight = rows.weights[i];
-        rows.losses[i] = weight * (total.ln() + 2.0 * cap * s[target]);
+        let target = targets[i] as usize;
+        let weight = weights[i];
+        losses[i] = weight * (total.ln() + 2.0 * cap * s[target]);
         let scale = 4.0 * weight / total;
         for ((x, s), p) in row.iter_mut().zip(&s).zip(&p) {
             *x = L::from_f32(p * scale * (s * (1.0 - s)));

@@ -2,8 +2,8 @@
 //! they are wanted, ReLU^2, and the softmax of causal attention, each with its gradient. torch takes half a dozen passes
 //! over memory for one, and a few microseconds to begin each; here a row is done while it is in the cache.
 
-use super::math::{dot, exp, largest, sum, Bf16, Float};
-use super::tensor::{Dtype, Rows, RowsMut, Tensor};
+use super::math::{dot, exp, largest, sum, Float};
+use super::tensor::{Rows, RowsMut, Tensor};
 use super::threads::for_each;
 use multiversion::multiversion;
 use std::ops::Range;
@@ -42,14 +42,7 @@ struct Inputs<'a, L> {
 }
 
 impl Task {
-    pub fn run(&mut self, num_threads: usize) -> Result<(), String> {
-        match self.x.dtype {
-            Dtype::Bfloat16 => self.run_as::<Bf16>(num_threads),
-            _ => self.run_as::<f32>(num_threads),
-        }
-    }
-
-    fn run_as<L: Float>(&mut self, num_threads: usize) -> Result<(), String> {
+    pub fn run<L: Float>(&mut self, num_threads: usize) -> Result<(), String> {
         let op = self.op;
         let shape @ [a, b, c, width] = self.out.shape;
         if matches!(op, Op::CausalSoftmax { .. }) && b > width {
@@ -135,23 +128,17 @@ fn norm<L: Float>(x: &[L], dy: Option<&[L]>, out: &mut [L], angles: Option<[&[f3
 }
 
 #[inline(always)]
-fn relu(x: f32) -> f32 {
-    if x < 0.0 {
-        0.0
-    } else {
-        x // NaN, too, which f32::max would hide
-    }
-}
-
-#[inline(always)]
 fn relu_square<L: Float>(x: &[L], dy: Option<&[L]>, out: &mut [L]) {
     if let Some(dy) = dy {
         for ((out, x), dy) in out.iter_mut().zip(x).zip(dy) {
-            *out = L::from_f32(2.0 * relu(x.to_f32()) * dy.to_f32());
+            let x = x.to_f32();
+            let x = if x < 0.0 { 0.0 } else { x };
+            *out = L::from_f32(2.0 * x * dy.to_f32());
         }
     } else {
         for (out, x) in out.iter_mut().zip(x) {
-            let x = relu(x.to_f32());
+            let x = x.to_f32();
+            let x = if x < 0.0 { 0.0 } else { x }; // a NaN stays, which f32::max would hide
             *out = L::from_f32(x * x);
         }
     }

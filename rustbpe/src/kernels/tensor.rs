@@ -64,8 +64,9 @@ impl Tensor {
         Ok(Tensor { address, len, dtype, shape, strides })
     }
 
-    /// The elements are `T`, and in each block of the dimensions from `first` on they lie side by side.
-    fn check<T: Element>(&self, first: usize) -> Result<(), String> {
+    /// Checks that the elements are `T`, lie side by side in each block of the dimensions from `first` on, and share
+    /// no memory with `others`.
+    fn check<T: Element>(&self, first: usize, others: &[&Tensor]) -> Result<(), String> {
         let Tensor { dtype, shape, strides, .. } = self;
         if *dtype != T::DTYPE {
             return Err(format!("a tensor is {dtype:?}, but {:?} is needed", T::DTYPE));
@@ -77,63 +78,54 @@ impl Tensor {
             }
             expected = expected.saturating_mul(shape[i]);
         }
-        Ok(())
-    }
-
-    fn check_apart(&self, others: &[&Tensor]) -> Result<(), String> {
         let end = |tensor: &Tensor| tensor.address + tensor.len * tensor.dtype as usize;
-        let shares = |other: &&Tensor| self.address < end(other) && other.address < end(self);
-        match others.iter().any(shares) {
-            true => Err("a tensor that is written shares memory with another tensor of the call".to_string()),
-            false => Ok(()),
+        if others.iter().any(|other| self.address < end(other) && other.address < end(self)) {
+            return Err("a tensor that is written shares memory with another tensor of the call".to_string());
         }
-    }
-
-    fn span<T: Element>(&self, first: usize) -> Result<&[T], String> {
-        self.check::<T>(first)?;
-        if self.len == 0 {
-            return Ok(&[]);
-        }
-        // SAFETY: `new` checked address and size, `check` the type. The caller of `new` promised that the memory stays
-        // and no other thread writes to it; `check_apart` makes sure that this call does not.
-        Ok(unsafe { from_raw_parts(self.address as *const T, self.len) })
+        Ok(())
     }
 
     /// The elements of a contiguous tensor.
     pub fn slice<T: Element>(&self) -> Result<&[T], String> {
-        self.span(0)
+        Ok(self.rows(self.shape, 0)?.elements)
     }
 
-    /// The same, to be written to. None of `others`, the other tensors of the call, may share its memory.
+    /// The elements of a contiguous tensor, to be written to. `others`: all other tensors of the call.
     pub fn slice_mut<T: Element>(&mut self, others: &[&Tensor]) -> Result<&mut [T], String> {
-        self.check::<T>(0)?;
-        self.check_apart(others)?;
+        self.check::<T>(0, others)?;
         if self.len == 0 {
             return Ok(&mut []);
         }
-        // SAFETY: as in `span`. The borrow of `self` and `check_apart` keep all other slices of the call apart.
+        // SAFETY: `new` checked address and size, `check` the type and that no other tensor of the call has this
+        // memory; no other slice of this one is alive, as it is borrowed; the rest is the promise of `new`'s caller.
         Ok(unsafe { from_raw_parts_mut(self.address as *mut T, self.len) })
     }
 
-    /// The rows of a tensor of a shape, which end before dimension `first`. Size 1 in the place of another means that
-    /// the rows are the same for all indices.
+    /// The rows of a tensor of a shape. A row has all of the dimensions from `first` on. Where an earlier dimension has
+    /// size 1 instead, the same rows stand for all of its indices.
     pub fn rows<T: Element>(&self, shape: [usize; 4], first: usize) -> Result<Rows<'_, T>, String> {
+        self.check::<T>(first, &[])?;
         let mut strides = [0; 3];
         for i in 0..4 {
-            if self.shape[i] != shape[i] && (self.shape[i] != 1 || i >= first) {
+            let is_repeated = i < first && self.shape[i] == 1;
+            if self.shape[i] != shape[i] && !is_repeated {
                 return Err(format!("a tensor has shape {:?}, but {shape:?} is needed", self.shape));
             }
-            if i < first && self.shape[i] != 1 {
+            if i < first && !is_repeated {
                 strides[i] = self.strides[i];
             }
         }
-        Ok(Rows { elements: self.span(first)?, strides, width: shape[first..].iter().product() })
+        let elements = match self.len {
+            0 => &[],
+            // SAFETY: as in `slice_mut`; what the call writes to lies elsewhere, as its `check` makes sure.
+            len => unsafe { from_raw_parts(self.address as *const T, len) },
+        };
+        Ok(Rows { elements, strides, width: shape[first..].iter().product() })
     }
 
     /// The rows of the last dimension, to be written to, as for `slice_mut`.
     pub fn rows_mut<T: Element>(&mut self, others: &[&Tensor]) -> Result<RowsMut<'_, T>, String> {
-        self.check::<T>(3)?;
-        self.check_apart(others)?;
+        self.check::<T>(3, others)?;
         let mut dimensions = [0, 1, 2].map(|i| (self.strides[i], self.shape[i]));
         dimensions.sort();
         let mut end = self.shape[3]; // of the elements that the dimensions so far reach
