@@ -1,19 +1,26 @@
-//! rustbpe: trains a byte-level BPE tokenizer and applies it.
+//! nanochat's native extension: two Python modules in one library.
 //!
-//! `split` cuts text into words, `words` counts them in parallel, `train` learns merges from the counts, `encode`
-//! applies them. `loss`, `rowwise`, `attention` and `adamw`, with `threads`, have another purpose: a model on a CPU.
-//! None of these knows Python; `py` is the extension module.
+//! `rustbpe`, in `bpe`, trains a byte-level BPE tokenizer and applies it. `rustbpe.kernels`, in `kernels`, has
+//! operations of a transformer on a CPU. Neither knows Python: `py_bpe` and `py_kernels` are the bindings.
 
-mod adamw;
-mod attention;
-mod encode;
-mod loss;
-mod py;
-mod rowwise;
-mod split;
-mod threads;
-mod train;
-mod words;
+mod bpe;
+mod kernels;
+mod py_bpe;
+mod py_kernels;
 
-#[cfg(test)]
-mod tests;
+#[pyo3::pymodule]
+mod rustbpe {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::py_bpe::Tokenizer;
+    #[pymodule_export]
+    use crate::py_kernels::kernels;
+
+    /// Python finds `import rustbpe.kernels` among the modules that are loaded, as there is no file of this name.
+    #[pymodule_init]
+    fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let kernels = module.getattr("kernels")?;
+        module.py().import("sys")?.getattr("modules")?.set_item("rustbpe.kernels", kernels)
+    }
+}

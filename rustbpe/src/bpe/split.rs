@@ -3,6 +3,7 @@
 //! Our own pattern is split by hand, about ten times as fast as by a regex engine. Character classes come from the
 //! tables of `regex-syntax`, the ones the regex engine uses, so the two cannot drift apart.
 
+use super::Error;
 use regex_syntax::hir::{Class, HirKind};
 use std::sync::LazyLock;
 
@@ -18,7 +19,7 @@ pub enum Splitter {
 }
 
 impl Splitter {
-    pub fn new(pattern: &str) -> Result<Self, String> {
+    pub fn new(pattern: &str) -> Result<Self, Error> {
         if pattern == DEFAULT_PATTERN {
             return Ok(Splitter::Default);
         }
@@ -27,7 +28,7 @@ impl Splitter {
     }
 
     /// Calls `f(start, end)` for each piece, in order. Text that a pattern leaves unmatched is dropped, as in tiktoken.
-    pub fn for_each(&self, text: &str, mut f: impl FnMut(usize, usize)) -> Result<(), String> {
+    pub fn for_each(&self, text: &str, mut f: impl FnMut(usize, usize)) -> Result<(), Error> {
         match self {
             Splitter::Default => {
                 let scan = Scan { text, bytes: text.as_bytes() };

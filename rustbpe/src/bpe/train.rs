@@ -5,7 +5,8 @@
 //! count: the top is recounted, and merged if the bound was exact, or else put back with the new count. Merging costs
 //! time in proportion to the places where something is merged, and there is no table of pairs to keep up to date.
 
-use crate::words::{Interner, WordCounts};
+use super::words::{Interner, WordCounts};
+use super::Error;
 use std::cmp::Reverse;
 use std::collections::binary_heap::{BinaryHeap, PeekMut};
 
@@ -50,11 +51,9 @@ struct Trainer {
 
 /// The tokens: first the 256 bytes, then one a merge, until the vocabulary is full or no pair is left.
 /// `check` is called now and then; its error stops the training.
-pub fn learn_tokens<E: From<String>>(
-    corpus: Vec<WordCounts>,
-    vocab_size: usize,
-    mut check: impl FnMut() -> Result<(), E>,
-) -> Result<Interner, E> {
+pub fn learn_tokens(
+    corpus: Vec<WordCounts>, vocab_size: usize, mut check: impl FnMut() -> Result<(), Error>,
+) -> Result<Interner, Error> {
     let mut trainer = Trainer::new(corpus)?;
     let mut tokens = Interner::default();
     (0..=255).for_each(|byte: u8| _ = tokens.insert_bytes(&[byte]));
@@ -75,7 +74,7 @@ pub fn learn_tokens<E: From<String>>(
 }
 
 impl Trainer {
-    fn new(corpus: Vec<WordCounts>) -> Result<Self, String> {
+    fn new(corpus: Vec<WordCounts>) -> Result<Self, Error> {
         let edge = Cell { token: EDGE, word: 0 };
         let (mut cells, mut counts) = (vec![edge], Vec::new());
         for shard in corpus {
@@ -88,7 +87,9 @@ impl Trainer {
             }
         }
         if cells.len() > INSIDE as usize {
-            return Err(format!("the distinct words have {} bytes, more than 4 GB: train on less text", cells.len()));
+            return Err(
+                format!("the distinct words have {} bytes, more than 4 GB: train on less text", cells.len()).into()
+            );
         }
         let mut trainer = Trainer {
             cells,

@@ -1,6 +1,7 @@
 //! Words by number, and how often each occurs.
 
-use crate::split::Splitter;
+use super::split::Splitter;
+use super::Error;
 use hashbrown::HashTable;
 use rustc_hash::FxHasher;
 use std::hash::Hasher;
@@ -118,22 +119,18 @@ pub struct Batch {
     pub ends: Vec<usize>, // where each text ends in `text`
 }
 
-const NUM_SHARDS: usize = 64; // the shared counts, each shard under its own lock
-const MAX_LOCAL_WORDS: usize = 1 << 16; // a worker hands its own counts over at this size: memory stays flat
-const CACHE_BITS: u32 = 14; // frequent short words are counted in 2^14 slots of 32 bytes, mostly in the L2 cache
+const NUM_SHARDS: usize = 64; // the counts that workers share, each shard under its own lock
+const CACHE_BITS: u32 = 14; // a worker counts short words in 2^14 slots of 32 bytes, mostly in its L2 cache
 
+/// A worker's counts of the words it met last: (short key, count). A word that meets another in its slot evicts it to
+/// the shards.
 struct Counter<'a> {
-    cache: Vec<(Key, u64)>, // (short key, count); a word that meets another in its slot evicts it to `local`
-    local: WordCounts,
+    cache: Vec<(Key, u64)>,
     shards: &'a [Mutex<WordCounts>],
 }
 
-impl<'a> Counter<'a> {
-    fn new(shards: &'a [Mutex<WordCounts>]) -> Self {
-        Counter { cache: vec![(0, 0); 1 << CACHE_BITS], local: WordCounts::default(), shards }
-    }
-
-    fn count_batch(&mut self, splitter: &Splitter, batch: &Batch) -> Result<(), String> {
+impl Counter<'_> {
+    fn count_batch(&mut self, splitter: &Splitter, batch: &Batch) -> Result<(), Error> {
         let mut start = 0;
         for &end in &batch.ends {
             let text = &batch.text[start..end];
@@ -147,7 +144,7 @@ impl<'a> Counter<'a> {
     fn count(&mut self, text: &[u8], start: usize, end: usize) {
         let key = key_of(text, start, end);
         if !is_short(key) {
-            return self.add_local(key, &text[start..end], 1);
+            return self.share(key, &text[start..end], 1);
         }
         let slot = &mut self.cache[(hash(key) >> (64 - CACHE_BITS)) as usize];
         if slot.0 == key {
@@ -158,57 +155,38 @@ impl<'a> Counter<'a> {
         }
     }
 
-    fn evict(&mut self, key: Key, count: u64) {
+    fn evict(&self, key: Key, count: u64) {
         if count > 0 {
-            self.add_local(key, &key.to_le_bytes()[..(key >> 120) as usize], count);
+            let len = (key >> 120) as usize;
+            self.share(key, &key.to_le_bytes()[..len], count);
         }
     }
 
-    fn add_local(&mut self, key: Key, word: &[u8], count: u64) {
-        self.local.add(key, word, count);
-        if self.local.counts.len() >= MAX_LOCAL_WORDS {
-            self.share();
-        }
-    }
-
-    fn share(&mut self) {
-        let local = std::mem::take(&mut self.local);
-        for (word, &count) in local.words.iter().zip(&local.counts) {
-            let key = key_of(word, 0, word.len());
-            locked(&self.shards[hash(key) as usize % NUM_SHARDS]).add(key, word, count);
-        }
-    }
-
-    fn finish(mut self) {
-        for (key, count) in std::mem::take(&mut self.cache) {
-            self.evict(key, count);
-        }
-        self.share();
+    fn share(&self, key: Key, word: &[u8], count: u64) {
+        locked(&self.shards[hash(key) as usize % NUM_SHARDS]).add(key, word, count);
     }
 }
 
 /// Counts the words of all batches. `next_batch` runs on the calling thread, while the workers split and count; it
 /// fills the batch it is given and returns false at the end of the stream.
-pub fn count_words<E: From<String>>(
-    splitter: &Splitter,
-    num_threads: usize,
-    mut next_batch: impl FnMut(&mut Batch) -> Result<bool, E>,
-) -> Result<Vec<WordCounts>, E> {
+pub fn count_words(
+    splitter: &Splitter, num_threads: usize, mut next_batch: impl FnMut(&mut Batch) -> Result<bool, Error>,
+) -> Result<Vec<WordCounts>, Error> {
     let shards: Vec<Mutex<WordCounts>> = (0..NUM_SHARDS).map(|_| Mutex::default()).collect();
     let error = OnceLock::new(); // the first text that the pattern failed on
     let (sender, receiver) = mpsc::sync_channel::<Batch>(num_threads);
     let receiver = Mutex::new(receiver);
     let receive = || locked(&receiver).recv(); // an error once the sender is gone
     let work = || {
-        let mut counter = Counter::new(&shards);
+        let mut counter = Counter { cache: vec![(0, 0); 1 << CACHE_BITS], shards: &shards };
         while let Ok(batch) = receive() {
-            if let Err(message) = counter.count_batch(splitter, &batch) {
-                let _ = error.set(message);
+            if let Err(failure) = counter.count_batch(splitter, &batch) {
+                let _ = error.set(failure);
             }
         }
-        counter.finish();
+        counter.cache.iter().for_each(|&(key, count)| counter.evict(key, count));
     };
-    std::thread::scope(|scope| -> Result<(), E> {
+    std::thread::scope(|scope| -> Result<(), Error> {
         let sender = sender; // dropped on the way out, also by an error, which ends the workers
         for _ in 0..num_threads {
             scope.spawn(work);
@@ -220,7 +198,7 @@ pub fn count_words<E: From<String>>(
         Ok(())
     })?;
     match error.into_inner() {
-        Some(message) => Err(E::from(message)),
+        Some(error) => Err(error),
         None => Ok(shards.iter().map(|shard| std::mem::take(&mut *locked(shard))).collect()),
     }
 }

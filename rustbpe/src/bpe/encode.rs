@@ -1,10 +1,10 @@
 //! Applies a merge table to text; the ids are exactly those of tiktoken with the same ranks and pattern.
 
-use crate::split::Splitter;
-use crate::words::{hash, is_short, key_of, locked, Interner, Key};
+use super::split::Splitter;
+use super::words::{hash, is_short, key_of, locked, Interner, Key};
+use super::Error;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
 const CACHE_BITS: u32 = 15; // 2^15 rows, 2 MB for each thread
@@ -40,6 +40,7 @@ pub struct Encoder {
 }
 
 /// The ids of a run of texts, one after another.
+#[derive(Default)]
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub lens: Vec<usize>, // ids of each text
@@ -55,26 +56,30 @@ impl Encoded {
 
 impl Encoder {
     /// Checks that the ranks are a table BPE can have produced.
-    pub fn from_ranks(splitter: Splitter, mut ranks: Vec<(Vec<u8>, u64)>) -> Result<Self, String> {
+    pub fn from_ranks(splitter: Splitter, mut ranks: Vec<(Vec<u8>, u64)>) -> Result<Self, Error> {
         ranks.sort_by_key(|(_, rank)| *rank);
         let mut tokens = Interner::default();
         for (i, (token, rank)) in ranks.iter().enumerate() {
             if *rank != i as u64 {
-                return Err(format!("ranks must be 0 to {}, each once, but rank {i} is missing", ranks.len() - 1));
+                return Err(
+                    format!("ranks must be 0 to {}, each once, but rank {i} is missing", ranks.len() - 1).into()
+                );
             }
             let is_known = |part: &[u8]| tokens.find_bytes(part).is_some();
             if (i < 256) != (token.len() == 1) {
-                return Err(format!("the first 256 ranks must be the single bytes, but rank {i} is {token:?}"));
+                return Err(format!("the first 256 ranks must be the single bytes, but rank {i} is {token:?}").into());
             }
             if i >= 256 && !(1..token.len()).any(|cut| is_known(&token[..cut]) && is_known(&token[cut..])) {
-                return Err(format!("token {token:?} of rank {i} does not split into two tokens of lower rank"));
+                return Err(format!("token {token:?} of rank {i} does not split into two tokens of lower rank").into());
             }
             if tokens.insert_bytes(token) as usize != i {
-                return Err(format!("token {token:?} has two ranks, the second is {i}"));
+                return Err(format!("token {token:?} has two ranks, the second is {i}").into());
             }
         }
         if tokens.len() < 256 {
-            return Err(format!("the ranks must hold all 256 single bytes, but there are {} tokens", tokens.len()));
+            return Err(
+                format!("the ranks must hold all 256 single bytes, but there are {} tokens", tokens.len()).into()
+            );
         }
         Ok(Self::new(splitter, tokens))
     }
@@ -92,7 +97,7 @@ impl Encoder {
         Encoder { splitter, tokens, byte_ids, pair_ranks, max_token_len, workers: Mutex::default() }
     }
 
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         Ok(self.with_worker(|worker| self.encode_chunk(&[text], worker))?.ids)
     }
 
@@ -105,7 +110,7 @@ impl Encoder {
         result
     }
 
-    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], worker: &mut Worker) -> Result<Encoded, String> {
+    fn encode_chunk<T: AsRef<str>>(&self, texts: &[T], worker: &mut Worker) -> Result<Encoded, Error> {
         let size: usize = texts.iter().map(|text| text.as_ref().len()).sum();
         let mut encoded = Encoded { ids: Vec::with_capacity(size / 4), lens: Vec::with_capacity(texts.len()) };
         for text in texts.iter().map(T::as_ref) {
@@ -143,11 +148,7 @@ impl Encoder {
     /// A word that is not in the cache.
     #[inline(never)]
     fn encode_word(
-        &self,
-        text: &[u8],
-        (key, start, end): (Key, usize, usize),
-        worker: &mut Worker,
-        ids: &mut Vec<u32>,
+        &self, text: &[u8], (key, start, end): (Key, usize, usize), worker: &mut Worker, ids: &mut Vec<u32>,
     ) {
         let before = ids.len();
         match self.tokens.find(key, text, start, end) {
@@ -231,28 +232,24 @@ impl Encoder {
     }
 
     /// Encodes many texts by `num_threads` threads, in order, in as many parts as suits; the ids do not depend on them.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], num_threads: usize) -> Result<Vec<Encoded>, String> {
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], num_threads: usize) -> Result<Vec<Encoded>, Error> {
         let chunks = chunks_of(texts);
-        let (next_chunk, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-        let take_chunk = || {
-            let index = next_chunk.fetch_add(1, Ordering::Relaxed);
-            Some((index, *chunks.get(index)?))
-        };
+        let mut results: Vec<_> = chunks.iter().map(|_| Ok(Encoded::default())).collect();
+        let num_threads = num_threads.min(chunks.len());
+        let jobs = Mutex::new(chunks.into_iter().zip(&mut results));
+        let next = || locked(&jobs).next(); // the lock is released before the work begins
         let work = || {
             self.with_worker(|worker| {
-                while let Some((index, chunk)) = take_chunk() {
-                    let encoded = self.encode_chunk(chunk, worker);
-                    locked(&done).push((index, encoded));
+                while let Some((chunk, result)) = next() {
+                    *result = self.encode_chunk(chunk, worker);
                 }
             })
         };
         std::thread::scope(|scope| {
-            (1..num_threads.min(chunks.len())).for_each(|_| _ = scope.spawn(work));
+            (1..num_threads).for_each(|_| _ = scope.spawn(work));
             work();
         });
-        let mut done = std::mem::take(&mut *locked(&done));
-        done.sort_by_key(|(index, _)| *index);
-        done.into_iter().map(|(_, encoded)| encoded).collect()
+        results.into_iter().collect()
     }
 }
 

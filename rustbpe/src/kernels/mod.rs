@@ -1,0 +1,13 @@
+//! Operations of a transformer on a CPU that torch does slowly: in many passes over memory, or with kernels made for
+//! other shapes. `tensor` and `threads` hold all of the unsafe code.
+
+pub mod adamw;
+pub mod attention;
+pub mod loss;
+pub mod math;
+pub mod rowwise;
+pub mod tensor;
+mod threads;
+
+#[cfg(test)]
+mod tests;
