@@ -21,9 +21,6 @@ def supports(x):
     return not torch.compiler.is_compiling() and x.is_cpu and x.dtype in FLOATS
 
 
-suits = supports  # the old name, until its callers have the new one
-
-
 def _describe(name, tensor, dtypes=FLOATS, shape=None, contiguous=False):
     """
     (address, dtype, shape, strides) of a tensor, as the extension takes it. `name` is for the ValueError that says

@@ -29,14 +29,14 @@ LOGIT_CAP = 15.0
 
 def norm(x):
     """RMSNorm over the last dimension, without a weight, with float32's epsilon whatever the dtype."""
-    if cpu_kernels.suits(x):
+    if cpu_kernels.supports(x):
         return cpu_kernels.norm(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
 def relu_square(x):
     """max(x, 0)^2."""
-    if cpu_kernels.suits(x):
+    if cpu_kernels.supports(x):
         return cpu_kernels.relu_square(x)
     return F.relu(x).square()
 
@@ -64,7 +64,7 @@ def apply_rotary(x, cos, sin):
 
 def rotary_norm(x, cos, sin):
     """Rotate queries or keys x (B, T, H, D) by their positions, then normalise them -> (B, H, T, D)."""
-    if cpu_kernels.suits(x):
+    if cpu_kernels.supports(x):
         return cpu_kernels.rotary_norm(x, cos, sin, NORM_EPS)
     return norm(apply_rotary(x.transpose(1, 2), cos, sin))
 
@@ -104,7 +104,7 @@ def _fast_attention(q, k, v, last):
     """The same by a kernel for this device and these shapes, or None where there is none."""
     if q.is_cuda:
         return _gpu_attention(q, k, v, last)
-    if cpu_kernels.suits(q):
+    if cpu_kernels.supports(q):
         return _cpu_attention(q, k, v, last)
     return None
 
@@ -218,7 +218,7 @@ def chunk_loss_and_grad(logits, targets, row_weights):
     """
     logits = logits.contiguous()
     losses = torch.empty(len(logits), device=logits.device)
-    if cpu_kernels.suits(logits):
+    if cpu_kernels.supports(logits):
         targets = targets.contiguous()
         row_weights = row_weights.contiguous()
         cpu_kernels.capped_cross_entropy(logits, targets, row_weights, losses, LOGIT_CAP)
