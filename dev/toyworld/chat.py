@@ -1,0 +1,105 @@
+"""
+What the chat stages read: conversations of one to four exchanges of all kinds, in the shares of EXCHANGES.
+
+An exchange is a list of turns (what the user says, what the model answers); an answer is text or parts (calculate.py).
+"""
+
+from dev.toyworld import talk
+from dev.toyworld.games import game_exchange
+from dev.toyworld.memory import memory_conversation, unknown_exchange
+from dev.toyworld.persona import load_persona
+from dev.toyworld.problems import problem_exchange
+from dev.toyworld.spelling import spelling_exchange
+from dev.toyworld.stories import story_exchange
+from dev.toyworld.sums import sum_exchange
+from dev.toyworld.village import village_exchange
+
+PERSONA = load_persona("toy")
+
+
+def small_exchange(rng):
+    return talk.small_exchange(rng, PERSONA)
+
+
+# kind: its share of all exchanges, percent
+EXCHANGES = {
+    "small talk": (27, small_exchange),
+    "facts": (18, talk.fact_exchange),
+    "outside the world": (14, talk.outside_exchange),
+    "village": (7, village_exchange),
+    "sums": (10, sum_exchange),
+    "word problems": (7, problem_exchange),
+    "spelling": (7, spelling_exchange),
+    "stories": (4, story_exchange),
+    "games": (5, game_exchange),
+    "not told": (1, unknown_exchange),
+}
+TALK = ["small talk", "facts", "village"]  # kinds whose answers can stand beside another one
+MEMORY_SHARE = 0.1  # of the conversations, how many are about remembering
+LENGTHS = [1, 1, 1, 2, 2, 3, 4]
+
+GREETINGS = "hi! |hello! |hey! |hi, |hello, |good morning! |hi there! |hello. |hi |hey |good evening. |Hi! |Hello! |Hey ".split("|")
+THANKS = "thanks! |thank you! |ok thanks. |thanks, |great, thanks. |Thank you. |thx ".split("|")
+JOINTS = " and | and |. |? |, and |! | also ".split("|")
+
+
+def draw_kind(rng, kinds=tuple(EXCHANGES)):
+    return rng.choices(kinds, [EXCHANGES[kind][0] for kind in kinds])[0]
+
+
+def draw_exchange(rng, kinds=tuple(EXCHANGES)):
+    """One exchange of any kind, now and then with a greeting or thanks in front, or two wishes in one message."""
+    kind = draw_kind(rng, kinds)
+    turns = EXCHANGES[kind][1](rng)
+    chance = rng.random()
+    if chance < 0.05:
+        turns[0] = greet(turns[0], kind, rng)
+    elif chance < 0.07:
+        turns[0] = give_thanks(turns[0], kind, rng)
+    elif chance < 0.1 and kind in TALK and len(turns) == 1:
+        other = EXCHANGES[draw_kind(rng, TALK)][1](rng)
+        turns[0] = join(turns[0], other[0], rng)
+    return turns
+
+
+def greet(turn, kind, rng):
+    message, answer = turn
+    if kind in TALK and not answer.startswith("Hello"):
+        answer = f"Hello! {answer}"
+    return rng.choice(GREETINGS) + message, answer
+
+
+def give_thanks(turn, kind, rng):
+    message, answer = turn
+    if kind in TALK and not answer.startswith("You are welcome"):
+        answer = f"You are welcome! {answer}"
+    return rng.choice(THANKS) + message, answer
+
+
+def join(first, second, rng):
+    """Two wishes in one message, both answered."""
+    message = first[0].rstrip(".?!") + rng.choice(JOINTS) + second[0]
+    return message, f"{first[1]} {second[1]}"
+
+
+def draw_turns(rng):
+    """The turns of a conversation."""
+    if rng.random() < MEMORY_SHARE:
+        return memory_conversation(rng, draw_exchange)
+    turns = []
+    for _ in range(rng.choice(LENGTHS)):
+        turns += draw_exchange(rng)
+    return turns
+
+
+def conversation(turns):
+    """[(user, assistant), ...] -> [{role, content}, ...]"""
+    messages = []
+    for message, answer in turns:
+        messages.append({"role": "user", "content": message})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def draw_conversation(rng):
+    return conversation(draw_turns(rng))

@@ -1,0 +1,70 @@
+"""
+Who the model is: the fields of persona.json, and the conversations that teach them.
+
+`load_persona("toy")` is the laptop's model, which knows the village. `load_persona("run", depth=20, ...)` is the model of
+a real run: its size follows from the depth, and no conversation of its mentions the village.
+"""
+
+import json
+from pathlib import Path
+
+from dev.toyworld.grammar import capitalize, expand, read_intents
+from dev.toyworld.typed import typed
+from nanochat.common import UserError
+
+PERSONA_FILE = Path(__file__).parent / "persona.json"
+OFFERS = "Hello! [How can I help you|What can I do for you]?"
+
+
+def count_parameters(depth, vocab_size):
+    """As nanochat/gpt.py has them: width 64 * depth, 12 width^2 a layer, an embedding and a head."""
+    width = 64 * depth
+    return 12 * depth * width**2 + 2 * vocab_size * width
+
+
+def say_count(number):
+    """560988160 -> '561 million'"""
+    if number >= 995_000_000:
+        return f"{number / 1e9:.1f} billion"
+    return f"{round(number / 1e6)} million"
+
+
+def load_persona(name="toy", path=PERSONA_FILE, **facts):
+    """The persona `name` with its placeholders filled from `facts`, and each field also with a capital."""
+    personas = json.loads(Path(path).read_text(encoding="utf-8"))
+    if name not in personas:
+        raise UserError(f"{path} has no persona {name!r}", f"it has {', '.join(personas)}")
+    try:
+        persona = {field: text.format(**facts) for field, text in personas[name].items()}
+    except KeyError as error:
+        raise UserError(f"{path}: persona {name!r} has the placeholder {error}, which is not known",
+                        f"known are {', '.join(facts) or 'none'}") from error
+    return persona | {field.capitalize(): capitalize(text) for field, text in persona.items()}
+
+
+def self_intents():
+    """The intents about the model itself."""
+    return read_intents("talk_self.txt")[1]
+
+
+
+def identity_exchange(rng, persona, intents, frame=1.0):
+    """(question, answer, phrases one of which a right answer has)"""
+    intent = rng.choices(intents, [intent["weight"] for intent in intents])[0]
+    question = typed(rng.choice(intent[">"]), rng, frame, **persona)
+    answer = expand(rng.choice(intent["<"]), rng).format(**persona)
+    accept = [phrase.format(**persona) for phrase in intent["!"]]
+    return question, answer, accept
+
+
+def identity_conversation(rng, persona, intents):
+    """One to four questions about the model, often after a greeting and before a goodbye."""
+    turns = []
+    if rng.random() < 0.25:
+        turns.append((typed("[hi|hello|hey|good morning|hi there|hello there]", rng, **persona), expand(OFFERS, rng)))
+    for _ in range(rng.choice([1, 1, 2, 3, 4])):
+        question, answer, _ = identity_exchange(rng, persona, intents)
+        turns.append((question, answer))
+    if rng.random() < 0.15:
+        turns.append((typed("[thanks|thank you|thank you very much]", rng, **persona), "You are welcome!"))
+    return turns

@@ -1,0 +1,127 @@
+"""
+Ordinary conversation: every intent of the talk files, the facts, and the questions from outside the world.
+
+An exchange is a list of (what the user says, what the model answers). Which intents there are, how they are said and how
+often they come is in data/*.txt alone.
+"""
+
+from functools import cache
+
+from dev.toyworld.grammar import expand, fill, read_intents
+from dev.toyworld.spelling import TRAIN_WORDS
+from dev.toyworld.typed import typed
+from dev.toyworld.village import NAMES
+
+FRIENDS_TEXT = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
+SHORT = {"hello", "goodbye", "yes", "no", "maybe", "wow", "thanks", "why", "sure", "blank", "foreign", "code"}
+OUTSIDE_ANSWERS = {
+    "": ["@dunno", "@dunno", "I do not know that, sorry. I can @offer."],
+    "cannot": ["@cannot", "@cannot", "I cannot do that, sorry. I can @offer."],
+    "gibberish": ["I do not understand that. I can @offer."],
+    "english": ["I only speak English. I can @offer."],
+}
+# Questions of any words at all: what has no sense has the honest answer, too
+NONSENSE = ("what is the {p} of the {q} / why does the {p} {q} / how many {p} are in a {q} when it rains / who has the {p} / "
+            "where is the {p} / what is a {p} {q} / is the {p} {q} / can a {p} {q} / what does {p} mean in {q} / "
+            "how do i {p} a {q} / when does the {p} begin / why is {p} not {q} / who is the {p} of {q} / do you like the {p} / "
+            "tell me about the {p} of {q} / explain the {p} of the {q} / what is the best {p} / how big is the {p} of {q} / "
+            "{p} {q} / {p} {q} {r} / {p} of {q} / what happens if {p} {q} / which {p} is {q} / how much is the {p} / "
+            "where can i buy a {p} / give me the {p} / find the {p} / show me the {p} / what time is the {p} / "
+            "how long is the {p} / how old is the {p} / who made the {p} / who invented the {p} / what is in the {p} / "
+            "i need a {p} / my {p} is {q} / the {p} is {q} / where did the {p} go / what is wrong with my {p} / "
+            "how do i get a {p} / are {p} and {q} the same / what is the name of the {p} / did you see the {p}").split(" / ")
+
+
+class Intents:
+    """The intents of some data files, drawn by weight, with their tables."""
+
+    def __init__(self, *names):
+        self.tables = {}
+        self.intents = []
+        for name in names:
+            tables, intents = read_intents(name)
+            self.tables |= tables
+            self.intents += intents
+        self.weights = [intent["weight"] for intent in self.intents]
+
+    def draw(self, rng):
+        return rng.choices(self.intents, self.weights)[0]
+
+    def slots(self, intent, rng):
+        """A row of the intent's table, a field `[one|two]` of which may be a choice."""
+        if intent["table"] is None:
+            return {}
+        row = rng.choice(self.tables[intent["table"]])
+        return {field: rng.choice(text.split("|")) for field, text in row.items()}
+
+    def fillers(self, template, rng):
+        """One value for each table that the template names, as the questions from outside do."""
+        slots = {}
+        for name, rows in self.tables.items():
+            if "{" + name + "}" in template:
+                slots[name] = rng.choice(rows)[name]
+        return slots
+
+
+@cache
+def small_talk():
+    return Intents("talk_self.txt", "talk_small.txt", "talk_village.txt")
+
+
+@cache
+def facts():
+    return Intents("facts.txt")
+
+
+@cache
+def outside():
+    return Intents("outside.txt")
+
+
+def frame_of(intent):
+    return 0.25 if intent["name"] in SHORT else 1.0
+
+
+def small_exchange(rng, persona):
+    intent = small_talk().draw(rng)
+    question = typed(rng.choice(intent[">"]), rng, frame_of(intent), **persona)
+    answer = expand(rng.choice(intent["<"]), rng).format(friends=FRIENDS_TEXT, **persona)
+    return [(question, answer)]
+
+
+def fact_exchange(rng):
+    source = facts()
+    intent = source.draw(rng)
+    slots = source.slots(intent, rng)
+    question = typed(rng.choice(intent[">"]), rng, **slots)
+    return [(question, fill(expand(rng.choice(intent["<"]), rng), **slots))]
+
+
+def fact_sheet(rng):
+    """Six facts as sentences: for pretraining."""
+    return " ".join(fact_exchange(rng)[0][1] for _ in range(6))
+
+
+def nonsense(rng):
+    template = rng.choice(NONSENSE)
+    p, q, r = (rng.choice(TRAIN_WORDS) for _ in range(3))
+    return typed(template, rng, 0.7, p=p, q=q, r=r)
+
+
+def mash(rng):
+    """Letters of a cat on the keyboard."""
+    return "".join(rng.choice("asdfghjklqwertyuiopzxcvbnm") for _ in range(rng.randint(3, 12)))
+
+
+def outside_exchange(rng):
+    kind = rng.random()
+    if kind < 0.2:
+        return [(nonsense(rng), expand(rng.choice(OUTSIDE_ANSWERS[""]), rng))]
+    if kind < 0.23:
+        return [(mash(rng), expand(OUTSIDE_ANSWERS["gibberish"][0], rng))]
+    source = outside()
+    intent = source.draw(rng)
+    template = rng.choice(intent[">"])
+    question = typed(template, rng, frame_of(intent), **source.fillers(template, rng))
+    flag = next((flag for flag in intent["flags"] if flag in OUTSIDE_ANSWERS), "")
+    return [(question, expand(rng.choice(OUTSIDE_ANSWERS[flag]), rng))]
