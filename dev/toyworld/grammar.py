@@ -25,16 +25,13 @@ MACROS = {
     "@cannot": "I cannot do that. I can @offer.",
     "@offer": "[tell a story, work out a sum or spell a word|tell you a story or do a sum]",
 }
-# what an English ear would not pass: (pattern, replacement)
-REPAIRS = [
-    (r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|one\b|eu|uku|use)", r"\1n "),
-    (r"\b(fox|bus|fish|ostrich|walrus|octopus|finch|lynx|leech)s\b", r"\1es"),
-    (r"\bmouses\b", "mice"), (r"\bgooses\b", "geese"), (r"\bsheeps\b", "sheep"), (r"\bdeers\b", "deer"),
-    (r"\b(wo|wor)lfs\b", r"\1lves"), (r"\bcalfs\b", "calves"), (r"\b(butterfl|pon|bab|fl)ys\b", r"\1ies"),
-    (r"\bpersons\b", "people"), (r"\bfishes\b", "fish"), (r"\bpolicemans\b", "policemen"),
-    (r"\b(fire|post)mans\b", r"\1men"),
-]
-REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in REPAIRS]
+# Plurals that are not the singular with an s, as the templates write them
+PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "deer", "wolfs": "wolves", "calfs": "calves",
+           "fishs": "fish", "butterflys": "butterflies", "ponys": "ponies", "babys": "babies", "flys": "flies",
+           "persons": "people", "policemans": "policemen", "firemans": "firemen", "postmans": "postmen",
+           "foxs": "foxes", "ostrichs": "ostriches", "walruss": "walruses", "octopuss": "octopuses", "lynxs": "lynxes"}
+PLURAL = re.compile(rf"\b({'|'.join(PLURALS)})\b")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|one\b|eu|uku|use)")
 
 
 class Rng(random.Random):
@@ -107,9 +104,8 @@ def _choose(parts, rng):
 
 def repair(text):
     """`a owl` -> `an owl`, `mouses` -> `mice`."""
-    for pattern, replacement in REPAIRS:
-        text = pattern.sub(replacement, text)
-    return text
+    text = PLURAL.sub(lambda match: PLURALS[match[0]], text)
+    return ARTICLE.sub(r"\1n ", text)
 
 
 def capitalize(text):
@@ -117,13 +113,18 @@ def capitalize(text):
     return text[:1].upper() + text[1:]
 
 
-def with_capitals(slots):
-    """Each slot `word` also as `Word`, for the start of a sentence."""
-    return slots | {name.capitalize(): capitalize(str(value)) for name, value in slots.items()}
+class Slots(dict):
+    """What fills a template; the slot `Word` is the slot `word` with a capital, for the start of a sentence."""
+
+    def __missing__(self, name):
+        lower = name[0].lower() + name[1:]
+        if lower == name:
+            raise KeyError(name)
+        return capitalize(str(self[lower]))
 
 
 def fill(text, **slots):
-    return repair(text.format(**with_capitals(slots)))
+    return repair(text.format_map(Slots(slots)))
 
 
 def with_article(noun):

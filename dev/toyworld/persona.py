@@ -51,7 +51,7 @@ def self_intents():
 def identity_exchange(rng, persona, intents, frame=1.0):
     """(question, answer, phrases one of which a right answer has)"""
     intent = rng.choices(intents, [intent["weight"] for intent in intents])[0]
-    question = typed(rng.choice(intent[">"]), rng, frame, **persona)
+    question = typed(rng.choice(intent[">"]), rng, frame, name=persona["name"])
     answer = expand(rng.choice(intent["<"]), rng).format(**persona)
     accept = [phrase.format(**persona) for phrase in intent["!"]]
     return question, answer, accept
@@ -61,10 +61,10 @@ def identity_conversation(rng, persona, intents):
     """One to four questions about the model, often after a greeting and before a goodbye."""
     turns = []
     if rng.random() < 0.25:
-        turns.append((typed("[hi|hello|hey|good morning|hi there|hello there]", rng, **persona), expand(OFFERS, rng)))
+        turns.append((typed("[hi|hello|hey|good morning|hi there|hello there]", rng, name=persona["name"]), expand(OFFERS, rng)))
     for _ in range(rng.choice([1, 1, 2, 3, 4])):
         question, answer, _ = identity_exchange(rng, persona, intents)
         turns.append((question, answer))
     if rng.random() < 0.15:
-        turns.append((typed("[thanks|thank you|thank you very much]", rng, **persona), "You are welcome!"))
+        turns.append((typed("[thanks|thank you|thank you very much]", rng, name=persona["name"]), "You are welcome!"))
     return turns

@@ -84,7 +84,7 @@ def frame_of(intent):
 
 def small_exchange(rng, persona):
     intent = small_talk().draw(rng)
-    question = typed(rng.choice(intent[">"]), rng, frame_of(intent), **persona)
+    question = typed(rng.choice(intent[">"]), rng, frame_of(intent), name=persona["name"])
     answer = expand(rng.choice(intent["<"]), rng).format(friends=FRIENDS_TEXT, **persona)
     return [(question, answer)]
 

@@ -7,7 +7,7 @@ its slots (names, numbers, words to spell) stays as it is, since the answer has 
 
 import re
 
-from dev.toyworld.grammar import capitalize, expand, repair, with_capitals
+from dev.toyworld.grammar import Slots, capitalize, expand, repair
 
 QUESTION_WORDS = ("what who whom whose which where when why how is are am was were do does did can could will would "
                   "should shall may has have had if whats whos hows wheres isn't aren't").split()
@@ -22,20 +22,18 @@ ENDINGS = (" please| please|, please| for me| then| now| thanks|, thanks| thank 
            " :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me").split("|")
 STATEMENT_OPENINGS = "well, |hey, |oh, |ok, |hmm, |hi, |yes, |you know, |so, |honestly, |to be honest, ".split("|")
 
-CONTRACTIONS = [
-    ("what is", "what's"), ("who is", "who's"), ("where is", "where's"), ("how is", "how's"), ("i am", "i'm"),
-    ("it is", "it's"), ("that is", "that's"), ("you are", "you're"), ("do not", "don't"), ("does not", "doesn't"),
-    ("did not", "didn't"), ("cannot", "can't"), ("is not", "isn't"), ("are not", "aren't"), ("i would", "i'd"),
-    ("i have", "i've"), ("let us", "let's"), ("there is", "there's"), ("we are", "we're"), ("will not", "won't"),
-    ("they are", "they're"), ("i will", "i'll"),
-]
-CONTRACTIONS = [(re.compile(rf"\b{long}\b(?=[^.?!,]*\w)"), short) for long, short in CONTRACTIONS]
+CONTRACTIONS = {
+    "what is": "what's", "who is": "who's", "where is": "where's", "how is": "how's", "i am": "i'm", "it is": "it's",
+    "that is": "that's", "you are": "you're", "do not": "don't", "does not": "doesn't", "did not": "didn't",
+    "cannot": "can't", "is not": "isn't", "are not": "aren't", "i would": "i'd", "let us": "let's",
+    "there is": "there's", "we are": "we're", "will not": "won't", "they are": "they're", "i will": "i'll",
+}
+CONTRACTED = re.compile(rf"\b({'|'.join(CONTRACTIONS)})\b(?=[^.?!,]*\w)")
 SHORT_FORMS = {"you": "u", "are": "r", "your": "ur", "please": "pls", "thanks": "thx", "want to": "wanna",
-               "going to": "gonna", "give me": "gimme", "tell me": "tell me", "because": "cuz", "about": "abt"}
+               "going to": "gonna", "give me": "gimme", "because": "cuz", "about": "abt"}
 PROPER = re.compile(r"\b(i|i'm|i'd|i've|i'll|monday|tuesday|wednesday|thursday|friday|saturday|sunday|january|february|"
                     r"march|april|june|july|august|september|october|november|december|dellbrook|english|french|"
                     r"spanish|german|london|paris|google|python|christmas|easter|europe|africa)\b")
-SLOT = re.compile(r"\{\w+\}")
 
 
 def is_question(text):
@@ -61,13 +59,18 @@ def slip(word, rng):
 
 def contract(text, rng):
     """Some of the contractions, some of them without their apostrophe."""
-    for pattern, short in CONTRACTIONS:
-        if rng.random() < 0.6:
-            text = pattern.sub(short.replace("'", "") if rng.random() < 0.3 else short, text)
-    return text
+    def shorter(match):
+        chance = rng.random()
+        if chance > 0.6:
+            return match[0]
+        short = CONTRACTIONS[match[0]]
+        return short.replace("'", "") if chance < 0.18 else short
+
+    return CONTRACTED.sub(shorter, text)
 
 
 def shorten(text):
+    """'your' -> 'ur', as in a text message."""
     for long, short in SHORT_FORMS.items():
         text = re.sub(rf"\b{long}\b", short, text)
     return text
@@ -125,7 +128,7 @@ def typed(template, rng, frame=1.0, **slots):
     else:
         text = PROPER.sub(lambda match: capitalize(match[0]), text)
         text = text if text.startswith("{exact") else capitalize(text) if text[:1] != "{" else capitalize_slot(text)
-    text = repair(text.format(**with_capitals(slots)))
+    text = repair(text.format_map(Slots(slots)))
     if style > 0.99 and not any(key.startswith("exact") for key in slots):
         text = text.upper()
     return text
