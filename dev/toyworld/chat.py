@@ -38,7 +38,8 @@ TALK = ["small talk", "facts", "village"]  # kinds whose answers can stand besid
 MEMORY_SHARE = 0.1  # of the conversations, how many are about remembering
 LENGTHS = [1, 1, 1, 2, 2, 3, 4]
 
-GREETINGS = "hi! |hello! |hey! |hi, |hello, |good morning! |hi there! |hello. |hi |hey |good evening. |Hi! |Hello! |Hey ".split("|")
+GREETINGS = ("hi! |hello! |hey! |hi, |hello, |good morning! |hi there! |hello. |hi |hey |good evening. |Hi! |Hello! |"
+             "Hey ").split("|")
 THANKS = "thanks! |thank you! |ok thanks. |thanks, |great, thanks. |Thank you. |thx ".split("|")
 JOINTS = " and | and |. |? |, and |! | also ".split("|")
 

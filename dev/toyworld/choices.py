@@ -1,5 +1,5 @@
 """
-Multiple choice: items about the village and a few simple facts, from easy to hard, and the sheets that prepare for them.
+Multiple choice: items about the village and a few simple facts, from easy to hard, and sheets that prepare for them.
 
 An item asks for one fact; its wrong choices are of the right one's kind or, with the probability `ease`, of any other:
 to "Where does Mira live?", a baker. From these a tiny model learns to look for the answer among the choices at all.
@@ -15,16 +15,23 @@ from tasks.mmlu import LETTERS
 
 FOOD_COLOURS = {"plums": "purple", "carrots": "orange", "corn": "yellow", "beans": "green", "berries": "blue",
                 "apples": "red", "rice": "white", "honey": "yellow"}
-OPPOSITES = [tuple(pair.split("/")) for pair in
-             ("hot/cold big/small up/down happy/sad fast/slow old/new day/night full/empty open/closed wet/dry near/far "
-              "early/late").split()]
-KINDS = {"animal": [friend.animal for friend in FRIENDS], "food": [friend.food for friend in FRIENDS],
-         "job": [friend.job for friend in FRIENDS], "home": [friend.home for friend in FRIENDS],
-         "colour": sorted({friend.colour for friend in FRIENDS})}
+PAIRS = ("hot/cold big/small up/down happy/sad fast/slow old/new day/night full/empty open/closed wet/dry near/far "
+         "early/late")
+OPPOSITES = [tuple(pair.split("/")) for pair in PAIRS.split()]
+KINDS = {
+    "animal": [friend.animal for friend in FRIENDS],
+    "food": [friend.food for friend in FRIENDS],
+    "job": [friend.job for friend in FRIENDS],
+    "home": [friend.home for friend in FRIENDS],
+    "colour": sorted({friend.colour for friend in FRIENDS}),
+}
 
 # What the tasks ask. In the challenge the fact is asked backwards, or only the choices tell the answer
-SUBJECTS = {"mmlu": ["friends", "names", "colours", "kinds", "opposites"],
-            "arc_easy": ["friends", "colours", "kinds", "opposites"], "arc_challenge": ["names", "members"]}
+SUBJECTS = {
+    "mmlu": ["friends", "names", "colours", "kinds", "opposites"],
+    "arc_easy": ["friends", "colours", "kinds", "opposites"],
+    "arc_challenge": ["names", "members"],
+}
 ALL_SUBJECTS = [*SUBJECTS["mmlu"], "members"]
 MORE_FRIENDS = [*ALL_SUBJECTS, "friends", "names"]  # they have the most facts to learn
 # The lessons of midtraining in their order: (items, their subjects, their ease), from choices of which only the right
@@ -47,8 +54,14 @@ class Fact:
 
 
 def random_fact(rng, subjects):
-    makers = {"friends": friend_fact, "names": name_fact, "colours": colour_fact, "kinds": kind_fact,
-              "members": member_fact, "opposites": opposite_fact}
+    makers = {
+        "friends": friend_fact,
+        "names": name_fact,
+        "colours": colour_fact,
+        "kinds": kind_fact,
+        "members": member_fact,
+        "opposites": opposite_fact,
+    }
     return makers[rng.choice(subjects)](rng)
 
 
@@ -60,8 +73,10 @@ def friend_fact(rng):
     x = rng.choice(FRIENDS)
     attribute = rng.choice(list(ATTRIBUTES))
     answer = value(x, attribute)
-    others = {value(other, attribute) for other in FRIENDS} - {answer}
-    question = as_question(rng.choice(QUESTIONS[attribute][:3]), rng, x=x)
+    others = {value(other, attribute) for other in FRIENDS}
+    others.remove(answer)
+    template = rng.choice(QUESTIONS[attribute][:3])
+    question = as_question(template, rng, x=x)
     return Fact(attribute, question, answer, tuple(sorted(others)), sentence(x, attribute))
 
 
@@ -69,7 +84,8 @@ def name_fact(rng):
     x = rng.choice(FRIENDS)
     attribute = rng.choice(list(BACKWARD))
     slots = vars(x) | {"v": value(x, attribute)}
-    question = as_question(rng.choice(BACKWARD[attribute][:2]), rng, **slots)
+    template = rng.choice(BACKWARD[attribute][:2])
+    question = as_question(template, rng, **slots)
     others = tuple(other.name for other in FRIENDS if other != x)
     return Fact("names", question, x.name, others, sentence(x, attribute))
 
@@ -80,7 +96,8 @@ def colour_fact(rng):
     be = "is" if food in ("corn", "rice", "honey") else "are"
     others = tuple(other for other in KINDS["colour"] if other != colour)
     question = as_question("[what|which] colour {be} {food}", rng, be=be, food=food)
-    return Fact("colours", question, colour, others, f"{capitalize(food)} {be} {colour}.")
+    told = f"{capitalize(food)} {be} {colour}."
+    return Fact("colours", question, colour, others, told)
 
 
 def kind_fact(rng):
@@ -88,7 +105,9 @@ def kind_fact(rng):
     word = rng.choice(KINDS[kind])
     others = tuple(with_article(other) for other in KINDS if other != kind)
     question = as_question("[what is|what kind of word is|what do we call] {word}", rng, word=word)
-    return Fact("kinds", question, with_article(kind), others, f"{capitalize(word)} is {with_article(kind)}.")
+    answer = with_article(kind)
+    told = f"{capitalize(word)} is {answer}."
+    return Fact("kinds", question, answer, others, told)
 
 
 def member_fact(rng):
@@ -98,7 +117,8 @@ def member_fact(rng):
     be = with_article(kind)
     others = itertools.chain.from_iterable(words for other, words in KINDS.items() if other != kind)
     question = as_question("which [of these|of these words|word|one] is {be}", rng, be=be)
-    return Fact("members", question, word, tuple(others), f"{capitalize(word)} is {be}.")
+    told = f"{capitalize(word)} is {be}."
+    return Fact("members", question, word, tuple(others), told)
 
 
 def opposite_fact(rng):

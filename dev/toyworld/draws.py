@@ -45,8 +45,8 @@ class Draws:
 
     def __call__(self, part, count, make, keys, split="train", hold=None):
         """
-        `count` different items, each made by make(rng) from a generator of its own, none with a held-out key. hold(item)
-        are the keys that nothing drawn later may share.
+        `count` different items, each made by make(rng) from a generator of its own, none with a held-out key.
+        hold(item) are the keys that nothing drawn later may share.
         """
         count = max(8, round(count * self.scale))
         items = []

@@ -26,8 +26,8 @@ MACROS = {
     "@offer": "[tell a story, work out a sum or spell a word|tell you a story or do a sum]",
 }
 # Plurals that are not the singular with an s, as the templates write them
-PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "deer", "wolfs": "wolves", "calfs": "calves",
-           "fishs": "fish", "butterflys": "butterflies", "ponys": "ponies", "babys": "babies", "flys": "flies",
+PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "deer", "wolfs": "wolves",
+           "calfs": "calves", "fishs": "fish", "butterflys": "butterflies", "ponys": "ponies", "babys": "babies", "flys": "flies",
            "persons": "people", "policemans": "policemen", "firemans": "firemen", "postmans": "postmen",
            "foxs": "foxes", "ostrichs": "ostriches", "walruss": "walruses", "octopuss": "octopuses", "lynxs": "lynxes"}
 PLURAL = re.compile(rf"\b({'|'.join(PLURALS)})\b")
@@ -59,6 +59,19 @@ class Pool:
 def read_words(name):
     """The words of a data file, in its order, each once."""
     return list(dict.fromkeys((DATA / name).read_text(encoding="utf-8").split()))
+
+
+def read_phrases(section):
+    """{name: phrases} of a section of data/phrases.txt"""
+    phrases = {}
+    name = None
+    for line in (DATA / "phrases.txt").read_text(encoding="utf-8").splitlines():
+        header = re.fullmatch(r"# (\w+) (\w+)", line)
+        if header:
+            name = header[2] if header[1] == section else None
+        elif name and line.startswith("> "):
+            phrases[name] = line[2:].split(" / ")
+    return phrases
 
 
 # -----------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from dev.toyworld.stories import ANIMALS
 from dev.toyworld.typed import typed
 
 COLOURS = "red blue green yellow purple orange black white pink brown grey gold silver".split()
-TOWNS = ("Paris/London/Berlin/Rome/Madrid/Vienna/Oslo/Boston/Chicago/Texas/Dublin/Tokyo/Delhi/Cairo/Leeds/York/Munich/Lyon/"
-         "Porto/Milan/Sydney/Toronto/a small village/a big city/a town by the sea/the mountains/Spain/France/India/Canada/"
-         "Bristol/Denver/Hamburg/Prague/Austin/Seattle/Lagos/Lima").split("/")
+TOWNS = ("Paris/London/Berlin/Rome/Madrid/Vienna/Oslo/Boston/Chicago/Texas/Dublin/Tokyo/Delhi/Cairo/Leeds/York/"
+         "Munich/Lyon/Porto/Milan/Sydney/Toronto/a small village/a big city/a town by the sea/the mountains/Spain/"
+         "France/India/Canada/Bristol/Denver/Hamburg/Prague/Austin/Seattle/Lagos/Lima").split("/")
 JOBS = ("teacher/doctor/nurse/farmer/baker/writer/student/driver/cook/builder/gardener/painter/singer/lawyer/pilot/"
         "engineer/dentist/tailor/programmer/musician/scientist").split("/")
-FOODS = ("pizza/soup/rice/bread/cheese/cake/apples/honey/pasta/fish/chocolate/salad/pancakes/beans/ice cream/eggs/plums/"
-         "noodles/sushi/curry/pie/cookies").split("/")
+FOODS = ("pizza/soup/rice/bread/cheese/cake/apples/honey/pasta/fish/chocolate/salad/pancakes/beans/ice cream/eggs/"
+         "plums/noodles/sushi/curry/pie/cookies").split("/")
 PETS = "dog cat rabbit hamster bird fish parrot horse turtle mouse goldfish snake pony".split()
 MIXED = 0.5  # of the conversations, how many have something else between telling and asking
 
@@ -26,12 +26,30 @@ def invented_town(rng):
     return any_name(rng) + rng.choice(["ville", "ton", "burg", "field", ""])
 
 
+def any_pet(rng):
+    return rng.choice(PETS) if rng.random() < 0.7 else ANIMALS.draw(rng)
+
+
+def any_town(rng):
+    return rng.choice(TOWNS) if rng.random() < 0.7 else invented_town(rng)
+
+
+def any_number(rng):
+    largest = rng.choice([20, 99, 999])
+    return str(rng.randint(2, largest))
+
+
 DRAWERS = {
-    "name": any_name, "petname": any_name, "friend": any_name, "age": lambda rng: str(rng.randint(4, 90)),
-    "colour": lambda rng: rng.choice(COLOURS), "food": lambda rng: rng.choice(FOODS),
-    "pet": lambda rng: rng.choice(PETS) if rng.random() < 0.7 else ANIMALS.draw(rng),
-    "town": lambda rng: rng.choice(TOWNS) if rng.random() < 0.7 else invented_town(rng),
-    "job": lambda rng: rng.choice(JOBS), "number": lambda rng: str(rng.randint(2, rng.choice([20, 99, 999]))),
+    "name": any_name,
+    "petname": any_name,
+    "friend": any_name,
+    "age": lambda rng: str(rng.randint(4, 90)),
+    "colour": lambda rng: rng.choice(COLOURS),
+    "food": lambda rng: rng.choice(FOODS),
+    "pet": any_pet,
+    "town": any_town,
+    "job": lambda rng: rng.choice(JOBS),
+    "number": any_number,
     "word": lambda rng: rng.choice(TRAIN_WORDS),
 }
 WEIGHTS = {"name": 8, "colour": 3, "pet": 2, "petname": 3, "age": 3, "town": 2, "job": 2, "food": 2, "friend": 2,
@@ -77,9 +95,15 @@ def recall(matter, slots, rng):
 def unknown_exchange(rng):
     """Asked without having been told."""
     matter = draw_matter(rng)
+    return [not_told(matter, rng)]
+
+
+def not_told(matter, rng):
+    """The question and the honest answer, where nothing was said before."""
     animal = rng.choice(PETS)
     forms = MATTERS[matter]
-    return [(typed(rng.choice(forms["?"]), rng, 0.7, animal=animal), fill(forms["~"][0], animal=animal))]
+    question = typed(rng.choice(forms["?"]), rng, 0.7, animal=animal)
+    return question, fill(forms["~"][0], animal=animal)
 
 
 def memory_conversation(rng, other_exchange):
@@ -103,7 +127,5 @@ def memory_conversation(rng, other_exchange):
         turns += [turn, recall("name", slots, rng)]
     elif rng.random() < 0.15:
         absent = draw_matter(rng, but=told)
-        animal = rng.choice(PETS)
-        turns.append((typed(rng.choice(MATTERS[absent]["?"]), rng, 0.7, animal=animal),
-                      fill(MATTERS[absent]["~"][0], animal=animal)))
+        turns.append(not_told(absent, rng))
     return turns

@@ -25,11 +25,25 @@ NUM_SHARDS = 3
 
 # How many of each: the one table of sizes
 SIZES = {
-    "documents": 36_000, "validation documents": 500, "chats": 48_000, "test chats": 400,
-    "identity conversations": 1_500, "identity questions": 200, "problems": 2_400, "test problems": 400,
-    "programs": 50, "bundle": 200,
-    "mmlu test": 600, "mmlu validation": 100, "mmlu dev": 50, "arc_easy test": 400, "arc_easy validation": 100,
-    "arc_challenge test": 400, "arc_challenge validation": 100, "arc_easy train": 3_000, "arc_challenge train": 1_000,
+    "documents": 36_000,
+    "validation documents": 500,
+    "chats": 48_000,
+    "test chats": 400,
+    "identity conversations": 1_500,
+    "identity questions": 200,
+    "problems": 2_400,
+    "test problems": 400,
+    "programs": 50,
+    "bundle": 200,
+    "mmlu test": 600,
+    "mmlu validation": 100,
+    "mmlu dev": 50,
+    "arc_easy test": 400,
+    "arc_easy validation": 100,
+    "arc_easy train": 3_000,
+    "arc_challenge test": 400,
+    "arc_challenge validation": 100,
+    "arc_challenge train": 1_000,
 }
 PROMPT_OPENINGS = ("One question: ", "I am new here. ", "Excuse me. ", "I have a question. ", "Please answer this: ",
                    "Let me ask you something. ", "I am curious. ", "Just one thing: ")
@@ -75,6 +89,10 @@ def draw_choices(draw):
     return tables
 
 
+def any_choice(rng):
+    return choices.choice_item(rng, choices.ALL_SUBJECTS)
+
+
 def held_choice(item):
     return [choice_keys(item)]
 
@@ -101,9 +119,12 @@ def small_program(rng):
     for word, n in steps:
         expression = f"({expression}) {signs[word]} {n}" if expression != "x" else f"x {signs[word]} {n}"
     checks = "".join(f"    assert candidate({x}) == {expression.replace('x', str(x))}\n" for x in (0, 3, 10))
-    return {"prompt": f'def {name}(x):\n    """Return x {says}."""\n',
-            "canonical_solution": f"    return {expression}\n",
-            "test": f"def check(candidate):\n{checks}", "entry_point": name}
+    return {
+        "prompt": f'def {name}(x):\n    """Return x {says}."""\n',
+        "canonical_solution": f"    return {expression}\n",
+        "test": f"def check(candidate):\n{checks}",
+        "entry_point": name,
+    }
 
 
 def draw_tasks(draw):
@@ -168,8 +189,7 @@ def draw_bundle(draw):
     rng = draw.rng("core")
     facts = [choices.random_fact(rng, ["friends", "opposites"]) for _ in range(SIZES["bundle"])]
     fact_rows = [{"context": f"Question: {fact.question}", "continuation": fact.sentence} for fact in facts]
-    items = draw("core choices", SIZES["bundle"], lambda rng: choices.choice_item(rng, choices.ALL_SUBJECTS), held_choice,
-                 hold=held_choice)
+    items = draw("core choices", SIZES["bundle"], any_choice, held_choice, hold=held_choice)
     choice_rows = [{"query": f"Question: {question}", "choices": options, "gold": gold}
                    for _, question, options, gold in items]
     tales = draw("core stories", SIZES["bundle"], story, lambda text: [text], hold=lambda text: [text])
@@ -183,12 +203,17 @@ def draw_bundle(draw):
     for _ in range(SIZES["bundle"]):
         pair = rng.sample(FRIENDS, 2)
         gold = rng.randrange(2)
-        home_rows.append({"context_options": [f"{x} lives in" for x in pair],
-                          "continuation": f"the {pair[gold].home}.", "gold": gold})
-    return {"toy_facts": ("language_modeling", 0, "\nAnswer: ", 0, fact_rows),
-            "toy_choices": ("multiple_choice", 2, "\nAnswer: ", 25, choice_rows),
-            "toy_stories": ("multiple_choice", 0, " ", 25, story_rows),
-            "toy_homes": ("schema", 0, " ", 50, home_rows)}
+        home_rows.append({
+            "context_options": [f"{x} lives in" for x in pair],
+            "continuation": f"the {pair[gold].home}.",
+            "gold": gold,
+        })
+    return {
+        "toy_facts": ("language_modeling", 0, "\nAnswer: ", 0, fact_rows),
+        "toy_choices": ("multiple_choice", 2, "\nAnswer: ", 25, choice_rows),
+        "toy_stories": ("multiple_choice", 0, " ", 25, story_rows),
+        "toy_homes": ("schema", 0, " ", 50, home_rows),
+    }
 
 
 def bundle_files(tasks):
@@ -197,9 +222,15 @@ def bundle_files(tasks):
     baselines = ["Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline"]
     files = {}
     for label, (kind, shots, delimiter, baseline, rows) in tasks.items():
-        entries += [f"- label: {label}", f"  dataset_uri: toy/{label}.jsonl", f"  num_fewshot: [{shots}]",
-                    f"  icl_task_type: {kind}", f"  continuation_delimiter: {json.dumps(delimiter)}"]
-        baselines.append(f"{label},toy world,{kind.replace('_', ' ')},{shots},{len(rows)},{baseline}")
+        entries += [
+            f"- label: {label}",
+            f"  dataset_uri: toy/{label}.jsonl",
+            f"  num_fewshot: [{shots}]",
+            f"  icl_task_type: {kind}",
+            f"  continuation_delimiter: {json.dumps(delimiter)}",
+        ]
+        words = kind.replace("_", " ")
+        baselines.append(f"{label},toy world,{words},{shots},{len(rows)},{baseline}")
         files[f"eval_bundle/eval_data/toy/{label}.jsonl"] = to_jsonl(rows)
     files["eval_bundle/core.yaml"] = "\n".join(entries) + "\n"
     files["eval_bundle/eval_meta_data.csv"] = "\n".join(baselines) + "\n"

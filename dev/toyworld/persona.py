@@ -1,8 +1,8 @@
 """
 Who the model is: the fields of persona.json, and the conversations that teach them.
 
-`load_persona("toy")` is the laptop's model, which knows the village. `load_persona("run", depth=20, ...)` is the model of
-a real run: its size follows from the depth, and no conversation of its mentions the village.
+`load_persona("toy")` is the laptop's model, which knows the village. `load_persona("run", depth=20, ...)` is the model
+of a real run: its size follows from the depth, and no conversation of its mentions the village.
 """
 
 import json
@@ -31,7 +31,8 @@ def say_count(number):
 
 def load_persona(name="toy", path=PERSONA_FILE, **facts):
     """The persona `name` with its placeholders filled from `facts`, and each field also with a capital."""
-    personas = json.loads(Path(path).read_text(encoding="utf-8"))
+    text = Path(path).read_text(encoding="utf-8")
+    personas = json.loads(text)
     if name not in personas:
         raise UserError(f"{path} has no persona {name!r}", f"it has {', '.join(personas)}")
     try:
@@ -59,12 +60,15 @@ def identity_exchange(rng, persona, intents, frame=1.0):
 
 def identity_conversation(rng, persona, intents):
     """One to four questions about the model, often after a greeting and before a goodbye."""
+    name = persona["name"]
     turns = []
     if rng.random() < 0.25:
-        turns.append((typed("[hi|hello|hey|good morning|hi there|hello there]", rng, name=persona["name"]), expand(OFFERS, rng)))
+        greeting = typed("[hi|hello|hey|good morning|hi there|hello there]", rng, name=name)
+        turns.append((greeting, expand(OFFERS, rng)))
     for _ in range(rng.choice([1, 1, 2, 3, 4])):
         question, answer, _ = identity_exchange(rng, persona, intents)
         turns.append((question, answer))
     if rng.random() < 0.15:
-        turns.append((typed("[thanks|thank you|thank you very much]", rng, name=persona["name"]), "You are welcome!"))
+        thanks = typed("[thanks|thank you|thank you very much]", rng, name=name)
+        turns.append((thanks, "You are welcome!"))
     return turns

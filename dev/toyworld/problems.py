@@ -2,8 +2,8 @@
 Word problems with any names, things and verbs, in the families of data/problems.txt.
 
 A problem is told of somebody: a name (often one that no other problem has), "my sister", "a farmer", I or you; in the
-present or the past; capitalised or as typed in a hurry. Its answer copies the numbers and the name from the question and
-leaves the arithmetic to the calculator.
+present or the past; capitalised or as typed in a hurry. Its answer copies the numbers and the name from the question
+and leaves the arithmetic to the calculator.
 """
 
 import re
@@ -30,8 +30,8 @@ LOSE = ("lose loses lost/eat eats ate/sell sells sold/give|away gives|away gave|
         "break breaks broke/use uses used/throw|away throws|away threw|away/eat eats ate/lose loses lost/"
         "sell sells sold/spend spends spent/forget forgets forgot/hide hides hid").split("/")
 HAVE = "have has had".split()
-MORE_VERBS = ("give gives gave/share shares shared/divide divides divided/split splits split/put puts put/pack packs packed/"
-              "fill fills filled/take takes took/pay pays paid").split("/")  # slots of their own: {gives}, {shares}
+MORE_VERBS = ("give gives gave/share shares shared/divide divides divided/split splits split/put puts put/"
+              "pack packs packed/fill fills filled/take takes took/pay pays paid").split("/")  # slots of their own: {gives}, {shares}
 SYLLABLES = [a + b for a in "b d f g k l m n p r s t v z j dr kr br tr sh th".split() for b in "a e i o u".split()]
 
 
@@ -74,24 +74,33 @@ def draw_person(rng, first_person=True):
     return Person(name, name, name, False, he, him)
 
 
+def first_step(operation, a, b):
+    """'a*b+c' -> '3*4'"""
+    numbers = {"a": str(a), "b": str(b)}
+    return "".join(numbers.get(sign, sign) for sign in operation[:3])
+
+
 def draw_numbers(operation, rng):
     """Numbers for a family: whole results, nothing negative; one in eight is large."""
     large = 999 if rng.random() < 0.12 else 99
-    a, b, c = rng.randint(2, large), rng.randint(2, rng.choice([12, large])), rng.randint(2, 20)
+    a = rng.randint(2, large)
+    b = rng.randint(2, rng.choice([12, large]))
+    c = rng.randint(2, 20)
     if "*" in operation:
-        a, b = rng.randint(2, rng.choice([12, 30])), rng.randint(2, rng.choice([12, 30]))
+        a = rng.randint(2, rng.choice([12, 30]))
+        b = rng.randint(2, rng.choice([12, 30]))
     if operation.startswith("a/b"):
         b = rng.randint(2, 12)
         a = b * rng.randint(2, rng.choice([12, 30]))
     if operation in ("a*2", "a/2"):
         a = 2 * rng.randint(2, 50)
     if operation == "b-a":
-        a, b = sorted((a, a + b))
+        b += a
     if operation.startswith("a-b") and a <= b:
         a, b = b + 1, a
     if operation == "a-b-c" or operation.endswith("-c"):
-        left = use_calculator(operation[:3].replace("a", str(a)).replace("b", str(b)))
-        c = rng.randint(1, max(1, int(left) - 1))
+        left = int(use_calculator(first_step(operation, a, b)))
+        c = rng.randint(1, max(1, left - 1))
     return {"a": a, "b": b, "c": c}
 
 
@@ -139,9 +148,22 @@ def slots_for(x, y, z, thing, rng):
     for row in MORE_VERBS:
         forms = row.split()
         verbs[forms[1]] = forms[form]
-    return verbs | {"n": thing, "y": y, "z": z, "has": HAVE[form], "yhas": "had" if past else "has", "get": get, "lose": lose,
-            "does": does, "have": HAVE[0 if x.plural else 1], "he": x.he, "him": x.him, "box": box, "boxes": boxes,
-            "be": "were" if past else "are"}
+    return verbs | {
+        "n": thing,
+        "y": y,
+        "z": z,
+        "has": HAVE[form],
+        "yhas": "had" if past else "has",
+        "get": get,
+        "lose": lose,
+        "does": does,
+        "have": "have" if x.plural else "has",
+        "he": x.he,
+        "him": x.him,
+        "box": box,
+        "boxes": boxes,
+        "be": "were" if past else "are",
+    }
 
 
 def in_sentences(text):
@@ -198,17 +220,17 @@ def hurry(text, rng):
 
 
 def solve_steps(family, numbers, slots):
-    a, b, c = (str(numbers[key]) for key in "abc")
     operation = family["operation"]
-    expression = "".join({"a": a, "b": b}.get(sign, sign) for sign in operation[:3])
+    expression = first_step(operation, numbers["a"], numbers["b"])
+    scope = slots | numbers
     steps = []
     result = None
     for line in family["<"]:
         before, _, after = line.partition("{calc}")
         if steps:
             before = f"\n{before}"
-            expression = f"{result}{operation[3]}{c}"
-        step, result = calculated(before.format(**slots, **numbers), expression, after.format(**slots, **numbers))
+            expression = f"{result}{operation[3]}{numbers['c']}"
+        step, result = calculated(before.format(**scope), expression, after.format(**scope))
         steps.append(step)
     return finish(steps, result)
 

@@ -13,14 +13,16 @@ ANIMALS = Pool(read_words("animals.txt"), keep=50)
 PEOPLE = Pool(read_words("people.txt"), keep=20)
 OBJECTS = Pool(read_words("objects.txt"), keep=20)
 MASSES = [word.strip() for word in (DATA / "masses.txt").read_text(encoding="utf-8").split(";")]
-ADJECTIVES = ("little big small brave happy sad lonely clever funny lazy kind old young angry magic white black red tiny "
-              "hungry sleepy friendly shy proud poor rich silly blue green flying lost").split()
+ADJECTIVES = ("little big small brave happy sad lonely clever funny lazy kind old young angry magic white black red "
+              "tiny hungry sleepy friendly shy proud poor rich silly blue green flying lost").split()
 ADDED = ("who can fly/who is afraid/who likes cake/who is lost/that can talk/who wants to sing/who loves music/"
          "who lives in a tree/who goes to school/in the forest/at the sea/on the moon/with a red hat/in winter/"
-         "who finds a friend/who cannot sleep/in space/who wants to be a king/and a lost key/who saved the day").split("/")
+         "who finds a friend/who cannot sleep/in space/who wants to be a king/and a lost key/"
+         "who saved the day").split("/")
 PLACES = ("the river/the forest/the hill/the lake/the market/the bridge/the meadow/the old mill/the sea/the big tree/"
           "the village/the castle/the farm/the mountain").split("/")
-FOUND = "a golden ring/a red ball/a little key/an old map/a bag of coins/a kite/a blue stone/a small drum/a lamp".split("/")
+FOUND = ("a golden ring/a red ball/a little key/an old map/a bag of coins/a kite/a blue stone/a small drum/"
+         "a lamp").split("/")
 
 
 def read_plots():
@@ -47,9 +49,15 @@ def story(rng, hero=None, friend=None, mass=None):
     while friend == hero:
         friend = ANIMALS.draw(rng)
     named = hero[0].isupper()
-    slots = {"x": hero if named else f"the {hero}", "a": with_name(hero, rng) if named else f"a {hero}",
-             "y": friend if friend[0].isupper() else f"the {friend}", "ay": with_article(friend),
-             "place": rng.choice(PLACES), "q": rng.choice(FOUND), "t": mass}
+    slots = {
+        "x": hero if named else f"the {hero}",
+        "a": with_name(hero, rng) if named else f"a {hero}",
+        "y": friend if friend[0].isupper() else f"the {friend}",
+        "ay": with_article(friend),
+        "place": rng.choice(PLACES),
+        "q": rng.choice(FOUND),
+        "t": mass,
+    }
     plot = rng.choice(PLOTS["mass" if mass else "plot"])
     return capitalize(fill(expand(plot, rng), **slots))
 

@@ -1,87 +1,36 @@
 """
 Sums in every notation: "12 + 35", "12+35=", "what's 7 times 8", "half of 20", "three plus four", two steps.
 
-FORMS has a row for each kind of sum: (weight, what is calculated, ways to write it). `{a}` and `{b}` are numbers, written
-in digits or, small ones, in words. The calculator's expression has the numbers in the order in which it needs them.
+The kinds of sums and the ways to write them are in data/sums.txt, the frames around them in data/phrases.txt.
 """
 
+import re
+
 from dev.toyworld.calculate import number_word, result_of, solve
-from dev.toyworld.grammar import expand
+from dev.toyworld.grammar import DATA, expand, read_phrases
 from dev.toyworld.typed import typed
 
-# kind: (weight, expression, noun phrases ("what is ..."), whole messages)
-FORMS = {
-    "add": (10, "{a}+{b}",
-            "{a} + {b}; {a}+{b}; {a} plus {b}; {a} + {b}; {a}+{b}; {a} plus {b}; {a} and {b}; the sum of {a} and {b}; "
-            "{a} added to {b}; {a} and {b} together; the total of {a} and {b}",
-            "add {a} and {b}; add {a} to {b}; sum of {a} and {b}; sum {a} and {b}; add up {a} and {b}; "
-            "add {a} + {b}; what do you get if you add {a} and {b}; {a} + {b} =; {a}+{b}=; {a} + {b} = ?; "
-            "put {a} and {b} together"),
-    "subtract": (9, "{a}-{b}",
-                 "{a} - {b}; {a}-{b}; {a} minus {b}; {a} - {b}; {a}-{b}; {a} minus {b}; {a} take away {b}; "
-                 "{a} less {b}; the difference between {a} and {b}; the difference of {a} and {b}",
-                 "take {a} minus {b}; {a} - {b} =; {a}-{b}=; {a} - {b} = ?; "
-                 "what is left of {a} if you take away {b}; what do you get if you take {a} minus {b}"),
-    "subtract_from": (2, "{a}-{b}", "{b} subtracted from {a}; {b} taken from {a}",
-                      "subtract {b} from {a}; take {b} from {a}; take away {b} from {a}; "
-                      "what do you get if you subtract {b} from {a}"),
-    "multiply": (10, "{a}*{b}",
-                 "{a} * {b}; {a}*{b}; {a} times {b}; {a} x {b}; {a}x{b}; {a} times {b}; {a} multiplied by {b}; "
-                 "the product of {a} and {b}; {a} × {b}",
-                 "multiply {a} by {b}; multiply {a} and {b}; multiply {a} with {b}; product of {a} and {b}; "
-                 "{a} * {b} =; {a} x {b} =; {a}*{b}=; {a} x {b} = ?; what do you get if you multiply {a} by {b}; "
-                 "take {a} times {b}"),
-    "divide": (9, "{a}/{b}",
-               "{a} / {b}; {a}/{b}; {a} divided by {b}; {a} ÷ {b}; {a} divided by {b}; {a} over {b}; {a} : {b}",
-               "divide {a} by {b}; {a} / {b} =; {a}/{b}=; {a} : {b} =; split {a} by {b}; {a} split into {b} parts; "
-               "what do you get if you divide {a} by {b}; how many times does {b} go into {a}; "
-               "how often does {b} fit into {a}; divide {a} into {b} parts"),
-    "half": (3, "{a}/2", "half of {a}; half {a}; the half of {a}; one half of {a}", "half of {a}; halve {a}"),
-    "double": (3, "{a}*2", "double {a}; twice {a}; the double of {a}; two times {a}",
-               "double {a}; double the number {a}; twice {a}"),
-    "triple": (1, "{a}*3", "triple {a}; the triple of {a}; three times {a}", "triple {a}"),
-    "third": (1, "{a}/3", "a third of {a}; one third of {a}", "a third of {a}"),
-    "quarter": (1, "{a}/4", "a quarter of {a}; one quarter of {a}; one fourth of {a}", "a quarter of {a}"),
-    "square": (1, "{a}*{a}", "{a} squared; the square of {a}; {a} times itself", "square {a}; square of {a}"),
-    "percent": (2, "{a}*{b}/100", "{a}% of {b}; {a} percent of {b}; {a} % of {b}", "{a}% of {b}"),
-    "more": (1, "{b}+{a}", "{a} more than {b}; {a} more than {b}", "{a} more than {b}"),
-    "less": (1, "{b}-{a}", "{a} less than {b}; {a} fewer than {b}", "{a} less than {b}"),
-    "add_add": (3, "{a}+{b}+{c}",
-                "{a} + {b} + {c}; {a}+{b}+{c}; {a} plus {b} plus {c}; the sum of {a}, {b} and {c}",
-                "add {a}, {b} and {c}; {a} + {b} + {c} =; {a}+{b}+{c}=; add {a} and {b} and {c}"),
-    "add_subtract": (2, "{a}+{b}-{c}", "{a} + {b} - {c}; {a}+{b}-{c}; {a} plus {b} minus {c}",
-                     "{a} + {b} - {c} =; {a} plus {b}, then minus {c}"),
-    "subtract_subtract": (1, "{a}-{b}-{c}", "{a} - {b} - {c}; {a} minus {b} minus {c}", "{a} - {b} - {c} ="),
-    "subtract_add": (1, "{a}-{b}+{c}", "{a} - {b} + {c}; {a}-{b}+{c}; {a} minus {b} plus {c}", "{a} - {b} + {c} ="),
-    "multiply_add": (3, "{a}*{b}+{c}", "{a} * {b} + {c}; {a} x {b} + {c}; {a} times {b} plus {c}; {a}*{b}+{c}",
-                     "{a} * {b} + {c} =; multiply {a} by {b} and add {c}; {a} times {b}, then add {c}"),
-    "add_multiply": (3, "{a}+{b}*{c}", "{a} + {b} * {c}; {a} + {b} x {c}; {a} plus {b} times {c}; {a}+{b}*{c}",
-                     "{a} + {b} * {c} ="),
-    "multiply_subtract": (2, "{a}*{b}-{c}", "{a} * {b} - {c}; {a} x {b} - {c}; {a} times {b} minus {c}",
-                          "{a} * {b} - {c} =; multiply {a} by {b} and subtract {c}"),
-    "brackets": (2, "({a}+{b})*{c}", "({a} + {b}) * {c}; ({a}+{b})*{c}; ({a} + {b}) x {c}; ({a} + {b}) times {c}",
-                 "({a} + {b}) * {c} =; add {a} and {b}, then multiply by {c}; "
-                 "add {a} and {b} and multiply the result by {c}"),
-}
-FRAMES = ("what is {e} / what is {e} / what is {e} / how much is {e} / how much is {e} / {e} / {e} / {e} / {e} / {e} / "
-          "calculate {e} / compute {e} / work out {e} / [can you|could you|please] [work out|calculate|solve|do] {e} / "
-          "solve {e} / @tell what {e} is / what does {e} make / what does {e} equal / {e} equals / {e} is / {e} is what / "
-          "{e} is how much / tell me {e} / i need {e} / what is the result of {e} / what is the answer to {e} / "
-          "do you know {e} / how much does {e} make / {e} makes / find {e} / what would {e} be / and {e} / what about {e} / "
-          "give me {e} / help me with {e} / sum: {e} / do the sum {e} / can you do {e} / evaluate {e} / the answer to {e} / "
-          "my homework is {e} / what do you get for {e} / math: {e} / {e}, how much is that / what is the value of {e} / "
-          "i want to know {e} / let me know {e} / how many is {e}").split(" / ")
-ASKED = {kind: [forms.split("; ") for forms in row[2:]] for kind, row in FORMS.items()}
-CHECKS = ("are you sure / are you sure about that / really / is that right / is that correct / how do you know that / "
-          "can you check it / is it true / did you calculate that / how did you get that / how did you do that").split(" / ")
-NEXT_STEPS = {
-    "{r}+{n}": "and {n} more / plus {n} / and plus {n} / add {n} / now add {n} / add {n} to that / and if i add {n} / "
-               "and another {n} / + {n} / what if i add {n} / and {n} more makes",
-    "{r}-{n}": "minus {n} / and minus {n} / take away {n} / now subtract {n} / and {n} less / - {n} / subtract {n} from that",
-    "{r}*{n}": "times {n} / and times {n} / multiply that by {n} / now multiply it by {n} / and that times {n} / * {n}",
-    "{r}*2": "double that / double it / and twice that / and the double",
-    "{r}/2": "half of that / and half of that / halve it",
-}
+
+def read_sums():
+    """({kind: (weight, expression, noun phrases, whole messages)}, {expression of a next step: messages})"""
+    kinds = {}
+    steps = {}
+    for line in (DATA / "sums.txt").read_text(encoding="utf-8").splitlines():
+        header = re.fullmatch(r"# (\w+) (\d+) (\S+)", line)
+        sign, _, rest = line.partition(" ")
+        if header:
+            kinds[header[1]] = [float(header[2]), header[3]]
+        elif sign == "+":
+            steps[rest] = []
+        elif sign in (">", "!") and steps:
+            steps[list(steps)[-1]] += rest.split("; ")
+        elif sign in (">", "!"):
+            kinds[list(kinds)[-1]].append(rest.split("; "))
+    return kinds, steps
+
+
+KINDS, NEXT_STEPS = read_sums()
+PHRASES = read_phrases("sums")
 
 
 def any_number(rng, largest=999):
@@ -121,18 +70,18 @@ def write_numbers(form, numbers, rng):
 
 def one_sum(rng):
     """(question, answer)"""
-    kind = rng.choices(list(FORMS), [row[0] for row in FORMS.values()])[0]
+    kind = rng.choices(list(KINDS), [row[0] for row in KINDS.values()])[0]
     numbers = draw_numbers(kind, rng)
-    phrases, messages = ASKED[kind]
+    _, expression, phrases, messages = KINDS[kind]
     whole = rng.random() < 0.25
     form = rng.choice(messages if whole else phrases)
     if rng.random() < 0.15:  # a small sum is the likeliest to be told in words
         numbers = {name: 1 + number % 20 for name, number in numbers.items()}
     asked = {name: number for name, number in numbers.items() if "{" + name + "}" in form}
     told = write_numbers(form, asked, rng)
-    template = form if whole else rng.choice(FRAMES).replace("{e}", form)
+    template = form if whole else rng.choice(PHRASES["frames"]).replace("{e}", form)
     question = typed(template, rng, 0.7, **told)
-    return question, solve("", FORMS[kind][1].format(**numbers))
+    return question, solve("", expression.format(**numbers))
 
 
 def sum_exchange(rng):
@@ -143,11 +92,11 @@ def sum_exchange(rng):
     while rng.random() < 0.2 and result.isdigit() and len(turns) < 3:
         expression = rng.choice(list(NEXT_STEPS))
         number = any_number(rng, 50)
-        template = rng.choice(NEXT_STEPS[expression].split(" / "))
+        template = rng.choice(NEXT_STEPS[expression])
         answer = solve("", expression.format(r=result, n=number))
         turns.append((typed(template, rng, 0.2, n=number), answer))
         result = result_of(answer)
     if rng.random() < 0.07:
         sure = "[Yes, I worked it out with a calculator.|Yes. My calculator did the sum.]"
-        turns.append((typed(rng.choice(CHECKS), rng, 0.3), expand(sure, rng)))
+        turns.append((typed(rng.choice(PHRASES["checks"]), rng, 0.3), expand(sure, rng)))
     return turns

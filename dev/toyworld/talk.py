@@ -1,16 +1,18 @@
 """
 Ordinary conversation: every intent of the talk files, the facts, and the questions from outside the world.
 
-An exchange is a list of (what the user says, what the model answers). Which intents there are, how they are said and how
-often they come is in data/*.txt alone.
+An exchange is a list of (what the user says, what the model answers). Which intents there are, how they are said and
+how often they come is in data/*.txt alone.
 """
 
 from functools import cache
 
-from dev.toyworld.grammar import expand, fill, read_intents
+from dev.toyworld.grammar import expand, fill, read_intents, read_phrases
 from dev.toyworld.spelling import TRAIN_WORDS
 from dev.toyworld.typed import typed
 from dev.toyworld.village import NAMES
+
+PHRASES = read_phrases("outside")
 
 FRIENDS_TEXT = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 SHORT = {"hello", "goodbye", "yes", "no", "maybe", "wow", "thanks", "why", "sure", "blank", "foreign", "code"}
@@ -21,17 +23,6 @@ OUTSIDE_ANSWERS = {
     "english": ["I only speak English. I can @offer."],
 }
 # Questions of any words at all: what has no sense has the honest answer, too
-NONSENSE = ("what is the {p} of the {q} / why does the {p} {q} / how many {p} are in a {q} when it rains / who has the {p} / "
-            "where is the {p} / what is a {p} {q} / is the {p} {q} / can a {p} {q} / what does {p} mean in {q} / "
-            "how do i {p} a {q} / when does the {p} begin / why is {p} not {q} / who is the {p} of {q} / do you like the {p} / "
-            "tell me about the {p} of {q} / explain the {p} of the {q} / what is the best {p} / how big is the {p} of {q} / "
-            "{p} {q} / {p} {q} {r} / {p} of {q} / what happens if {p} {q} / which {p} is {q} / how much is the {p} / "
-            "where can i buy a {p} / give me the {p} / find the {p} / show me the {p} / what time is the {p} / "
-            "how long is the {p} / how old is the {p} / who made the {p} / who invented the {p} / what is in the {p} / "
-            "i need a {p} / my {p} is {q} / the {p} is {q} / where did the {p} go / what is wrong with my {p} / "
-            "how do i get a {p} / are {p} and {q} the same / what is the name of the {p} / did you see the {p}").split(" / ")
-
-
 class Intents:
     """The intents of some data files, drawn by weight, with their tables."""
 
@@ -103,7 +94,7 @@ def fact_sheet(rng):
 
 
 def nonsense(rng):
-    template = rng.choice(NONSENSE)
+    template = rng.choice(PHRASES["nonsense"])
     p, q, r = (rng.choice(TRAIN_WORDS) for _ in range(3))
     return typed(template, rng, 0.7, p=p, q=q, r=r)
 

@@ -18,8 +18,8 @@ OPENINGS = ("hey, |hi, |ok, |ok |so |so, |well, |um, |hmm, |please |now |now, |a
             "quick question: |question: |hello, |hey {name}, |{name}, |listen, |i wonder, |just curious, |oh, |yo |"
             "good, |great, |alright, |sorry, |hello {name}, |right, |dear {name}, |next question: |another question: |"
             "i have a question: |hey there, |ah, |my question is: |say, |cool, ").split("|")
-ENDINGS = (" please| please|, please| for me| then| now| thanks|, thanks| thank you| {name}|, {name}| again| if you can|"
-           " :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me").split("|")
+ENDINGS = (" please| please|, please| for me| then| now| thanks|, thanks| thank you| {name}|, {name}| again|"
+           " if you can| :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me").split("|")
 STATEMENT_OPENINGS = "well, |hey, |oh, |ok, |hmm, |hi, |yes, |you know, |so, |honestly, |to be honest, ".split("|")
 
 CONTRACTIONS = {
@@ -47,14 +47,17 @@ def is_request(text):
 def slip(word, rng):
     """One finger wrong: two letters swapped, one left out, one doubled or one hit beside."""
     i = rng.randrange(1, len(word) - 1)
+    before = word[:i]
+    letter = word[i]
+    after = word[i + 1:]
     kind = rng.randrange(4)
     if kind == 0:
-        return word[:i] + word[i + 1] + word[i] + word[i + 2:]
+        return before + after[0] + letter + after[1:]
     if kind == 1:
-        return word[:i] + word[i + 1:]
+        return before + after
     if kind == 2:
-        return word[:i] + word[i] + word[i:]
-    return word[:i] + rng.choice("aeioutnsrl") + word[i + 1:]
+        return before + letter + letter + after
+    return before + rng.choice("aeioutnsrl") + after
 
 
 def contract(text, rng):
@@ -107,8 +110,8 @@ def typed(template, rng, frame=1.0, **slots):
     """
     A message as somebody may type it. frame: how often words of no weight stand around it, 0 for never.
 
-    Lower-case messages have lower-case slots, so that "paris" is as well known as "Paris"; a slot whose name begins with
-    `exact` stays as it is.
+    Lower-case messages have lower-case slots, so that "paris" is as well known as "Paris"; a slot whose name begins
+    with `exact` stays as it is.
     """
     text = decorate(expand(template, rng), rng, frame)
     mark = "?" if is_question(text) or is_question(re.sub(r"^[^,:]*[,:] ", "", text)) else "."
@@ -127,13 +130,17 @@ def typed(template, rng, frame=1.0, **slots):
         slots = {key: value if key.startswith("exact") else str(value).lower() for key, value in slots.items()}
     else:
         text = PROPER.sub(lambda match: capitalize(match[0]), text)
-        text = text if text.startswith("{exact") else capitalize(text) if text[:1] != "{" else capitalize_slot(text)
+        text = capitalize_start(text)
     text = repair(text.format_map(Slots(slots)))
     if style > 0.99 and not any(key.startswith("exact") for key in slots):
         text = text.upper()
     return text
 
 
-def capitalize_slot(text):
-    """'{thing} is' -> '{Thing} is'"""
-    return "{" + text[1].upper() + text[2:]
+def capitalize_start(text):
+    """'what is' -> 'What is', '{thing} is' -> '{Thing} is'"""
+    if text.startswith("{exact"):
+        return text
+    if text.startswith("{"):
+        return "{" + text[1].upper() + text[2:]
+    return capitalize(text)

@@ -7,8 +7,10 @@ the honest answer that the model does not know.
 
 from dataclasses import dataclass
 
-from dev.toyworld.grammar import Pool, capitalize, expand, fill, read_words, with_article
+from dev.toyworld.grammar import Pool, capitalize, expand, fill, read_phrases, read_words
 from dev.toyworld.typed import typed
+
+PHRASES = read_phrases("village")
 
 
 @dataclass(eq=False)
@@ -74,7 +76,8 @@ ATTRIBUTES = {
              "what food does {x} like best / what does {x} eat / what is {x}'s favourite food / "
              "@tell what {x} likes to eat / what should i cook for {x}",
              "{x} likes to eat {v}.",
-             "[who|which friend] [likes to eat|loves] {v} / whose favourite food is {v} / who likes {v} / who eats {v}"),
+             "[who|which friend] [likes to eat|loves] {v} / whose favourite food is {v} / who likes {v} / "
+             "who eats {v}"),
     "thing": ("a {thing}",
               ["{x} owns {v}.", "{x} has {v}.", "The treasure of {x} is {v}."],
               "what does {x} own / what is the treasure of {x} / which thing does {x} own / "
@@ -91,14 +94,8 @@ ATTRIBUTES = {
 QUESTIONS = {key: row[2].split(" / ") for key, row in ATTRIBUTES.items()}
 BACKWARD = {key: row[4].split(" / ") for key, row in ATTRIBUTES.items() if row[4]}
 
-WHO = ("who is {x} / tell me about {x} / what do you know about {x} / do you know {x} / who is {x} in dellbrook / "
-       "have you heard of {x} / describe {x} / @tell who {x} is / say something about {x} / tell me more about {x} / "
-       "and who is {x} / what can you tell me about {x} / {x}").split(" / ")
-STRANGER = [*WHO[:11], *QUESTIONS["home"], *QUESTIONS["job"], *QUESTIONS["food"], *QUESTIONS["colour"],
+STRANGER = [*PHRASES["who"][:11], *QUESTIONS["home"], *QUESTIONS["job"], *QUESTIONS["food"], *QUESTIONS["colour"],
             "how old is {x}", "what is the animal of {x}", "when was {x} born", "is {x} nice"]
-UNKNOWN = ("how old is {x} / when was {x} born / who are the parents of {x} / how tall is {x} / does {x} have children / "
-           "is {x} rich / what is the last name of {x} / who is the best friend of {x} / how much does {x} weigh / "
-           "what did {x} do yesterday / what is {x} thinking / is {x} married").split(" / ")
 OTHER_NAMES = Pool([name for name in read_words("names.txt") if name not in NAMES], keep=40)
 
 
@@ -139,7 +136,7 @@ def ask_fact(rng):
 
 def ask_who(rng):
     x = rng.choice(FRIENDS)
-    return [(typed(rng.choice(WHO), rng, x=x.name), about(x))]
+    return [(typed(rng.choice(PHRASES["who"]), rng, x=x.name), about(x))]
 
 
 def ask_yes_no(rng):
@@ -159,7 +156,7 @@ def ask_unknown(rng):
     answer = expand("@dunno", rng)
     if rng.random() < 0.6:
         return [(typed(rng.choice(STRANGER), rng, x=OTHER_NAMES.draw(rng)), answer)]
-    return [(typed(rng.choice(UNKNOWN), rng, x=rng.choice(NAMES)), answer)]
+    return [(typed(rng.choice(PHRASES["unknown"]), rng, x=rng.choice(NAMES)), answer)]
 
 
 def village_exchange(rng):
@@ -171,7 +168,7 @@ def village_exchange(rng):
     attribute = rng.choice(["home", "job", "food", "thing"])
     follow = {"home": "where does {he} live", "job": "what does {he} do", "food": "what does {he} eat",
               "thing": "what does {he} own"}[attribute]
-    first = (typed(rng.choice(WHO), rng, x=x.name), about(x))
+    first = (typed(rng.choice(PHRASES["who"]), rng, x=x.name), about(x))
     return [first, (typed("[|and ]" + follow, rng, he=x.he), sentence(x, attribute))]
 
 
