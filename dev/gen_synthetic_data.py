@@ -12,8 +12,8 @@ dev/toyworld/persona.json, whose size follows from the depth, and know nothing o
 
     python -m dev.gen_synthetic_data --identity_only --depth=20 --out=identity_conversations.jsonl
 
-With an OpenAI-compatible server the script asks a model for more varied identity conversations and adds the good ones to
-the mirror's identity_conversations.jsonl, and to identity_added.jsonl, from which a later writing takes them:
+With an OpenAI-compatible server the script asks a model for more varied identity conversations and adds the good ones
+to the mirror's identity_conversations.jsonl, and to identity_added.jsonl, from which a later writing takes them:
 
     python -m dev.gen_synthetic_data --out=/tmp/toy_world --base_url=http://localhost:8000/v1 --model=NAME --num=200
 """

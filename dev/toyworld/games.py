@@ -23,22 +23,27 @@ SCALES = [
     (BY_SPEED, PHRASES["faster"], "faster"),
     (range(1, 100), PHRASES["more"], "bigger"),
 ]
+COUNTING = {"count": 54, "count_down": 25, "count_from": 15, "count_plain": 6}  # and their shares
+USUAL_ENDS = [3, 4, 5, 6, 7, 8, 10, 10, 10, 10, 12, 15, 20, 20, *range(3, 21)]
 OFTEN = ["repeat {w} {n} times", "say {w} {n} times", "write {w} {n} times"]
 
 
 def counting(rng):
-    kind = rng.random()
-    largest = rng.choice([3, 5, 10, 10, 10, 10, 12, 15, 20, 20, rng.randint(3, 20)])
+    """To a number, from one to another, down from a number, or just counting."""
+    largest = rng.choice(USUAL_ENDS)
     asked = number_word(largest) if rng.random() < 0.35 else str(largest)
-    if kind < 0.06:
-        return typed(rng.choice(PHRASES["count_plain"]), rng), listed(range(1, 11))
-    if kind < 0.6:
-        return typed(rng.choice(PHRASES["count"]), rng, n=asked), listed(range(1, largest + 1))
-    if kind < 0.75:
-        first = rng.randint(2, 12)
-        last = first + rng.randint(2, 8)
-        return typed(rng.choice(PHRASES["count_from"]), rng, a=first, n=last), listed(range(first, last + 1))
-    return typed(rng.choice(PHRASES["count_down"]), rng, n=asked), listed(range(largest, 0, -1))
+    first = rng.randint(2, 12)
+    last = first + rng.randint(2, 8)
+    kind = rng.choices(list(COUNTING), list(COUNTING.values()))[0]
+    numbers = {
+        "count_plain": range(1, 11),
+        "count": range(1, largest + 1),
+        "count_from": range(first, last + 1),
+        "count_down": range(largest, 0, -1),
+    }
+    end = last if kind == "count_from" else asked
+    message = typed(rng.choice(PHRASES[kind]), rng, a=first, n=end)
+    return message, listed(numbers[kind])
 
 
 def listed(numbers):
@@ -48,27 +53,35 @@ def listed(numbers):
 def neighbours(rng):
     number = rng.randint(2, rng.choice([20, 99]))
     if rng.random() < 0.6:
-        return typed(rng.choice(PHRASES["after"]), rng, n=number), f"After {number} comes {number + 1}."
-    return typed(rng.choice(PHRASES["before"]), rng, n=number), f"Before {number} comes {number - 1}."
+        message = typed(rng.choice(PHRASES["after"]), rng, n=number)
+        return message, f"After {number} comes {number + 1}."
+    message = typed(rng.choice(PHRASES["before"]), rng, n=number)
+    return message, f"Before {number} comes {number - 1}."
 
 
 def even_or_odd(rng):
-    number = rng.randint(1, rng.choice([20, 99]))
-    return typed(rng.choice(PHRASES["even"]), rng, n=number), f"{number} is {'odd' if number % 2 else 'even'}."
+    largest = rng.choice([20, 99])
+    number = rng.randint(1, largest)
+    message = typed(rng.choice(PHRASES["even"]), rng, n=number)
+    return message, f"{number} is {'odd' if number % 2 else 'even'}."
 
 
 def compare(rng):
     """Two animals or things by size or speed, or two numbers."""
     scale, phrases, more = rng.choice(SCALES)
     x, y = rng.sample(scale, 2)
-    large, small = (x, y) if scale.index(x) > scale.index(y) else (y, x)
-    if isinstance(x, int):
-        return typed(rng.choice(phrases), rng, x=x, y=y), f"{large} is bigger than {small}."
-    names = {noun: with_article(noun) for noun in (x, y)}
-    for noun in ("sun", "moon", "earth"):
-        names[noun] = f"the {noun}"
-    answer = f"{capitalize(names[large])} is {more} than {names[small]}."
-    return typed(rng.choice(phrases), rng, x=names[x], y=names[y]), answer
+    small, large = sorted((x, y), key=scale.index)
+    message = typed(rng.choice(phrases), rng, x=called(x), y=called(y))
+    return message, f"{capitalize(called(large))} is {more} than {called(small)}."
+
+
+def called(noun):
+    """'owl' -> 'an owl', 'sun' -> 'the sun', 7 -> '7'"""
+    if isinstance(noun, int):
+        return str(noun)
+    if noun in ("sun", "moon", "earth"):
+        return f"the {noun}"
+    return with_article(noun)
 
 
 def echo(rng):
@@ -82,7 +95,8 @@ def echo(rng):
         words = f"{words} {any_name(rng)}"
     if rng.random() < 0.3:
         words = f'"{words}"'
-    return typed(rng.choice(PHRASES["repeat"]), rng, 0.3, exact=words), words.strip('"')
+    message = typed(rng.choice(PHRASES["repeat"]), rng, 0.3, exact=words)
+    return message, words.strip('"')
 
 
 def say_often(rng):

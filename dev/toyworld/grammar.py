@@ -27,9 +27,10 @@ MACROS = {
 }
 # Plurals that are not the singular with an s, as the templates write them
 PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "deer", "wolfs": "wolves",
-           "calfs": "calves", "fishs": "fish", "butterflys": "butterflies", "ponys": "ponies", "babys": "babies", "flys": "flies",
-           "persons": "people", "policemans": "policemen", "firemans": "firemen", "postmans": "postmen",
-           "foxs": "foxes", "ostrichs": "ostriches", "walruss": "walruses", "octopuss": "octopuses", "lynxs": "lynxes"}
+           "calfs": "calves", "fishs": "fish", "butterflys": "butterflies", "ponys": "ponies", "babys": "babies",
+           "flys": "flies", "persons": "people", "policemans": "policemen", "firemans": "firemen",
+           "postmans": "postmen", "foxs": "foxes", "ostrichs": "ostriches", "walruss": "walruses",
+           "octopuss": "octopuses", "lynxs": "lynxes"}
 PLURAL = re.compile(rf"\b({'|'.join(PLURALS)})\b")
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|one\b|eu|uku|use)")
 

@@ -19,6 +19,7 @@ JOBS = ("teacher/doctor/nurse/farmer/baker/writer/student/driver/cook/builder/ga
 FOODS = ("pizza/soup/rice/bread/cheese/cake/apples/honey/pasta/fish/chocolate/salad/pancakes/beans/ice cream/eggs/"
          "plums/noodles/sushi/curry/pie/cookies").split("/")
 PETS = "dog cat rabbit hamster bird fish parrot horse turtle mouse goldfish snake pony".split()
+OWNED = "car bike house hat coat dress cat dog bag shirt door phone boat room horse garden ball".split()
 MIXED = 0.5  # of the conversations, how many have something else between telling and asking
 
 
@@ -51,9 +52,10 @@ DRAWERS = {
     "job": lambda rng: rng.choice(JOBS),
     "number": any_number,
     "word": lambda rng: rng.choice(TRAIN_WORDS),
+    "thing": lambda rng: rng.choice(COLOURS),
 }
 WEIGHTS = {"name": 8, "colour": 3, "pet": 2, "petname": 3, "age": 3, "town": 2, "job": 2, "food": 2, "friend": 2,
-           "number": 2, "word": 1}
+           "number": 2, "word": 1, "thing": 2}
 
 
 def read_matters():
@@ -78,6 +80,8 @@ def draw_matter(rng, but=()):
 def tell(matter, rng):
     """((what is told, what is said to it), slots)"""
     slots = {"v": DRAWERS[matter](rng), "animal": rng.choice(PETS)}
+    if matter == "thing":
+        slots["animal"] = rng.choice(OWNED)
     forms = MATTERS[matter]
     if rng.random() < 0.3:  # a name in lower case; from then on the answers have it so, too
         slots["v"] = slots["v"].lower()

@@ -30,8 +30,13 @@ LOSE = ("lose loses lost/eat eats ate/sell sells sold/give|away gives|away gave|
         "break breaks broke/use uses used/throw|away throws|away threw|away/eat eats ate/lose loses lost/"
         "sell sells sold/spend spends spent/forget forgets forgot/hide hides hid").split("/")
 HAVE = "have has had".split()
+# Verbs with slots of their own: {gives}, {shares}
 MORE_VERBS = ("give gives gave/share shares shared/divide divides divided/split splits split/put puts put/"
-              "pack packs packed/fill fills filled/take takes took/pay pays paid").split("/")  # slots of their own: {gives}, {shares}
+              "pack packs packed/fill fills filled/take takes took/pay pays paid").split("/")
+SPEND = "spend spends spent".split()
+EARN = "earn earns earned".split()
+BE = {"I": "am", "you": "are"}
+ONE_THING = "book ball hat toy ticket cake pen bag game shirt cup lamp kite doll bike car pizza sandwich drink".split()
 SYLLABLES = [a + b for a in "b d f g k l m n p r s t v z j dr kr br tr sh th".split() for b in "a e i o u".split()]
 
 
@@ -119,7 +124,8 @@ def read_families(name):
 
 
 FAMILIES = read_families("problems.txt")
-PLAIN = ["get", "ifget", "both", "lose", "iflose", "groups", "holds", "share"]  # what people ask most
+# What people ask most
+PLAIN = ["get", "ifget", "both", "lose", "iflose", "groups", "holds", "share", "pronoun", "money", "twokinds"]
 WEIGHTS = [3 if name in PLAIN else 1 for name in FAMILIES]
 
 
@@ -150,6 +156,11 @@ def slots_for(x, y, z, thing, rng):
         verbs[forms[1]] = forms[form]
     return verbs | {
         "n": thing,
+        "m": THINGS.draw(rng),
+        "one": rng.choice(ONE_THING),
+        "spend": SPEND[form],
+        "earn": EARN[form],
+        "am": BE.get(x.tale, "is"),
         "y": y,
         "z": z,
         "has": HAVE[form],

@@ -6,6 +6,7 @@ is read off from that. No word that SpellingBee tests is spelled in training.
 """
 
 import re
+from string import ascii_lowercase
 
 from dev.toyworld.grammar import read_phrases, read_words
 from dev.toyworld.typed import typed
@@ -38,6 +39,13 @@ def answer_length(word, letter):
     return count_all(word)
 
 
+def answer_vowels(word, letter):
+    """Counted along, as one letter is."""
+    totals = [sum(letter in "aeiou" for letter in word[: i + 1]) for i in range(len(word))]
+    along = ", ".join(f"{letter} {total}" for letter, total in zip(word, totals, strict=True))
+    return f"{spell(word)}\nCounting vowels: {along}.\n#### {totals[-1]}"
+
+
 def answer_first(word, letter):
     return f"{spell(word)} It begins with {word[0]}."
 
@@ -55,6 +63,7 @@ KINDS = {
     "spell": (8, PHRASES["spell"], lambda word, letter: spell(word)),
     "count": (9, PHRASES["count"], count_letter),
     "length": (3, PHRASES["length"], answer_length),
+    "vowels": (1, PHRASES["vowels"], answer_vowels),
     "first": (1, PHRASES["first"], answer_first),
     "last": (1, PHRASES["last"], answer_last),
     "reverse": (1, PHRASES["reverse"], answer_reverse),
@@ -74,7 +83,7 @@ def spelling_exchange(rng):
     kind = rng.choices(list(KINDS), [row[0] for row in KINDS.values()])[0]
     _, phrases, answer = KINDS[kind]
     word = draw_word(rng)
-    letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+    letter = rng.choice(word if rng.random() < 0.85 else ascii_lowercase)
     template = rng.choice(phrases).replace("{w}", "{exact_w}").replace("{l}", "{exact_l}")
     slots = {"exact_w": quote(word, rng), "exact_l": quote(letter, rng)}
     return [(typed(template, rng, 0.7, **slots), answer(word, letter))]
@@ -86,7 +95,7 @@ def spelling_sheet(rng):
     for word in rng.sample(TRAIN_WORDS, 6):
         line = spell(word)
         if rng.random() < 0.4:
-            line = "".join(part["text"] for part in count_letter(word, rng.choice(word))[:1])
-            line = line.partition("\nThat makes")[0]
+            counted = count_letter(word, rng.choice(word))[0]["text"]
+            line = counted.partition("\nThat makes")[0]
         lines.append(line)
     return "\n".join(lines)

@@ -29,40 +29,54 @@ def read_sums():
     return kinds, steps
 
 
+SURE = "[Yes, I worked it out with a calculator.|Yes. My calculator did the sum.]"
 KINDS, NEXT_STEPS = read_sums()
 PHRASES = read_phrases("sums")
 
 
+PRODUCTS = ("multiply", "multiply_add", "multiply_subtract", "brackets", "add_multiply")
+DECIMAL = ("add", "subtract", "multiply")  # kinds that are also asked with decimals
+PARTS = {"half": 2, "third": 3, "quarter": 4}
+ROUND_NUMBERS = [100, 150, 200, 250, 300, 400, 500, 600, 750, 800, 1000, 1000, 1200, 1500, 2000, 5000, 10000]
+USUAL_PERCENTS = [5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 80]
+
+
 def any_number(rng, largest=999):
     """One to three digits, each length often enough to learn."""
-    limit = rng.choice([9, 20, 50, 99, 99, 99, largest])
-    return rng.randint(1, max(2, min(limit, largest)))
+    limit = rng.choice([9, 12, 20, 50, 99, 99, 99, largest])
+    if limit == 999 and rng.random() < 0.4:
+        return rng.choice([*ROUND_NUMBERS, rng.randint(1000, 9999)])
+    return rng.randint(1, min(limit, largest))
 
 
 def draw_numbers(kind, rng):
     """Numbers for a kind of sum; most divisions come out even, most differences are positive."""
-    a, b, c = any_number(rng), any_number(rng), any_number(rng, 50)
-    if kind in ("multiply", "multiply_add", "multiply_subtract", "brackets", "add_multiply") and rng.random() < 0.7:
+    a = any_number(rng)
+    b = any_number(rng)
+    c = any_number(rng, 50)
+    if kind in PRODUCTS and rng.random() < 0.7:
         b = rng.randint(2, 12)
         c = rng.randint(2, 20)
-    if kind.startswith("subtract") and b > a and rng.random() < 0.9:
-        a, b = b, a
+    if kind.startswith("subtract") and rng.random() < 0.9:
+        b, a = sorted((a, b))
     if kind == "divide":
         b = rng.randint(2, 12) if rng.random() < 0.8 else rng.randint(2, 60)
-        a = b * rng.randint(2, 30) if rng.random() < 0.85 else a
-    if kind in ("half", "third", "quarter") and rng.random() < 0.8:
-        a *= {"half": 2, "third": 3, "quarter": 4}[kind]
+        if rng.random() < 0.85:
+            a = b * rng.randint(2, 30)
+    if rng.random() < 0.8:
+        a *= PARTS.get(kind, 1)
     if kind == "percent":
-        a = rng.choice([5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 80, rng.randint(1, 99)])
+        a = rng.choice([*USUAL_PERCENTS, rng.randint(1, 99)])
         b = rng.choice([b, 10 * rng.randint(2, 50)])
-    if kind == "less" and a > b:
-        a, b = b, a
+    if kind == "less":
+        a, b = sorted((a, b))
     return {"a": a, "b": b, "c": c}
 
 
 def write_numbers(form, numbers, rng):
     """Digits, or words where the form itself is in words and all of its numbers are small."""
-    in_words = not any(sign in form for sign in "+-*/=%÷×:(x") and "number" not in form
+    whole = all(isinstance(number, int) for number in numbers.values())
+    in_words = whole and not re.search(r"[-+*/=%÷×:(x]|number", form)
     if in_words and max(numbers.values()) <= 20 and rng.random() < 0.4:
         return {name: number_word(number) for name, number in numbers.items()}
     return {name: str(number) for name, number in numbers.items()}
@@ -77,9 +91,15 @@ def one_sum(rng):
     form = rng.choice(messages if whole else phrases)
     if rng.random() < 0.15:  # a small sum is the likeliest to be told in words
         numbers = {name: 1 + number % 20 for name, number in numbers.items()}
-    asked = {name: number for name, number in numbers.items() if "{" + name + "}" in form}
+
+    if kind in DECIMAL and rng.random() < 0.04:
+        numbers = {name: rng.choice([number, number + 0.5, number + 0.2]) for name, number in numbers.items()}
+
+    asked = {name: numbers[name] for name in re.findall(r"\{([abc])\}", form)}
     told = write_numbers(form, asked, rng)
-    template = form if whole else rng.choice(PHRASES["frames"]).replace("{e}", form)
+    template = form
+    if not whole:
+        template = rng.choice(PHRASES["frames"]).replace("{e}", form)
     question = typed(template, rng, 0.7, **told)
     return question, solve("", expression.format(**numbers))
 
@@ -93,10 +113,11 @@ def sum_exchange(rng):
         expression = rng.choice(list(NEXT_STEPS))
         number = any_number(rng, 50)
         template = rng.choice(NEXT_STEPS[expression])
+        message = typed(template, rng, 0.2, n=number)
         answer = solve("", expression.format(r=result, n=number))
-        turns.append((typed(template, rng, 0.2, n=number), answer))
+        turns.append((message, answer))
         result = result_of(answer)
     if rng.random() < 0.07:
-        sure = "[Yes, I worked it out with a calculator.|Yes. My calculator did the sum.]"
-        turns.append((typed(rng.choice(PHRASES["checks"]), rng, 0.3), expand(sure, rng)))
+        doubt = typed(rng.choice(PHRASES["checks"]), rng, 0.3)
+        turns.append((doubt, expand(SURE, rng)))
     return turns

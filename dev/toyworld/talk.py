@@ -16,6 +16,18 @@ PHRASES = read_phrases("outside")
 
 FRIENDS_TEXT = f"{', '.join(NAMES[:-1])} and {NAMES[-1]}"
 SHORT = {"hello", "goodbye", "yes", "no", "maybe", "wow", "thanks", "why", "sure", "blank", "foreign", "code"}
+# the end of an answer: intents of what is said next
+FOLLOW_UPS = {
+    "And you?": ["usergood", "usergood", "usersad", "usertired"],
+    "How are you?": ["usergood", "usergood", "usersad", "usersick"],
+    "What do you like?": ["userthing", "userlikes"],
+    "What is yours?": ["userthing"],
+    "with you?": ["weathersunny", "weatherbad"],
+    "where you are?": ["weathersunny", "weatherbad"],
+    "Tell me more.": ["userlikes", "usergood"],
+    "Tell me about it.": ["usersad", "userdislikes"],
+    "know?": ["skills", "joke"],
+}
 OUTSIDE_ANSWERS = {
     "": ["@dunno", "@dunno", "I do not know that, sorry. I can @offer."],
     "cannot": ["@cannot", "@cannot", "I cannot do that, sorry. I can @offer."],
@@ -75,9 +87,28 @@ def frame_of(intent):
 
 def small_exchange(rng, persona):
     intent = small_talk().draw(rng)
+    turns = [say_intent(intent, rng, persona)]
+    if rng.random() < 0.4:
+        reply = follow_up(turns[0], rng, persona)
+        if reply is not None:
+            turns.append(reply)
+    return turns
+
+
+def say_intent(intent, rng, persona):
     question = typed(rng.choice(intent[">"]), rng, frame_of(intent), name=persona["name"])
     answer = expand(rng.choice(intent["<"]), rng).format(friends=FRIENDS_TEXT, **persona)
-    return [(question, answer)]
+    return question, answer
+
+
+def follow_up(turn, rng, persona):
+    """What people say next where an answer asks something back: an exchange of one of FOLLOW_UPS, or None."""
+    for ending, names in FOLLOW_UPS.items():
+        if turn[1].endswith(ending):
+            name = rng.choice(names)
+            intent = next(intent for intent in small_talk().intents if intent["name"] == name)
+            return say_intent(intent, rng, persona)
+    return None
 
 
 def fact_exchange(rng):
