@@ -6,14 +6,18 @@ An exchange is a list of turns (what the user says, what the model answers); an 
 
 from dev.toyworld import talk
 from dev.toyworld.games import game_exchange
+from dev.toyworld.grammar import read_phrases, with_article
 from dev.toyworld.memory import memory_conversation, unknown_exchange
 from dev.toyworld.persona import load_persona
 from dev.toyworld.problems import problem_exchange
-from dev.toyworld.spelling import spelling_exchange
-from dev.toyworld.stories import story_exchange
-from dev.toyworld.sums import sum_exchange
+from dev.toyworld.spelling import draw_word, spelling_exchange
+from dev.toyworld.stories import draw_hero, story, story_exchange
+from dev.toyworld.sums import one_sum, sum_exchange
+from dev.toyworld.typed import typed, typed_one
 from dev.toyworld.village import village_exchange
+from tasks.spellingbee import spell
 
+PHRASES = read_phrases("offers")
 PERSONA = load_persona("toy")
 
 
@@ -60,7 +64,52 @@ def draw_exchange(rng, kinds=tuple(EXCHANGES)):
     elif chance < 0.1 and kind in TALK and len(turns) == 1:
         other = EXCHANGES[draw_kind(rng, TALK)][1](rng)
         turns[0] = join(turns[0], other[0], rng)
+    if rng.random() < 0.2:
+        turns += take_up(turns, rng)
     return turns
+
+
+def accept_story(rng):
+    return typed_one(PHRASES["yes"], rng, 0.1), story(rng, draw_hero(rng))
+
+
+def name_hero(rng):
+    hero = draw_hero(rng)
+    return typed("[|about ]{h}", rng, 0, h=with_article(hero)), story(rng, hero)
+
+
+def give_word(rng):
+    word = draw_word(rng)
+    return typed("{exact_w}", rng, 0, exact_w=word), spell(word)
+
+
+def ask_story(rng):
+    return story_exchange(rng)[0]
+
+
+# the end of an offer: what the user makes of it
+OFFERS = {
+    "story help?": accept_story,
+    "tell you a story?": accept_story,
+    "like a story?": accept_story,
+    "story be about?": name_hero,
+    "who it is about!": name_hero,
+    "me a sum!": one_sum,
+    "work it out.": one_sum,
+    "me a word!": give_word,
+    "shall I spell?": give_word,
+    "or spell a word.": ask_story,
+    "or do a sum.": one_sum,
+}
+
+
+def take_up(turns, rng):
+    """The turn after an offer, if the last answer ends in one."""
+    answer = turns[-1][1]
+    for ending, make in OFFERS.items():
+        if isinstance(answer, str) and answer.endswith(ending):
+            return [make(rng)]
+    return []
 
 
 def greet(turn, kind, rng):

@@ -6,7 +6,7 @@ from dev.toyworld.calculate import number_word
 from dev.toyworld.grammar import capitalize, read_phrases, with_article
 from dev.toyworld.problems import any_name
 from dev.toyworld.spelling import TRAIN_WORDS
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed_one
 
 PHRASES = read_phrases("games")
 
@@ -42,7 +42,7 @@ def counting(rng):
         "count_down": range(largest, 0, -1),
     }
     end = last if kind == "count_from" else asked
-    message = typed(rng.choice(PHRASES[kind]), rng, a=first, n=end)
+    message = typed_one(PHRASES[kind], rng, a=first, n=end)
     return message, listed(numbers[kind])
 
 
@@ -53,16 +53,16 @@ def listed(numbers):
 def neighbours(rng):
     number = rng.randint(2, rng.choice([20, 99]))
     if rng.random() < 0.6:
-        message = typed(rng.choice(PHRASES["after"]), rng, n=number)
+        message = typed_one(PHRASES["after"], rng, n=number)
         return message, f"After {number} comes {number + 1}."
-    message = typed(rng.choice(PHRASES["before"]), rng, n=number)
+    message = typed_one(PHRASES["before"], rng, n=number)
     return message, f"Before {number} comes {number - 1}."
 
 
 def even_or_odd(rng):
     largest = rng.choice([20, 99])
     number = rng.randint(1, largest)
-    message = typed(rng.choice(PHRASES["even"]), rng, n=number)
+    message = typed_one(PHRASES["even"], rng, n=number)
     return message, f"{number} is {'odd' if number % 2 else 'even'}."
 
 
@@ -71,7 +71,7 @@ def compare(rng):
     scale, phrases, more = rng.choice(SCALES)
     x, y = rng.sample(scale, 2)
     small, large = sorted((x, y), key=scale.index)
-    message = typed(rng.choice(phrases), rng, x=called(x), y=called(y))
+    message = typed_one(phrases, rng, x=called(x), y=called(y))
     return message, f"{capitalize(called(large))} is {more} than {called(small)}."
 
 
@@ -95,14 +95,14 @@ def echo(rng):
         words = f"{words} {any_name(rng)}"
     if rng.random() < 0.3:
         words = f'"{words}"'
-    message = typed(rng.choice(PHRASES["repeat"]), rng, 0.3, exact=words)
+    message = typed_one(PHRASES["repeat"], rng, 0.3, exact=words)
     return message, words.strip('"')
 
 
 def say_often(rng):
     word = rng.choice(TRAIN_WORDS)
     number = rng.randint(2, 5)
-    message = typed(rng.choice(OFTEN), rng, 0.5, w=word, n=number)
+    message = typed_one(OFTEN, rng, 0.5, w=word, n=number)
     return message, " ".join([word] * number)
 
 

@@ -32,7 +32,8 @@ PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "dee
            "postmans": "postmen", "foxs": "foxes", "ostrichs": "ostriches", "walruss": "walruses",
            "octopuss": "octopuses", "lynxs": "lynxes"}
 PLURAL = re.compile(rf"\b({'|'.join(PLURALS)})\b")
-ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|one\b|eu|uku|use)")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])(?!uni|one\b|eu|uku|use|are\b|is\b|in\b|appear|occur|and\b|or\b)")
+SINGLE = re.compile(r"\bone (nose|heart|head|tail|horn)s\b")
 
 
 class Rng(random.Random):
@@ -117,8 +118,9 @@ def _choose(parts, rng):
 
 
 def repair(text):
-    """`a owl` -> `an owl`, `mouses` -> `mice`."""
+    """`a owl` -> `an owl`, `mouses` -> `mice`, `one noses` -> `one nose`."""
     text = PLURAL.sub(lambda match: PLURALS[match[0]], text)
+    text = SINGLE.sub(r"one \1", text)
     return ARTICLE.sub(r"\1n ", text)
 
 

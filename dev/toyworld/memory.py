@@ -8,7 +8,7 @@ from dev.toyworld.grammar import DATA, expand, fill
 from dev.toyworld.problems import any_name
 from dev.toyworld.spelling import TRAIN_WORDS
 from dev.toyworld.stories import ANIMALS
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed, typed_one
 
 COLOURS = "red blue green yellow purple orange black white pink brown grey gold silver".split()
 TOWNS = ("Paris/London/Berlin/Rome/Madrid/Vienna/Oslo/Boston/Chicago/Texas/Dublin/Tokyo/Delhi/Cairo/Leeds/York/"
@@ -93,7 +93,7 @@ def tell(matter, rng):
 def recall(matter, slots, rng):
     """The question and its answer, told before."""
     forms = MATTERS[matter]
-    return typed(rng.choice(forms["?"]), rng, 0.7, animal=slots["animal"]), fill(forms["="][0], **slots)
+    return typed_one(forms["?"], rng, 0.7, animal=slots["animal"]), fill(forms["="][0], **slots)
 
 
 def unknown_exchange(rng):
@@ -106,7 +106,7 @@ def not_told(matter, rng):
     """The question and the honest answer, where nothing was said before."""
     animal = rng.choice(PETS)
     forms = MATTERS[matter]
-    question = typed(rng.choice(forms["?"]), rng, 0.7, animal=animal)
+    question = typed_one(forms["?"], rng, 0.7, animal=animal)
     return question, fill(forms["~"][0], animal=animal)
 
 

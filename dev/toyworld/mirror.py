@@ -27,7 +27,7 @@ NUM_SHARDS = 3
 SIZES = {
     "documents": 36_000,
     "validation documents": 500,
-    "chats": 48_000,
+    "chats": 60_000,
     "test chats": 400,
     "identity conversations": 1_500,
     "identity questions": 200,

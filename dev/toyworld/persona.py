@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from dev.toyworld.grammar import capitalize, expand, read_intents
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed, typed_one
 from nanochat.common import UserError
 
 PERSONA_FILE = Path(__file__).parent / "persona.json"
@@ -52,7 +52,7 @@ def self_intents():
 def identity_exchange(rng, persona, intents, frame=1.0):
     """(question, answer, phrases one of which a right answer has)"""
     intent = rng.choices(intents, [intent["weight"] for intent in intents])[0]
-    question = typed(rng.choice(intent[">"]), rng, frame, name=persona["name"])
+    question = typed_one(intent[">"], rng, frame, name=persona["name"])
     answer = expand(rng.choice(intent["<"]), rng).format(**persona)
     accept = [phrase.format(**persona) for phrase in intent["!"]]
     return question, answer, accept

@@ -88,15 +88,16 @@ def first_step(operation, a, b):
 def draw_numbers(operation, rng):
     """Numbers for a family: whole results, nothing negative; one in eight is large."""
     large = 999 if rng.random() < 0.12 else 99
+    small = rng.choice([12, 30])
     a = rng.randint(2, large)
     b = rng.randint(2, rng.choice([12, large]))
     c = rng.randint(2, 20)
     if "*" in operation:
-        a = rng.randint(2, rng.choice([12, 30]))
-        b = rng.randint(2, rng.choice([12, 30]))
+        a = rng.randint(2, small)
+        b = rng.randint(2, small)
     if operation.startswith("a/b"):
         b = rng.randint(2, 12)
-        a = b * rng.randint(2, rng.choice([12, 30]))
+        a = b * rng.randint(2, small)
     if operation in ("a*2", "a/2"):
         a = 2 * rng.randint(2, 50)
     if operation == "b-a":

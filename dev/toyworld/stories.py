@@ -7,7 +7,7 @@ the word of the question into the story.
 
 from dev.toyworld.grammar import DATA, Pool, capitalize, expand, fill, read_words, repair, with_article
 from dev.toyworld.problems import any_name
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed_one
 
 ANIMALS = Pool(read_words("animals.txt"), keep=50)
 PEOPLE = Pool(read_words("people.txt"), keep=20)
@@ -101,14 +101,14 @@ def story_exchange(rng):
     """A request and the story; often with one hero, sometimes with two, with none, or about a matter."""
     kind = rng.random()
     if kind < 0.12:
-        return [(typed(rng.choice(PLOTS["any"]), rng), story(rng))]
+        return [(typed_one(PLOTS["any"], rng), story(rng))]
     if kind < 0.22:
         mass = rng.choice(MASSES)
-        return [(typed(rng.choice(PLOTS["ask"]), rng, h=mass), story(rng, mass=mass))]
+        return [(typed_one(PLOTS["ask"], rng, h=mass), story(rng, mass=mass))]
     hero = draw_hero(rng)
     if kind < 0.34:
         friend = draw_hero(rng)
         heroes = f"{with_article(hero)} and {with_article(friend)}"
-        question = typed(rng.choice(PLOTS["ask"]), rng, h=heroes)
+        question = typed_one(PLOTS["ask"], rng, h=heroes)
         return [(question, story(rng, hero, friend if friend != hero else None))]
-    return [(typed(rng.choice(PLOTS["ask"]), rng, h=describe(hero, rng)), story(rng, hero))]
+    return [(typed_one(PLOTS["ask"], rng, h=describe(hero, rng)), story(rng, hero))]

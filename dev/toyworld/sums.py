@@ -8,7 +8,7 @@ import re
 
 from dev.toyworld.calculate import number_word, result_of, solve
 from dev.toyworld.grammar import DATA, expand, read_phrases
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed, typed_one
 
 
 def read_sums():
@@ -118,6 +118,6 @@ def sum_exchange(rng):
         turns.append((message, answer))
         result = result_of(answer)
     if rng.random() < 0.07:
-        doubt = typed(rng.choice(PHRASES["checks"]), rng, 0.3)
+        doubt = typed_one(PHRASES["checks"], rng, 0.3)
         turns.append((doubt, expand(SURE, rng)))
     return turns

@@ -9,7 +9,7 @@ from functools import cache
 
 from dev.toyworld.grammar import expand, fill, read_intents, read_phrases
 from dev.toyworld.spelling import TRAIN_WORDS
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed, typed_one
 from dev.toyworld.village import NAMES
 
 PHRASES = read_phrases("outside")
@@ -96,7 +96,7 @@ def small_exchange(rng, persona):
 
 
 def say_intent(intent, rng, persona):
-    question = typed(rng.choice(intent[">"]), rng, frame_of(intent), name=persona["name"])
+    question = typed_one(intent[">"], rng, frame_of(intent), name=persona["name"])
     answer = expand(rng.choice(intent["<"]), rng).format(friends=FRIENDS_TEXT, **persona)
     return question, answer
 
@@ -115,7 +115,7 @@ def fact_exchange(rng):
     source = facts()
     intent = source.draw(rng)
     slots = source.slots(intent, rng)
-    question = typed(rng.choice(intent[">"]), rng, **slots)
+    question = typed_one(intent[">"], rng, **slots)
     return [(question, fill(expand(rng.choice(intent["<"]), rng), **slots))]
 
 

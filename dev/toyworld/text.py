@@ -76,14 +76,14 @@ def echo(rng):
 
 # kind: (its share of all documents, percent, its maker)
 DOCUMENTS = {
-    "dialogues": (32, dialogue),
-    "stories": (14, plain(stories)),
-    "echoes": (11, plain(echo)),
+    "dialogues": (40, dialogue),
+    "stories": (10, plain(stories)),
+    "echoes": (10, plain(echo)),
     "marked choices": (11, marked),
-    "spelled words": (9, plain(spelling_sheet)),
+    "spelled words": (8, plain(spelling_sheet)),
     "worked problems": (7, worked),
-    "quizzes": (6, quiz),
-    "the village": (6, plain(village_story)),
+    "quizzes": (5, quiz),
+    "the village": (5, plain(village_story)),
     "facts": (4, plain(facts)),
 }
 

@@ -137,6 +137,11 @@ def typed(template, rng, frame=1.0, **slots):
     return text
 
 
+def typed_one(templates, rng, frame=1.0, **slots):
+    """One of the templates, as somebody may type it."""
+    return typed(rng.choice(templates), rng, frame, **slots)
+
+
 def capitalize_start(text):
     """'what is' -> 'What is', '{thing} is' -> '{Thing} is'"""
     if text.startswith("{exact"):

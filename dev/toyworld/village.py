@@ -8,7 +8,7 @@ the honest answer that the model does not know.
 from dataclasses import dataclass
 
 from dev.toyworld.grammar import Pool, capitalize, expand, fill, read_phrases, read_words
-from dev.toyworld.typed import typed
+from dev.toyworld.typed import typed, typed_one
 
 PHRASES = read_phrases("village")
 
@@ -130,13 +130,13 @@ def ask_fact(rng):
     slots = {**vars(x), "x": x.name, "v": value(x, attribute)}
     slots.pop("name")
     if attribute in BACKWARD and rng.random() < 0.4:
-        return [(typed(rng.choice(BACKWARD[attribute]), rng, **slots), sentence(x, attribute))]
-    return [(typed(rng.choice(QUESTIONS[attribute]), rng, **slots), sentence(x, attribute))]
+        return [(typed_one(BACKWARD[attribute], rng, **slots), sentence(x, attribute))]
+    return [(typed_one(QUESTIONS[attribute], rng, **slots), sentence(x, attribute))]
 
 
 def ask_who(rng):
     x = rng.choice(FRIENDS)
-    return [(typed(rng.choice(PHRASES["who"]), rng, x=x.name), about(x))]
+    return [(typed_one(PHRASES["who"], rng, x=x.name), about(x))]
 
 
 def ask_yes_no(rng):
@@ -155,8 +155,8 @@ def ask_unknown(rng):
     """A stranger, or what nobody has told about a friend."""
     answer = expand("@dunno", rng)
     if rng.random() < 0.6:
-        return [(typed(rng.choice(STRANGER), rng, x=OTHER_NAMES.draw(rng)), answer)]
-    return [(typed(rng.choice(PHRASES["unknown"]), rng, x=rng.choice(NAMES)), answer)]
+        return [(typed_one(STRANGER, rng, x=OTHER_NAMES.draw(rng)), answer)]
+    return [(typed_one(PHRASES["unknown"], rng, x=rng.choice(NAMES)), answer)]
 
 
 def village_exchange(rng):
@@ -168,7 +168,7 @@ def village_exchange(rng):
     attribute = rng.choice(["home", "job", "food", "thing"])
     follow = {"home": "where does {he} live", "job": "what does {he} do", "food": "what does {he} eat",
               "thing": "what does {he} own"}[attribute]
-    first = (typed(rng.choice(PHRASES["who"]), rng, x=x.name), about(x))
+    first = (typed_one(PHRASES["who"], rng, x=x.name), about(x))
     return [first, (typed("[|and ]" + follow, rng, he=x.he), sentence(x, attribute))]
 
 
