@@ -24,7 +24,7 @@ SCALES = [
     (range(1, 100), PHRASES["more"], "bigger"),
 ]
 COUNTING = {"count": 54, "count_down": 25, "count_from": 15, "count_plain": 6}  # and their shares
-USUAL_ENDS = [3, 4, 5, 6, 7, 8, 10, 10, 10, 10, 12, 15, 20, 20, *range(3, 21)]
+USUAL_ENDS = [*range(3, 13), *range(3, 21), *[10] * 4, *[20] * 2]
 OFTEN = ["repeat {w} {n} times", "say {w} {n} times", "write {w} {n} times"]
 
 
@@ -34,8 +34,9 @@ def counting(rng):
     asked = number_word(largest) if rng.random() < 0.35 else str(largest)
     first = rng.randint(2, 12)
     last = first + rng.randint(2, 8)
-    kind = rng.choices(list(COUNTING), list(COUNTING.values()))[0]
-    numbers = {
+    weights = list(COUNTING.values())
+    kind = rng.choices(list(COUNTING), weights)[0]
+    counted = {
         "count_plain": range(1, 11),
         "count": range(1, largest + 1),
         "count_from": range(first, last + 1),
@@ -43,11 +44,8 @@ def counting(rng):
     }
     end = last if kind == "count_from" else asked
     message = typed_one(PHRASES[kind], rng, a=first, n=end)
-    return message, listed(numbers[kind])
-
-
-def listed(numbers):
-    return ", ".join(map(str, numbers)) + "."
+    numbers = map(str, counted[kind])
+    return message, f"{', '.join(numbers)}."
 
 
 def neighbours(rng):
@@ -110,7 +108,8 @@ GAMES = {counting: 5, neighbours: 2, even_or_odd: 1, compare: 5, echo: 5, say_of
 
 
 def game_exchange(rng):
-    play = rng.choices(list(GAMES), list(GAMES.values()))[0]
+    weights = list(GAMES.values())
+    play = rng.choices(list(GAMES), weights)[0]
     return [play(rng)]
 
 

@@ -35,32 +35,35 @@ def count_all(word):
     return f"{spell(word)}\nCounting: {along}.\n#### {len(word)}"
 
 
-def answer_length(word, letter):
+def answer_length(word, _):
     return count_all(word)
 
 
-def answer_vowels(word, letter):
+def answer_vowels(word, _):
     """Counted along, as one letter is."""
-    totals = [sum(letter in "aeiou" for letter in word[: i + 1]) for i in range(len(word))]
-    along = ", ".join(f"{letter} {total}" for letter, total in zip(word, totals, strict=True))
-    return f"{spell(word)}\nCounting vowels: {along}.\n#### {totals[-1]}"
+    along = []
+    total = 0
+    for letter in word:
+        total += letter in "aeiou"
+        along.append(f"{letter} {total}")
+    return f"{spell(word)}\nCounting vowels: {', '.join(along)}.\n#### {total}"
 
 
-def answer_first(word, letter):
+def answer_first(word, _):
     return f"{spell(word)} It begins with {word[0]}."
 
 
-def answer_last(word, letter):
+def answer_last(word, _):
     return f"{spell(word)} It ends with {word[-1]}."
 
 
-def answer_reverse(word, letter):
+def answer_reverse(word, _):
     return f"{spell(word)} Backwards that is {' '.join(reversed(word))}."
 
 
 # what is asked: (weight, ways to ask, answer(word, letter))
 KINDS = {
-    "spell": (8, PHRASES["spell"], lambda word, letter: spell(word)),
+    "spell": (8, PHRASES["spell"], lambda word, _: spell(word)),
     "count": (9, PHRASES["count"], count_letter),
     "length": (3, PHRASES["length"], answer_length),
     "vowels": (1, PHRASES["vowels"], answer_vowels),
@@ -80,8 +83,8 @@ def draw_word(rng):
 
 
 def spelling_exchange(rng):
-    kind = rng.choices(list(KINDS), [row[0] for row in KINDS.values()])[0]
-    _, phrases, answer = KINDS[kind]
+    weights = [row[0] for row in KINDS.values()]
+    _, phrases, answer = rng.choices(list(KINDS.values()), weights)[0]
     word = draw_word(rng)
     letter = rng.choice(word if rng.random() < 0.85 else ascii_lowercase)
     template = rng.choice(phrases).replace("{w}", "{exact_w}").replace("{l}", "{exact_l}")

@@ -15,7 +15,8 @@ def read_sums():
     """({kind: (weight, expression, noun phrases, whole messages)}, {expression of a next step: messages})"""
     kinds = {}
     steps = {}
-    for line in (DATA / "sums.txt").read_text(encoding="utf-8").splitlines():
+    text = (DATA / "sums.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
         header = re.fullmatch(r"# (\w+) (\d+) (\S+)", line)
         sign, _, rest = line.partition(" ")
         if header:
@@ -32,13 +33,11 @@ def read_sums():
 SURE = "[Yes, I worked it out with a calculator.|Yes. My calculator did the sum.]"
 KINDS, NEXT_STEPS = read_sums()
 PHRASES = read_phrases("sums")
-
-
 PRODUCTS = ("multiply", "multiply_add", "multiply_subtract", "brackets", "add_multiply")
-DECIMAL = ("add", "subtract", "multiply")  # kinds that are also asked with decimals
+SIMPLE = ("add", "subtract", "multiply", "add_add")  # kinds that are also asked with small numbers and decimals
 PARTS = {"half": 2, "third": 3, "quarter": 4}
-ROUND_NUMBERS = [100, 150, 200, 250, 300, 400, 500, 600, 750, 800, 1000, 1000, 1200, 1500, 2000, 5000, 10000]
-USUAL_PERCENTS = [5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 80]
+ROUND_NUMBERS = list(map(int, "100 150 200 250 300 400 500 600 750 800 1000 1000 1200 1500 2000 5000 10000".split()))
+USUAL_PERCENTS = list(map(int, "5 10 15 20 25 30 40 50 60 75 80".split()))
 
 
 def any_number(rng, largest=999):
@@ -84,16 +83,17 @@ def write_numbers(form, numbers, rng):
 
 def one_sum(rng):
     """(question, answer)"""
-    kind = rng.choices(list(KINDS), [row[0] for row in KINDS.values()])[0]
+    weights = [row[0] for row in KINDS.values()]
+    kind = rng.choices(list(KINDS), weights)[0]
     numbers = draw_numbers(kind, rng)
     _, expression, phrases, messages = KINDS[kind]
     whole = rng.random() < 0.25
     form = rng.choice(messages if whole else phrases)
-    if rng.random() < 0.15:  # a small sum is the likeliest to be told in words
+    if kind in SIMPLE and rng.random() < 0.2:  # a small sum is the likeliest to be told in words
         numbers = {name: 1 + number % 20 for name, number in numbers.items()}
-
-    if kind in DECIMAL and rng.random() < 0.04:
-        numbers = {name: rng.choice([number, number + 0.5, number + 0.2]) for name, number in numbers.items()}
+    if kind in SIMPLE and rng.random() < 0.03:
+        added = rng.choice([0.5, 0.2, 0.25])
+        numbers = {name: number + added for name, number in numbers.items()}
 
     asked = {name: numbers[name] for name in re.findall(r"\{([abc])\}", form)}
     told = write_numbers(form, asked, rng)
