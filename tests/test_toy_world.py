@@ -161,11 +161,11 @@ def test_stories_are_whole_and_varied():
 
 
 def test_memory_gives_back_what_was_told():
-    for turns in draw_many(lambda rng: memory.memory_conversation(rng, games.game_exchange), 500):
+    for turns in draw_many(lambda rng: memory.memory_conversation(rng, games.game_exchange, chat.ask_back), 500):
         answer = turns[-1][1]
         found = re.search(r"^(?:Your name is|You said|The number is|The word is) (.+)\.$", answer)
         if found:
-            earlier = " ".join(message for message, _ in turns[:-1])
+            earlier = " ".join(message for message, _ in turns)
             assert found[1].lower() in earlier.lower(), turns
 
 

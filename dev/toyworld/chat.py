@@ -132,10 +132,14 @@ def join(first, second, rng):
     return message, f"{first[1]} {second[1]}"
 
 
+def ask_back(rng):
+    return talk.say_named(["name", "howareyou", "skills"], rng, PERSONA)
+
+
 def draw_turns(rng):
     """The turns of a conversation."""
     if rng.random() < MEMORY_SHARE:
-        return memory_conversation(rng, draw_exchange)
+        return memory_conversation(rng, draw_exchange, ask_back)
     turns = []
     for _ in range(rng.choice(LENGTHS)):
         turns += draw_exchange(rng)

@@ -20,6 +20,7 @@ SCALES = [
     (BY_SIZE, PHRASES["bigger"], "bigger"),
     (BY_SIZE, PHRASES["bigger"], "bigger"),
     (THINGS_BY_SIZE, PHRASES["bigger"], "bigger"),
+    (BY_SIZE, PHRASES["heavier"], "heavier"),
     (BY_SPEED, PHRASES["faster"], "faster"),
     (range(1, 100), PHRASES["more"], "bigger"),
 ]
@@ -69,7 +70,7 @@ def compare(rng):
     scale, phrases, more = rng.choice(SCALES)
     x, y = rng.sample(scale, 2)
     small, large = sorted((x, y), key=scale.index)
-    message = typed_one(phrases, rng, x=called(x), y=called(y))
+    message = typed_one(phrases, rng, x=called(x), y=called(y), p=x, q=y)
     return message, f"{capitalize(called(large))} is {more} than {called(small)}."
 
 

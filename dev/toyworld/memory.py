@@ -20,6 +20,7 @@ FOODS = ("pizza/soup/rice/bread/cheese/cake/apples/honey/pasta/fish/chocolate/sa
          "plums/noodles/sushi/curry/pie/cookies").split("/")
 PETS = "dog cat rabbit hamster bird fish parrot horse turtle mouse goldfish snake pony".split()
 OWNED = "car bike house hat coat dress cat dog bag shirt door phone boat room horse garden ball".split()
+JOINTS = [". ", ", ", ". ", " and ", "! "]
 MIXED = 0.5  # of the conversations, how many have something else between telling and asking
 
 
@@ -110,8 +111,18 @@ def not_told(matter, rng):
     return question, fill(forms["~"][0], animal=animal)
 
 
-def memory_conversation(rng, other_exchange):
-    """One or two matters told, something else in between, then what was told is asked, and perhaps what was not."""
+def join(told, question, rng):
+    """What is told and a question back, in one message."""
+    message = f"{told[0].rstrip('.!')}{rng.choice(JOINTS)}{question[0]}"
+    greeting = told[1].replace(" How can I help you?", "")
+    return message, f"{greeting} {question[1]}"
+
+
+def memory_conversation(rng, other_exchange, ask_back):
+    """
+    One or two matters told, something else in between, then what was told is asked, and perhaps what was not.
+    ask_back(rng) is what the user asks beside telling his name, and its answer.
+    """
     first = draw_matter(rng)
     told = [first]
     if rng.random() < 0.35:
@@ -121,6 +132,11 @@ def memory_conversation(rng, other_exchange):
     for matter in told:
         turn, known[matter] = tell(matter, rng)
         turns.append(turn)
+    if first == "name" and rng.random() < 0.15:  # "i am Ann. what is your name?"
+        turns[0] = join(turns[0], ask_back(rng), rng)
+    if len(told) == 1 and rng.random() < 0.1:  # told and asked in one message
+        message, answer = recall(first, known[first], rng)
+        return [(f"{turns[0][0].rstrip('.!')}{rng.choice(JOINTS)}{message}", answer)]
     if rng.random() < MIXED:
         turns += other_exchange(rng)
     rng.shuffle(told)

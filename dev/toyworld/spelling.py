@@ -88,7 +88,9 @@ def spelling_exchange(rng):
     word = draw_word(rng)
     letter = rng.choice(word if rng.random() < 0.85 else ascii_lowercase)
     template = rng.choice(phrases).replace("{w}", "{exact_w}").replace("{l}", "{exact_l}")
-    slots = {"exact_w": quote(word, rng), "exact_l": quote(letter, rng)}
+    written = word.capitalize() if rng.random() < 0.05 else word
+    asked = letter.upper() if rng.random() < 0.12 else letter
+    slots = {"exact_w": quote(written, rng), "exact_l": quote(asked, rng)}
     return [(typed(template, rng, 0.7, **slots), answer(word, letter))]
 
 

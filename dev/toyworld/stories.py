@@ -81,11 +81,13 @@ def draw_hero(rng):
 
 def describe(hero, rng):
     """How the hero is asked for: 'a brave fox', 'foxes', 'a fox who can fly'."""
-    if hero[0].isupper():
-        return hero
     kind = rng.random()
-    if kind < 0.12:
+    if hero[0].isupper():
+        return hero if kind > 0.35 else expand(f"a [boy|girl|child] [named|called] {hero}", rng)
+    if kind < 0.08:
         return repair(f"{hero}s")
+    if kind < 0.12:
+        return repair(expand(f"[two|three|some|the] {hero}s", rng))
     if kind < 0.3:
         return with_article(f"{rng.choice(ADJECTIVES)} {hero}")
     if kind < 0.38:

@@ -105,10 +105,15 @@ def follow_up(turn, rng, persona):
     """What people say next where an answer asks something back: an exchange of one of FOLLOW_UPS, or None."""
     for ending, names in FOLLOW_UPS.items():
         if turn[1].endswith(ending):
-            name = rng.choice(names)
-            intent = next(intent for intent in small_talk().intents if intent["name"] == name)
-            return say_intent(intent, rng, persona)
+            return say_named(names, rng, persona)
     return None
+
+
+def say_named(names, rng, persona):
+    """A turn of one of the intents of small talk with these names."""
+    name = rng.choice(names)
+    intent = next(intent for intent in small_talk().intents if intent["name"] == name)
+    return say_intent(intent, rng, persona)
 
 
 def fact_exchange(rng):

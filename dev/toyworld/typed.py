@@ -19,7 +19,8 @@ OPENINGS = ("hey, |hi, |ok, |ok |so |so, |well, |um, |hmm, |please |now |now, |a
             "good, |great, |alright, |sorry, |hello {name}, |right, |dear {name}, |next question: |another question: |"
             "i have a question: |hey there, |ah, |my question is: |say, |cool, ").split("|")
 ENDINGS = (" please| please|, please| for me| then| now| thanks|, thanks| thank you| {name}|, {name}| again|"
-           " if you can| :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me").split("|")
+           " if you can| :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me|"
+           " lol| haha|, ok| bro| right now|, my friend| quickly").split("|")
 STATEMENT_OPENINGS = "well, |hey, |oh, |ok, |hmm, |hi, |yes, |you know, |so, |honestly, |to be honest, ".split("|")
 
 CONTRACTIONS = {
