@@ -76,8 +76,9 @@ def is_up_to_date(root, seed):
     if not path.exists():
         return False
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    same = (manifest.get("generator"), manifest.get("seed")) == (generator_hash(), seed)
-    return same and all((root / name).is_file() for name in manifest["sha256"])
+    if manifest.get("generator") != generator_hash() or manifest.get("seed") != seed:
+        return False
+    return all((root / name).is_file() for name in manifest["sha256"])
 
 
 def claim(root):
@@ -90,7 +91,8 @@ def claim(root):
     if manifest.exists():
         os.replace(manifest, unfinished)
     elif not unfinished.exists():
-        if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
+        found = root.iterdir() if root.exists() else []
+        if any(not path.name.startswith(".") for path in found):
             raise UserError(f"--out={root} holds files, and no {MANIFEST}: it is no toy world", "choose a new folder")
         write_text(unfinished, "{}")
     return unfinished, set(json.loads(unfinished.read_text(encoding="utf-8")).get("sha256", {}))
@@ -106,10 +108,14 @@ def write_mirror(root, seed, scale=1.0):
         write_table(root / name, rows)
     for name, text in texts.items():
         write_text(root / name, text)
-    hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in sorted([*tables, *texts])}
+
+    hashes = {}
+    for name in sorted([*tables, *texts]):
+        hashes[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
     for name in old_names - set(hashes):
         (root / name).unlink(missing_ok=True)
-    write_text(root / MANIFEST, json.dumps({"generator": generator_hash(), "seed": seed, "sha256": hashes}, indent=1))
+    manifest = {"generator": generator_hash(), "seed": seed, "sha256": hashes}
+    write_text(root / MANIFEST, json.dumps(manifest, indent=1))
     unfinished.unlink()
     return sum(pq.read_table(root / name).nbytes for name in tables)
 
@@ -119,8 +125,12 @@ def write_run_identity(path, seed, depth, vocab_size, data, count):
     params = count_parameters(depth, vocab_size)
     persona = load_persona("run", depth=depth, params=say_count(params), data=data)
     intents = self_intents()
-    chats = Draws(seed)("run identity", count, lambda rng: conversation(identity_conversation(rng, persona, intents)),
-                        chat_keys)
+
+    def make(rng):
+        turns = identity_conversation(rng, persona, intents)
+        return conversation(turns)
+
+    chats = Draws(seed)("run identity", count, make, chat_keys)
     write_text(path, to_jsonl(chats))
     return params
 

@@ -27,15 +27,15 @@ def small_exchange(rng):
 
 # kind: its share of all exchanges, percent
 EXCHANGES = {
-    "small talk": (27, small_exchange),
-    "facts": (18, talk.fact_exchange),
-    "outside the world": (14, talk.outside_exchange),
-    "village": (7, village_exchange),
-    "sums": (10, sum_exchange),
+    "small talk": (24, small_exchange),
+    "facts": (23, talk.fact_exchange),
+    "outside the world": (13, talk.outside_exchange),
+    "village": (6, village_exchange),
+    "sums": (9, sum_exchange),
     "word problems": (7, problem_exchange),
     "spelling": (7, spelling_exchange),
     "stories": (4, story_exchange),
-    "games": (5, game_exchange),
+    "games": (6, game_exchange),
     "not told": (1, unknown_exchange),
 }
 TALK = ["small talk", "facts", "village"]  # kinds whose answers can stand beside another one

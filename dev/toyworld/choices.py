@@ -147,7 +147,9 @@ def choice_item(rng, subjects, ease=0.0):
     wrong = rng.sample(fact.others, 3)
     if ease:
         strange = [kind for kind in CHOICES.values() if fact.answer not in kind]
-        pool = sorted(set().union(*strange) - set(wrong))
+        pool = set().union(*strange)
+        pool -= set(wrong)
+        pool = sorted(pool)
         for i, other in enumerate(rng.sample(pool, 3)):
             if rng.random() < ease:
                 wrong[i] = other
@@ -174,8 +176,11 @@ def quiz_sheet(items):
     """Items as the tasks ask them, with their answers, the first one with its choice written out."""
     quizzes = []
     for i, (_, question, choices, answer) in enumerate(items):
-        reply = f"{choices[answer]}={LETTERS[answer]}" if i == 0 else LETTERS[answer]
-        quizzes.append(f"{render_mc(question, LETTERS, choices)}\n{reply}")
+        reply = LETTERS[answer]
+        if i == 0:
+            reply = f"{choices[answer]}={reply}"
+        asked = render_mc(question, LETTERS, choices)
+        quizzes.append(f"{asked}\n{reply}")
     return "\n\n".join(quizzes)
 
 
@@ -194,7 +199,8 @@ def marked_sheet(items):
     for _, question, choices, answer, left_out in items:
         lines = [question]
         for i, choice in enumerate(choices):
+            mark = "yes" if i == answer else "no"
             if i != left_out:
-                lines.append(f"- {choice}={'yes' if i == answer else 'no'}")
+                lines.append(f"- {choice}={mark}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -21,7 +21,7 @@ FOODS = ("pizza/soup/rice/bread/cheese/cake/apples/honey/pasta/fish/chocolate/sa
 PETS = "dog cat rabbit hamster bird fish parrot horse turtle mouse goldfish snake pony".split()
 OWNED = "car bike house hat coat dress cat dog bag shirt door phone boat room horse garden ball".split()
 JOINTS = [". ", ", ", ". ", " and ", "! "]
-MIXED = 0.5  # of the conversations, how many have something else between telling and asking
+MIXED = 0.5  # how often something else, or something more, stands between telling and asking
 
 
 def invented_town(rng):
@@ -137,7 +137,7 @@ def memory_conversation(rng, other_exchange, ask_back):
     if len(told) == 1 and rng.random() < 0.1:  # told and asked in one message
         message, answer = recall(first, known[first], rng)
         return [(f"{turns[0][0].rstrip('.!')}{rng.choice(JOINTS)}{message}", answer)]
-    if rng.random() < MIXED:
+    while rng.random() < MIXED and len(turns) < 5:
         turns += other_exchange(rng)
     rng.shuffle(told)
     for matter in told:

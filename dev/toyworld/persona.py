@@ -35,12 +35,14 @@ def load_persona(name="toy", path=PERSONA_FILE, **facts):
     personas = json.loads(text)
     if name not in personas:
         raise UserError(f"{path} has no persona {name!r}", f"it has {', '.join(personas)}")
+    persona = personas[name]
     try:
-        persona = {field: text.format(**facts) for field, text in personas[name].items()}
+        persona = {field: text.format(**facts) for field, text in persona.items()}
     except KeyError as error:
         raise UserError(f"{path}: persona {name!r} has the placeholder {error}, which is not known",
                         f"known are {', '.join(facts) or 'none'}") from error
-    return persona | {field.capitalize(): capitalize(text) for field, text in persona.items()}
+    capitals = {field.capitalize(): capitalize(text) for field, text in persona.items()}
+    return persona | capitals
 
 
 def self_intents():
@@ -51,9 +53,11 @@ def self_intents():
 
 def identity_exchange(rng, persona, intents, frame=1.0):
     """(question, answer, phrases one of which a right answer has)"""
-    intent = rng.choices(intents, [intent["weight"] for intent in intents])[0]
+    weights = [intent["weight"] for intent in intents]
+    intent = rng.choices(intents, weights)[0]
     question = typed_one(intent[">"], rng, frame, name=persona["name"])
-    answer = expand(rng.choice(intent["<"]), rng).format(**persona)
+    template = rng.choice(intent["<"])
+    answer = expand(template, rng).format(**persona)
     accept = [phrase.format(**persona) for phrase in intent["!"]]
     return question, answer, accept
 

@@ -43,8 +43,10 @@ USUAL_PERCENTS = list(map(int, "5 10 15 20 25 30 40 50 60 75 80".split()))
 def any_number(rng, largest=999):
     """One to three digits, each length often enough to learn."""
     limit = rng.choice([9, 12, 20, 50, 99, 99, 99, largest])
-    if limit == 999 and rng.random() < 0.4:
-        return rng.choice([*ROUND_NUMBERS, rng.randint(1000, 9999)])
+    if limit == 999 and rng.random() < 0.3:
+        return rng.choice(ROUND_NUMBERS)
+    if limit == 999 and rng.random() < 0.1:
+        return rng.randint(1000, 9999)
     return rng.randint(1, min(limit, largest))
 
 
@@ -59,14 +61,16 @@ def draw_numbers(kind, rng):
     if kind.startswith("subtract") and rng.random() < 0.9:
         b, a = sorted((a, b))
     if kind == "divide":
-        b = rng.randint(2, 12) if rng.random() < 0.8 else rng.randint(2, 60)
+        largest = rng.choice([12, 12, 12, 12, 60])
+        b = rng.randint(2, largest)
         if rng.random() < 0.85:
             a = b * rng.randint(2, 30)
     if rng.random() < 0.8:
         a *= PARTS.get(kind, 1)
     if kind == "percent":
-        a = rng.choice([*USUAL_PERCENTS, rng.randint(1, 99)])
-        b = rng.choice([b, 10 * rng.randint(2, 50)])
+        a = rng.choice(USUAL_PERCENTS)
+        if rng.random() < 0.5:
+            b = 10 * rng.randint(2, 50)
     if kind == "less":
         a, b = sorted((a, b))
     return {"a": a, "b": b, "c": c}
@@ -74,11 +78,11 @@ def draw_numbers(kind, rng):
 
 def write_numbers(form, numbers, rng):
     """Digits, or words where the form itself is in words and all of its numbers are small."""
-    whole = all(isinstance(number, int) for number in numbers.values())
-    in_words = whole and not re.search(r"[-+*/=%÷×:(x]|number", form)
-    if in_words and max(numbers.values()) <= 20 and rng.random() < 0.4:
+    small = all(number in range(21) for number in numbers.values())
+    in_words = small and rng.random() < 0.4
+    if in_words and not re.search(r"[-+*/=%÷×:(x]|number", form):
         return {name: number_word(number) for name, number in numbers.items()}
-    return {name: str(number) for name, number in numbers.items()}
+    return numbers
 
 
 def one_sum(rng):

@@ -77,14 +77,14 @@ def echo(rng):
 # kind: (its share of all documents, percent, its maker)
 DOCUMENTS = {
     "dialogues": (40, dialogue),
-    "stories": (10, plain(stories)),
+    "stories": (8, plain(stories)),
     "echoes": (10, plain(echo)),
-    "marked choices": (11, marked),
+    "marked choices": (10, marked),
     "spelled words": (8, plain(spelling_sheet)),
-    "worked problems": (7, worked),
+    "worked problems": (6, worked),
     "quizzes": (5, quiz),
     "the village": (5, plain(village_story)),
-    "facts": (4, plain(facts)),
+    "facts": (8, plain(facts)),
 }
 
 
