@@ -32,7 +32,9 @@ OFTEN = ["repeat {w} {n} times", "say {w} {n} times", "write {w} {n} times"]
 def counting(rng):
     """To a number, from one to another, down from a number, or just counting."""
     largest = rng.choice(USUAL_ENDS)
-    asked = number_word(largest) if rng.random() < 0.35 else str(largest)
+    asked = str(largest)
+    if rng.random() < 0.35:
+        asked = number_word(largest)
     first = rng.randint(2, 12)
     last = first + rng.randint(2, 8)
     weights = list(COUNTING.values())
@@ -50,7 +52,8 @@ def counting(rng):
 
 
 def neighbours(rng):
-    number = rng.randint(2, rng.choice([20, 99]))
+    largest = rng.choice([20, 99])
+    number = rng.randint(2, largest)
     if rng.random() < 0.6:
         message = typed_one(PHRASES["after"], rng, n=number)
         return message, f"After {number} comes {number + 1}."
@@ -62,7 +65,8 @@ def even_or_odd(rng):
     largest = rng.choice([20, 99])
     number = rng.randint(1, largest)
     message = typed_one(PHRASES["even"], rng, n=number)
-    return message, f"{number} is {'odd' if number % 2 else 'even'}."
+    kind = "odd" if number % 2 else "even"
+    return message, f"{number} is {kind}."
 
 
 def compare(rng):
@@ -70,8 +74,10 @@ def compare(rng):
     scale, phrases, more = rng.choice(SCALES)
     x, y = rng.sample(scale, 2)
     small, large = sorted((x, y), key=scale.index)
-    message = typed_one(phrases, rng, x=called(x), y=called(y), p=x, q=y)
-    return message, f"{capitalize(called(large))} is {more} than {called(small)}."
+    slots = {"x": called(x), "y": called(y), "p": x, "q": y}
+    message = typed_one(phrases, rng, **slots)
+    winner = capitalize(called(large))
+    return message, f"{winner} is {more} than {called(small)}."
 
 
 def called(noun):

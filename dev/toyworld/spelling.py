@@ -75,7 +75,11 @@ QUOTES = ["'{}'", '"{}"']
 
 
 def quote(text, rng):
-    return rng.choice(QUOTES).format(text) if rng.random() < 0.12 else text
+    """In quotes now and then."""
+    if rng.random() > 0.12:
+        return text
+    quotes = rng.choice(QUOTES)
+    return quotes.format(text)
 
 
 def draw_word(rng):
@@ -88,10 +92,17 @@ def spelling_exchange(rng):
     word = draw_word(rng)
     letter = rng.choice(word if rng.random() < 0.85 else ascii_lowercase)
     template = rng.choice(phrases).replace("{w}", "{exact_w}").replace("{l}", "{exact_l}")
-    written = word.capitalize() if rng.random() < 0.05 else word
-    asked = letter.upper() if rng.random() < 0.12 else letter
+
+    # How the two are written; the answer has them in lower case
+    written = word
+    asked = letter
+    if rng.random() < 0.05:
+        written = word.capitalize()
+    if rng.random() < 0.12:
+        asked = letter.upper()
     slots = {"exact_w": quote(written, rng), "exact_l": quote(asked, rng)}
-    return [(typed(template, rng, 0.7, **slots), answer(word, letter))]
+    message = typed(template, rng, 0.7, **slots)
+    return [(message, answer(word, letter))]
 
 
 def spelling_sheet(rng):
