@@ -106,9 +106,9 @@ def spelling_exchange(rng):
 
 
 def spelling_sheet(rng):
-    """Six words letter by letter, some with a letter counted along: for pretraining."""
+    """Eight words letter by letter, some with a letter counted along: for pretraining."""
     lines = []
-    for word in rng.sample(TRAIN_WORDS, 6):
+    for word in rng.sample(TRAIN_WORDS, 8):
         line = spell(word)
         if rng.random() < 0.4:
             counted = count_letter(word, rng.choice(word))[0]["text"]

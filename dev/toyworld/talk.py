@@ -126,7 +126,13 @@ def fact_exchange(rng):
 
 def fact_sheet(rng):
     """Six facts as sentences: for pretraining."""
-    return " ".join(fact_exchange(rng)[0][1] for _ in range(6))
+    source = facts()
+    sentences = []
+    for _ in range(6):
+        intent = source.draw(rng)
+        template = expand(rng.choice(intent["<"]), rng)
+        sentences.append(fill(template, **source.slots(intent, rng)))
+    return " ".join(sentences)
 
 
 def nonsense(rng):

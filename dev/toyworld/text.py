@@ -76,11 +76,11 @@ def echo(rng):
 
 # kind: (its share of all documents, percent, its maker)
 DOCUMENTS = {
-    "dialogues": (40, dialogue),
+    "dialogues": (39, dialogue),
     "stories": (8, plain(stories)),
-    "echoes": (10, plain(echo)),
+    "echoes": (9, plain(echo)),
     "marked choices": (10, marked),
-    "spelled words": (8, plain(spelling_sheet)),
+    "spelled words": (10, plain(spelling_sheet)),
     "worked problems": (6, worked),
     "quizzes": (5, quiz),
     "the village": (5, plain(village_story)),
