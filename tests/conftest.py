@@ -42,7 +42,7 @@ def trained_dir(tmp_path_factory, tokenizer):
     from dev import gen_synthetic_data
     from tests.stages import STAGES, run_stage
     root = tmp_path_factory.mktemp("trained")
-    gen_synthetic_data.write_mirror(root / "mirror", seed=1, scale=0.02)
+    gen_synthetic_data.write_mirror(root / "mirror", seed=1, scale=0.008)
     tokenizer.save(root / "base" / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(root / "base"))

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dev import gen_synthetic_data as gen
+from dev.toyworld import server as toy_server
 from nanochat.common import UserError
 
 
@@ -114,7 +115,7 @@ def test_the_same_reply_is_kept_once(mirror):
 
 def test_a_stubborn_server_ends_it_and_what_was_added_stays(mirror):
     with pytest.raises(UserError, match="1 of 5 conversations added"):
-        add(mirror, [json.dumps(GOOD[0])] + ["no"] * gen.MAX_BAD, num=5)
+        add(mirror, [json.dumps(GOOD[0])] + ["no"] * toy_server.MAX_BAD, num=5)
     assert len((mirror / gen.IDENTITY_FILE).read_text(encoding="utf-8").splitlines()) == 2
 
 

@@ -1,298 +1,336 @@
-"""The toy world: what `dev/gen_synthetic_data.py` writes is whole, the same for a seed, right, and held out well."""
+"""The toy world's conversations: every answer is right, whatever is asked and however it is typed."""
 
-import ast
-import hashlib
 import json
 import re
 from collections import Counter
-from random import Random
 
-import pyarrow.parquet as pq
 import pytest
 
 from dev import gen_synthetic_data as gen
-from dev import toy_talk
-from dev.toy_world import ATTRIBUTES, FRIENDS, KINDS, choice_item, expand, marked_item, marked_sheet, random_fact, story
-from nanochat.core_bundle import load_tasks
-from nanochat.core_eval import render_prompts
-from tasks.spellingbee import is_test_word
+from dev.toyworld import chat, choices, games, memory, persona, problems, spelling, stories, sums, talk, text, village
+from dev.toyworld.calculate import result_of, solve, to_gsm8k, to_text
+from dev.toyworld.grammar import DATA, Pool, Rng, expand, fill, read_words, repair
+from dev.toyworld.mirror import small_program
+from dev.toyworld.typed import typed
+from nanochat.calculator import use_calculator
+from nanochat.common import UserError
+from tasks.common import check_messages, parse_answer
+from tasks.gsm8k import solution_parts
 
-PARQUET_COLUMNS = {
-    "pretrain/shard_00000": ["text"], "pretrain/shard_00003": ["text"], "chat/train_00000": ["messages"],
-    "chat/test": ["messages"], "tasks/gsm8k_train": ["question", "answer"], "tasks/gsm8k_test": ["question", "answer"],
-    "tasks/mmlu_auxiliary_train": ["question", "subject", "choices", "answer"],
-    "tasks/mmlu_test": ["question", "subject", "choices", "answer"],
-    "tasks/mmlu_validation": ["question", "subject", "choices", "answer"],
-    "tasks/mmlu_dev": ["question", "subject", "choices", "answer"],
-    "tasks/arc_easy_train": ["id", "question", "choices", "answerKey"],
-    "tasks/arc_easy_test": ["id", "question", "choices", "answerKey"],
-    "tasks/arc_easy_validation": ["id", "question", "choices", "answerKey"],
-    "tasks/arc_challenge_train": ["id", "question", "choices", "answerKey"],
-    "tasks/arc_challenge_test": ["id", "question", "choices", "answerKey"],
-    "tasks/arc_challenge_validation": ["id", "question", "choices", "answerKey"],
-    "tasks/humaneval_test": ["task_id", "prompt", "canonical_solution", "test", "entry_point"],
-}
-
-
-@pytest.fixture(scope="module")
-def mirror(tmp_path_factory):
-    """A mirror a thirtieth of the real size."""
-    root = tmp_path_factory.mktemp("toy")
-    gen.write_mirror(root, seed=42, scale=0.03)
-    return root
-
-
-def rows(mirror, name):
-    return pq.read_table(mirror / f"{name}.parquet").to_pylist()
-
-
-def lines(mirror, name):
-    return [json.loads(line) for line in (mirror / name).read_text(encoding="utf-8").splitlines()]
+EXCHANGES = [(name, make) for name, (_, make) in chat.EXCHANGES.items()]
 
 
 def words_of(text):
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
-# -----------------------------------------------------------------------------
-# The mirror as files
+def draw_many(make, count, split="train"):
+    """`count` items, each from a generator of its own."""
+    items = []
+    for i in range(count):
+        rng = Rng(f"test:{i}")
+        rng.split = split
+        items.append(make(rng))
+    return items
 
 
-def test_every_table_is_there_with_the_hubs_columns(mirror):
-    for name, columns in PARQUET_COLUMNS.items():
-        table = pq.read_table(mirror / f"{name}.parquet")
-        assert table.column_names == columns and table.num_rows > 0, name
-
-
-def test_a_seed_gives_the_same_bytes_and_another_seed_other_ones(tmp_path):
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        gen.write_mirror(tmp_path / folder, seed, scale=0.01)
-    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
-    same = [(tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names]
-    assert all(same) and len(same) > 20
-    a, c = ((tmp_path / folder / "pretrain/shard_00000.parquet").read_bytes() for folder in "ac")
-    assert a != c
-
-
-def test_the_manifest_comes_last_and_its_hashes_are_those_of_the_files(mirror):
-    manifest = json.loads((mirror / gen.MANIFEST).read_text(encoding="utf-8"))
-    written = {str(path.relative_to(mirror)) for path in mirror.rglob("*") if path.is_file()}
-    assert written == set(manifest["sha256"]) | {gen.MANIFEST}  # no temporary file is left either
-    for name, digest in manifest["sha256"].items():
-        assert hashlib.sha256((mirror / name).read_bytes()).hexdigest() == digest
-    newest = max(path.stat().st_mtime_ns for path in mirror.rglob("*") if path.is_file())
-    assert (mirror / gen.MANIFEST).stat().st_mtime_ns == newest
-
-
-def test_words_are_lower_case_three_to_nine_letters_and_distinct(mirror):
-    words = (mirror / "words_alpha.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    assert len(words) == len(set(words)) == toy_talk.NUM_WORDS
-    assert all(re.fullmatch("[a-z]{3,9}", word) for word in words)
-    assert 0.05 < sum(map(is_test_word, words)) / len(words) < 0.15
-
-
-def test_the_core_bundle_loads_and_its_answers_are_among_the_choices(mirror):
-    tasks = load_tasks(mirror / "eval_bundle")
-    assert {task.kind for task in tasks} == {"multiple_choice", "language_modeling", "schema"}
-    for task in tasks:
-        assert render_prompts(task, 0)
-        assert all(0 <= row["gold"] < 4 for row in task.rows if "gold" in row)
-
-
-# -----------------------------------------------------------------------------
-# Held out: recomputed here from the files, with another normalization than the generator's
-
-
-def choice_of(row):
-    choices = row["choices"]
-    return words_of(row["question"]), frozenset(choices["text"] if isinstance(choices, dict) else choices)
-
-
-def choice_rows(mirror, name):
-    return map(choice_of, rows(mirror, name))
-
-
-@pytest.mark.parametrize("task", ["mmlu", "arc_easy", "arc_challenge"])
-def test_no_multiple_choice_test_item_is_in_any_training_set(mirror, task):
-    trained = {item for name in ("mmlu_auxiliary_train", "arc_easy_train", "arc_challenge_train")
-               for item in choice_rows(mirror, f"tasks/{name}")}
-    assert trained.isdisjoint(choice_rows(mirror, f"tasks/{task}_test"))
-    assert trained.isdisjoint(choice_rows(mirror, f"tasks/{task}_validation"))
-
-
-def test_no_choice_of_the_core_bundle_is_in_any_training_set():
-    """At a fifth of the size: in a smaller mirror chance alone keeps them apart."""
-    bundle, tables = gen.draw_questions(gen.Draws(42, scale=0.2))
-    trained = {item for name in ("mmlu_auxiliary_train", "arc_easy_train", "arc_challenge_train")
-               for item in map(choice_of, tables[f"tasks/{name}.parquet"])}
-    asked = {(words_of(row["query"].removeprefix("Question: ")), frozenset(row["choices"]))
-             for row in bundle["toy_choices"][-1]}
-    assert asked and trained.isdisjoint(asked)
-
-
-def test_no_multiple_choice_test_item_is_in_a_pretraining_quiz(mirror):
-    quizzes = set()
-    for shard in range(3):
-        for row in rows(mirror, f"pretrain/shard_{shard:05d}"):
-            for question, options in re.findall(r"^(.+)\n((?:- .+=[A-D]\n)+)Answer with", row["text"], re.MULTILINE):
-                quizzes.add((words_of(question), frozenset(re.findall(r"- (.+)=[A-D]", options))))
-    assert len(quizzes) > 100
-    for task in ("mmlu", "arc_easy", "arc_challenge"):
-        assert quizzes.isdisjoint(choice_rows(mirror, f"tasks/{task}_test"))
-
-
-def test_no_word_problem_or_program_of_a_test_is_in_training_text(mirror):
-    text = "\n".join(words_of(row["text"]) for shard in range(3) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
-    trained = {words_of(row["question"]) for row in rows(mirror, "tasks/gsm8k_train")}
-    told = [row for row in rows(mirror, "tasks/gsm8k_test") if len(row["question"]) > 40]  # not "2 plus 3?"
-    assert len(told) > 5
-    for row in told:
-        assert words_of(row["question"]) not in trained and words_of(row["question"]) not in text
-    chats = "\n".join(message["content"] for row in rows(mirror, "chat/train_00000") for message in row["messages"])
-    for row in rows(mirror, "tasks/humaneval_test"):
-        assert row["prompt"] not in chats and words_of(row["prompt"]) not in text
-
-
-def test_no_identity_prompt_of_the_test_is_in_training(mirror):
-    trained = {words_of(message["content"]) for chat in lines(mirror,
-                                                              "identity_conversations.jsonl") for message in chat}
-    trained |= {words_of(message["content"]) for row in rows(mirror, "chat/train_00000") for message in row["messages"]}
-    assert trained.isdisjoint(words_of(row["messages"][0]["content"]) for row in lines(mirror,
-                                                                                       "tasks/identity_test.jsonl"))
-
-
-def test_no_chat_or_document_is_both_held_out_and_trained_on(mirror):
-    chats = {json.dumps(row) for row in rows(mirror, "chat/train_00000")}
-    assert chats.isdisjoint(json.dumps(row) for row in rows(mirror, "chat/test"))
-    docs = [row["text"] for shard in range(3) for row in rows(mirror, f"pretrain/shard_{shard:05d}")]
-    assert len(docs) == len(set(docs))
-    assert set(docs).isdisjoint(row["text"] for row in rows(mirror, "pretrain/shard_00003"))
-
-
-def test_pretraining_spells_no_test_word(mirror):
-    text = "\n".join(row["text"] for shard in range(4) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
-    spelled = re.findall(r"The word ([a-z]+) is spelled ([a-z ]+)\.", text)
-    assert len(spelled) > 100
-    assert all(" ".join(word) == letters and not is_test_word(word) for word, letters in spelled)
-    assert all(total == str(letters.count(letter)) for letter, letters, total in
-               ((letter, re.findall(r"[a-z]", along), re.findall(r"\d", along)[-1])
-                for letter, along in re.findall(r"Counting ([a-z]): ([a-z0-9, ]+)\.", text)))
+def all_turns(make, count, split="train"):
+    return [turn for turns in draw_many(make, count, split) for turn in turns]
 
 
 # -----------------------------------------------------------------------------
 # Right answers
 
 
-def test_word_problems_evaluate_to_what_they_say():
-    for i in range(500):
-        question, answer = toy_talk.word_problem(Random(i))
-        calls = re.findall(r"<<(.+?)=(\d+)>>(\d+)", answer)
-        for expression, result, copied in calls:
-            assert eval(compile(ast.parse(expression, mode="eval"), "", "eval")) == int(result) == int(copied)
-        assert answer.endswith(f"\n#### {calls[-1][1]}") and 0 < int(calls[-1][1]) <= 99
-        numbers = set(re.findall(r"\d+", question)) | {result for _, result, _ in calls}
-        assert all(set(re.findall(r"\d+", expression)) <= numbers for expression, _, _ in calls)  # only copied
+def check_calls(answer):
+    """Every call's output is what the calculator says, and the last one is the final answer."""
+    calls = [part["text"] for part in answer if part["type"] == "python"]
+    outputs = [part["text"] for part in answer if part["type"] == "python_output"]
+    assert outputs == [use_calculator(call) for call in calls]
+    assert result_of(answer) == outputs[-1]
+    return calls
+
+
+def test_a_solution_survives_gsm8ks_notation():
+    parts = solve("There are ", "12+35", " apples.")
+    assert to_gsm8k(parts) == "There are 12 + 35 = <<12+35=47>>47 apples.\n#### 47"
+    assert solution_parts(to_gsm8k(parts)) == parts
+    assert to_text(parts) == "There are 12 + 35 = 47 apples.\n#### 47"
+
+
+def number_of(word):
+    words = {**{word: i for i, word in enumerate(problems.number_word(i) for i in range(21))}}
+    return str(words.get(word, word))
+
+
+def numbers_in(text):
+    """All numbers of a text, in digits, those in words, too."""
+    return {number_of(word) for word in re.findall(r"\d+|[a-z]+", text.lower()) if number_of(word).isdigit()}
+
+
+def test_every_sum_is_right_and_copies_the_numbers_of_its_question():
+    for question, answer in draw_many(sums.one_sum, 1000):
+        calls = check_calls(answer)
+        told = set(re.findall(r"\d+(?:\.\d+)?", question)) or None  # else in words
+        used = set(re.findall(r"\d+(?:\.\d+)?", calls[0]))
+        if told:
+            assert told <= used and used - told <= {"2", "3", "4", "100"}, (question, calls)
+
+
+def test_a_further_step_goes_on_from_the_result_before():
+    found = 0
+    for turns in draw_many(sums.sum_exchange, 600):
+        for (_, before), (_, after) in zip(turns, turns[1:], strict=False):
+            if not isinstance(after, str):
+                found += 1
+                assert check_calls(after)[0].startswith(result_of(before))
+    assert found > 50
+
+
+def test_word_problems_are_right_and_copy_numbers_and_names():
+    for problem in draw_many(problems.draw_problem, 1500):
+        calls = check_calls(problem.parts)
+        answer = to_text(problem.parts)
+        used = set(re.findall(r"\d+", " ".join(calls)))
+        assert set(problem.numbers) <= used, problem
+        assert int(result_of(problem.parts)) >= 0
+        if problem.name not in ("", "There", "there", "You", "you"):
+            noun = re.sub("^(Your|The|your|the|my) ", "", problem.name)
+            assert noun in problem.question and noun in answer, problem
+
+
+def test_a_plain_word_problem_reads_as_sentences():
+    for problem in draw_many(lambda rng: problems.draw_problem(rng, plain=True), 500):
+        assert re.match(r"[A-Z0-9]", problem.question) and problem.question.endswith("?"), problem.question
+        assert not re.search(r"[{}\[\]|]|  | \?|\bI (has|shares|gives|buys)\b", problem.question), problem.question
+
+
+def test_letters_are_counted_right():
+    for question, answer in all_turns(spelling.spelling_exchange, 1500):
+        written = to_text(answer)
+        word, letters = re.search(r"The word ([a-z]+) is spelled ([a-z ]+)\.", written).groups()
+        assert " ".join(word) == letters and word in question.lower()
+        if isinstance(answer, list):
+            check_calls(answer)
+            letter = re.search(r"Counting ([a-z]):", written)[1]
+            assert parse_answer(written) == word.count(letter)
+        elif "vowels" in written:
+            assert parse_answer(written) == len(re.findall("[aeiou]", word))
+        elif "####" in written:
+            assert parse_answer(written) == len(word)
+        elif "begins" in written:
+            assert written.endswith(f"{word[0]}.")
+        elif "ends" in written:
+            assert written.endswith(f"{word[-1]}.")
+        elif "Backwards" in written:
+            assert written.endswith(f"{' '.join(reversed(word))}.")
+
+
+def test_counting_lists_and_comparisons_are_right():
+    for _, answer in all_turns(games.game_exchange, 800):
+        numbers = [int(n) for n in re.findall(r"\d+", answer)]
+        if re.fullmatch(r"[\d, ]+\.", answer):
+            assert {abs(a - b) for a, b in zip(numbers, numbers[1:], strict=False)} == {1}
+        elif re.fullmatch(r"\d+ is bigger than \d+\.", answer):
+            assert numbers[0] > numbers[1]
+        elif re.fullmatch(r"\d+ is (even|odd)\.", answer):
+            assert ("odd" in answer) == bool(numbers[0] % 2)
+
+
+def test_what_is_to_be_repeated_is_repeated():
+    for message, answer in draw_many(games.echo, 300):
+        assert answer.lower() in message.lower()
+
+
+def test_a_story_is_about_what_was_asked_for():
+    for hero in ["fox", "owl", "robot", "teapot", "Annabel", "Zun", *stories.ANIMALS.test[:10]]:
+        for i in range(10):
+            assert hero in stories.story(Rng(f"{hero}:{i}"), hero)
+    for message, answer in all_turns(stories.story_exchange, 600):
+        asked = re.search(r"story about (?:an? )([a-z]+)[?.!]?$", message.lower())
+        if asked:
+            assert asked[1] in answer.lower(), (message, answer)
+
+
+def test_stories_are_whole_and_varied():
+    told = draw_many(lambda rng: stories.story(rng, stories.draw_hero(rng)), 800)
+    assert len(set(told)) > 790
+    for story in told:
+        assert not re.search(r"[\[\]{}|/]|\.\.|  | ,|\ba [aeiou](?!ni)|\ban [^aeiou]", story), story
+        assert story.count('"') % 2 == 0 and story[-1] in '.!"', story
+
+
+def test_memory_gives_back_what_was_told():
+    for turns in draw_many(lambda rng: memory.memory_conversation(rng, games.game_exchange, chat.ask_back), 500):
+        answer = turns[-1][1]
+        found = re.search(r"^(?:Your name is|You said|The number is|The word is) (.+)\.$", answer)
+        if found:
+            earlier = " ".join(message for message, _ in turns)
+            assert found[1].lower() in earlier.lower(), turns
+
+
+def test_village_answers_are_the_facts():
+    for message, answer in all_turns(village.ask_yes_no, 400):
+        friend = next(friend for friend in village.FRIENDS if friend.name in answer)
+        values = [village.value(friend, attribute) for attribute in village.ATTRIBUTES]
+        assert any(value in answer for value in values)
+        said = any(re.search(rf"\b{value}\b", message.lower()) for value in map(str.lower, values))
+        assert answer.startswith("Yes" if said else "No"), (message, answer)
 
 
 def test_choices_are_four_and_exactly_one_is_right():
     """Checked against the table of facts, for every question that names a friend."""
-    for i in range(500):
-        subject, question, choices, answer = choice_item(Random(i), ["friends"])
-        x = next(friend for friend in FRIENDS if re.search(rf"\b{friend}\b", question))
-        value = getattr(x, subject)
-        assert len(set(choices)) == 4
-        assert [choice.split()[-1] == value for choice in choices] == [k == answer for k in range(4)]
+    for item in draw_many(lambda rng: choices.choice_item(rng, ["friends"]), 500):
+        subject, question, options, answer = item
+        friend = next(friend for friend in village.FRIENDS if re.search(rf"\b{friend}\b", question))
+        value = getattr(friend, subject)
+        assert len(set(options)) == 4
+        assert [option.split()[-1] == value for option in options] == [k == answer for k in range(4)]
 
 
 def test_marks_say_yes_to_the_right_choice_alone_and_cannot_be_had_by_elimination():
     counts = Counter()
-    for i in range(400):
-        item = marked_item(Random(i), ["friends", "names"])
-        _, question, choices, answer, _ = item
-        first, *lines = marked_sheet([item]).split("\n")
-        marks = dict(re.fullmatch(r"- (.+)=(yes|no)", line).groups() for line in lines)
-        assert first == question and len(marks) == 3 and set(marks) < set(choices)
-        assert all((mark == "yes") == (choice == choices[answer]) for choice, mark in marks.items())
+    for item in draw_many(choices.marked_item, 400):
+        _, question, options, answer, _ = item
+        first, *marked = choices.marked_sheet([item]).split("\n")
+        marks = dict(re.fullmatch(r"- (.+)=(yes|no)", line).groups() for line in marked)
+        assert first == question and len(marks) == 3 and set(marks) < set(options)
+        assert all((mark == "yes") == (option == options[answer]) for option, mark in marks.items())
         counts[Counter(marks.values())["yes"]] += 1
     assert 60 < counts[0] < 140 and counts[0] + counts[1] == 400  # a quarter has none that is right
 
 
 def test_answers_stand_equally_often_at_each_letter():
-    counts = Counter(choice_item(Random(i))[3] for i in range(2000))
+    counts = Counter(item[3] for item in draw_many(lambda rng: choices.choice_item(rng, choices.ALL_SUBJECTS), 2000))
     assert all(420 < counts[k] < 580 for k in range(4))
 
 
 @pytest.mark.parametrize("field", ["name", "animal", "home", "job", "food", "thing"])
 def test_no_two_friends_share_what_a_backward_question_asks_for(field):
-    assert len({getattr(friend, field) for friend in FRIENDS}) == len(FRIENDS)
+    assert len({getattr(friend, field) for friend in village.FRIENDS}) == len(village.FRIENDS)
 
 
 def test_a_word_is_of_one_kind_only():
-    words = [word for kind in KINDS.values() for word in set(kind)]
+    words = [word for kind in choices.KINDS.values() for word in set(kind)]
     assert len(words) == len(set(words))
 
 
 def test_programs_pass_their_own_checks():
-    for i in range(50):
-        row, space = toy_talk.small_program(Random(i)), {}
+    for row in draw_many(small_program, 50):
+        space = {}
         exec(row["prompt"] + row["canonical_solution"] + row["test"], space)
         space["check"](space[row["entry_point"]])
 
 
+# -----------------------------------------------------------------------------
+# Who the model is
+
+
 def test_every_identity_answer_holds_an_accepted_phrase():
-    for topic, (_, _, answers, accept) in toy_talk.IDENTITY.items():
-        for answer in answers:
-            assert any(phrase.lower() in answer.lower() for phrase in accept), topic
+    toy = persona.load_persona("toy")
+    for i in range(400):
+        _, answer, accept = persona.identity_exchange(Rng(i), toy, persona.self_intents())
+        assert any(phrase.lower() in answer.lower() for phrase in accept), answer
+
+
+def test_another_persona_is_another_model_everywhere(tmp_path):
+    fields = json.loads(persona.PERSONA_FILE.read_text(encoding="utf-8"))
+    mine = {"mine": {name: f"qq{name}" for name in fields["toy"]}}
+    (tmp_path / "persona.json").write_text(json.dumps(mine), encoding="utf-8")
+    other = persona.load_persona("mine", tmp_path / "persona.json")
+    for i in range(300):
+        turns = persona.identity_conversation(Rng(i), other, persona.self_intents())
+        said = " ".join(f"{message} {answer}" for message, answer in turns).lower()
+        assert "nanochat" not in said and "dellbrook" not in said
+        assert not re.search(r"[{}\[\]|]", said), said
+    with pytest.raises(UserError, match="no persona"):
+        persona.load_persona("nobody")
+    with pytest.raises(UserError, match="placeholder"):
+        persona.load_persona("run")
+
+
+def test_a_real_run_gets_its_own_size_and_no_village(tmp_path):
+    path = tmp_path / "identity.jsonl"
+    params = gen.write_run_identity(path, seed=1, depth=20, vocab_size=65536, data="the web", count=300)
+    assert round(params / 1e6) == 561
+    written = path.read_text(encoding="utf-8")
+    assert "561 million parameters in 20 layers" in written and "the web" in written
+    assert "Dellbrook" not in written and "few million" not in written
+    assert persona.say_count(1_900_000_000) == "1.9 billion"
+    assert all(check_messages(json.loads(line), "line") for line in written.splitlines())
 
 
 # -----------------------------------------------------------------------------
 # Language
 
 
-def test_expand_nests_choices_and_fills_fields():
-    found = {expand("[a|b[c|]] {x.home}", Random(i), x=FRIENDS[0]) for i in range(50)}
-    assert found == {"a mill", "bc mill", "b mill"}
+def test_expand_nests_choices_and_fill_fills_slots():
+    found = {expand("[a|b[c|]] {x}", Rng(i)) for i in range(50)}
+    assert found == {"a {x}", "bc {x}", "b {x}"}
+    assert fill("{Thing} and a {thing}", thing="owl") == "Owl and an owl"
+    assert repair("two mouses, a apple, a unicorn") == "two mice, an apple, a unicorn"
 
 
-def test_stories_are_whole_and_varied():
-    stories = [story(Random(i)) for i in range(1000)]
-    assert len(set(stories)) == 1000
-    for text in stories:
-        assert not re.search(r"[\[\]{}|]|\.\.|  | ,|\ba [aeiou]|\ban (?!hour)[^aeiou]", text), text
-        assert text.count('"') % 2 == 0 and text[-1] in '.!"'
-        assert all(re.match(r'[A-Z"]', sentence) for sentence in re.split(r'(?<=[.!?]) |\n', text)
-                   if not re.match(r"(asked|said|cried|he|she)\b", sentence)), text
+def test_a_pool_holds_out_none_of_its_commonest_words():
+    words = read_words("names.txt")
+    pool = Pool(words, keep=40)
+    assert set(words[:40]) <= set(pool.train) and set(pool.train) | set(pool.test) == set(words)
 
 
-def test_a_story_asked_for_has_that_hero_and_no_one_twice():
-    for i, friend in enumerate(FRIENDS * 5):
-        names = re.findall("|".join(f.name for f in FRIENDS), story(Random(i), hero=friend))
-        assert names[0] == friend.name and len(set(names)) <= 3
+def test_typing_changes_the_frame_and_never_what_fills_it():
+    for i in range(400):
+        message = typed("what is the capital of {country}", Rng(i), country="Kenya")
+        assert "kenya" in message.lower() and "{" not in message
+        assert "Xq7" in typed("say {exact}", Rng(i), exact="Xq7")
 
 
-def test_every_fact_is_stated_in_pretraining(mirror):
-    """At a thirtieth of the size each of the 96 facts about friends stands there as a sentence."""
-    text = "\n".join(row["text"] for shard in range(3) for row in rows(mirror, f"pretrain/shard_{shard:05d}"))
-    for friend in FRIENDS:
-        for attribute, (form, statements, *_) in ATTRIBUTES.items():
-            v = form.format(x=friend)
-            assert sum(text.count(s.format(x=friend, v=v)[:-1]) for s in statements) >= 1, (friend.name, attribute)
+def test_many_ways_to_say_the_same():
+    said = {typed("what is your name", Rng(i)) for i in range(300)}
+    assert len(said) > 60
 
 
-def test_an_echo_sheet_can_be_known_from_its_first_readings(mirror):
-    words = (mirror / "words_alpha.txt").read_text(encoding="utf-8").split()
-    sheets = [toy_talk.echo_sheet(Random(i), words).split("\n") for i in range(100)]
-    assert all(lines == [line for line in lines[::3] for _ in range(3)] and len(set(lines)) == 3 for lines in sheets)
-    assert len({line for lines in sheets for line in lines}) == 300  # and nothing else tells what they say
+@pytest.mark.parametrize(("name", "make"), EXCHANGES, ids=[name for name, _ in EXCHANGES])
+def test_exchanges_are_whole(name, make):
+    for message, answer in all_turns(make, 400):
+        written = to_text(answer)
+        assert message.strip() and written.strip()
+        assert not re.search(r"[{}\[\]|]|@\w", written), written
+        assert not re.search(r"\{\w+\}|@\w|\|", message), message
 
 
-def test_chats_alternate_and_end_with_the_assistant(mirror):
-    for row in rows(mirror, "chat/train_00000"):
-        roles = [message["role"] for message in row["messages"]]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert all(message["content"].strip() for message in row["messages"])
+def test_every_intent_of_the_data_files_is_drawn_and_has_answers():
+    for source in (talk.small_talk(), talk.facts()):
+        for intent in source.intents:
+            assert intent[">"] and intent["<"], intent["name"]
+            assert intent["table"] is None or source.tables[intent["table"]], intent["name"]
+    for intent in talk.outside().intents:
+        assert intent[">"] and not intent["<"], intent["name"]
 
 
-def test_facts_are_asked_as_questions():
-    assert all(random_fact(Random(i), ["friends", "names", "colours", "opposites"]).question.endswith("?")
-               for i in range(300))
+def test_no_way_to_say_something_belongs_to_two_intents():
+    """The same words in two intents would teach the model to toss a coin."""
+    owners = {}
+    for source in (talk.small_talk(), talk.outside()):
+        for intent in source.intents:
+            for phrase in intent[">"]:
+                if "{" not in phrase and "[" not in phrase and "@" not in phrase:
+                    owners.setdefault(words_of(phrase) or phrase, set()).add(intent["name"])
+    double = {phrase: names for phrase, names in owners.items() if len(names) > 1}
+    assert not double
+
+
+def test_the_shares_add_up():
+    assert sum(share for share, _ in chat.EXCHANGES.values()) == 100
+    assert sum(share for share, _ in text.DOCUMENTS.values()) == 100
+
+
+def test_an_echo_sheet_can_be_known_from_its_first_readings():
+    for sheet in draw_many(text.echo, 100):
+        read = sheet.split("\n")
+        assert read == [line for line in read[::3] for _ in range(3)] and len(set(read)) == 3
+
+
+def test_data_files_are_plain_text_without_tabs():
+    for path in DATA.glob("*.txt"):
+        written = path.read_text(encoding="utf-8")
+        assert "\t" not in written and written.endswith("\n"), path.name
