@@ -98,11 +98,11 @@ def test_words_are_lower_case_and_distinct_and_some_are_held_out(mirror):
 
 
 def test_the_core_bundle_loads_and_its_answers_are_among_the_choices(mirror):
-    core_eval = pytest.importorskip("nanochat.core_eval")
-    tasks = core_eval.load_tasks(mirror / "eval_bundle")
+    core_bundle = pytest.importorskip("nanochat.core_bundle")
+    tasks = core_bundle.load_tasks(mirror / "eval_bundle")
     assert {task.kind for task in tasks} == {"multiple_choice", "language_modeling", "schema"}
     for task in tasks:
-        assert core_eval.render_prompts(task, 0)
+        assert render_prompts(task, 0)
         assert all(0 <= row["gold"] < 4 for row in task.rows if "gold" in row)
 
 
