@@ -1,9 +1,9 @@
 """
 AdamW, sharded over ranks: for embeddings, the output head and scalars.
 
-Source: Loshchilov & Hutter, arXiv 1711.05101. The update is a pure function; the class adds state and the two
-collectives. Every tensor is flattened and cut into one equal piece per rank (the last one padded), so any shape and
-any number of ranks work, and a single rank runs the same code.
+Source: Loshchilov & Hutter, arXiv 1711.05101. The update is a pure function; the class adds state
+and the two collectives. Every tensor is flattened and cut into one equal piece per rank (the last
+one padded), so any shape and any number of ranks work, and a single rank runs the same code.
 """
 
 import torch
@@ -15,7 +15,9 @@ from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_siz
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """One AdamW step on float32 tensors of one shape, in place on all but grad. `step` counts from 1."""
+    """
+    One AdamW step on float32 tensors of one shape, in place on all but grad. `step` counts from 1.
+    """
     beta1, beta2 = betas
     # Running means of the gradient and of its square
     exp_avg.lerp_(grad, 1 - beta1)
@@ -32,10 +34,11 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_
 
 class DistAdamW(torch.optim.Optimizer):
     """
-    AdamW over any number of ranks. Gradients are SUMMED over ranks: divide the loss by the global number of target
-    tokens beforehand. Not for the blocks' matrices (see muon.py).
+    AdamW over any number of ranks. Gradients are SUMMED over ranks: divide the loss by the global
+    number of target tokens beforehand. Not for the blocks' matrices (see muon.py).
 
-    param_groups: dicts with `named_params` [(name, parameter)], `lr`, and optionally betas, eps, weight_decay.
+    param_groups: dicts with `named_params` [(name, parameter)], `lr`, and optionally betas, eps,
+    weight_decay.
     """
 
     def __init__(self, param_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
@@ -52,7 +55,9 @@ class DistAdamW(torch.optim.Optimizer):
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
 
     def _my_shard(self, tensor):
-        """This rank's (n,) piece of a full tensor, padded with zeros so that all pieces are equal."""
+        """
+        This rank's (n,) piece of a full tensor, padded with zeros so that all pieces are equal.
+        """
         n = ceil_div(tensor.numel(), world_size())
         start = rank() * n
         shard = tensor.reshape(-1)[start: start + n]
@@ -80,8 +85,8 @@ class DistAdamW(torch.optim.Optimizer):
         state = self._state(p)
         state["step"] += 1
 
-        # This rank's shard of the gradient's sum over ranks. A rank without rows has no gradient, and takes part in
-        # the collectives all the same
+        # This rank's shard of the gradient's sum over ranks. A rank without rows has no gradient,
+        # and takes part in the collectives all the same
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         grad = grad.reshape(-1)
         padding = -grad.numel() % world_size()
@@ -124,7 +129,9 @@ class DistAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self):
-        """{'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective."""
+        """
+        {'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective.
+        """
         tensors = {}
         for name, p, state in self._named_states():
             for key in ("exp_avg", "exp_avg_sq"):
@@ -136,7 +143,9 @@ class DistAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_full_state(self, tensors):
-        """Take this rank's shards out of what `full_state` returned, on however many ranks that was."""
+        """
+        Take this rank's shards out of what `full_state` returned, on however many ranks that was.
+        """
         for name, p, state in self._named_states():
             for key in ("exp_avg", "exp_avg_sq"):
                 full = tensors[f"{name}.{key}"].to(p.device)

@@ -1,19 +1,22 @@
 """
-Checkpoints: saved so that only complete ones are ever seen, loaded so that a damaged or wrong one is an error.
+Checkpoints: saved so that only complete ones are ever seen, loaded so that a damaged or wrong one
+is an error.
 
     <base>/base_checkpoints/d20/step_001000/
         model.safetensors      parameters, float32, by name
-        optimizer.safetensors  full optimizer state by parameter name, for any number of ranks (training only)
+        optimizer.safetensors  full optimizer state by parameter name, for any number of ranks
+        (training only)
         tokenizer/             the tokenizer the model was trained with
         meta.json              format version, model config, tokenizer hash, training state, sizes of the other files
 
-A checkpoint is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes it visible.
-meta.json states the size of every other file, so a truncated copy is recognised without reading it. Nothing is
-pickled. FORMAT_VERSION grows when the layout changes; `_upgrade` keeps older checkpoints loading.
+A checkpoint is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes
+it visible. meta.json states the size of every other file, so a truncated copy is recognised without
+reading it. Nothing is pickled. FORMAT_VERSION grows when the layout changes; `_upgrade` keeps older
+checkpoints loading.
 
-Saving never overwrites: a folder that is in the way, of an earlier run or of a damaged step, is renamed to the first
-free <name>.old<n>. Such folders are left out where models and steps are listed; a model's can be loaded by its name
-(--model_tag=d20.old1).
+Saving never overwrites: a folder that is in the way, of an earlier run or of a damaged step, is
+renamed to the first free <name>.old<n>. Such folders are left out where models and steps are
+listed; a model's can be loaded by its name (--model_tag=d20.old1).
 """
 
 import itertools
@@ -52,14 +55,20 @@ STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "r
 
 
 def get_checkpoint_dir(stage, model_tag):
-    """The folder that holds the steps of one model: <base>/<stage folder>/<tag>. A tag is a name, never a path."""
+    """
+    The folder that holds the steps of one model: <base>/<stage folder>/<tag>. A tag is a name,
+    never a path.
+    """
     if not re.fullmatch(r"\w[\w .+-]*", model_tag):
         raise UserError(f"--model_tag={model_tag!r} is no name: use letters, digits and _ . + -", "--model_tag=d20")
     return get_base_dir() / STAGE_DIRS[stage] / model_tag
 
 
 def find_checkpoint_dir(stage, model_tag=None):
-    """The checkpoint_dir of a stage; without a tag, the most recently saved model that has a complete checkpoint."""
+    """
+    The checkpoint_dir of a stage; without a tag, the most recently saved model that has a complete
+    checkpoint.
+    """
     if stage not in STAGE_DIRS:
         raise UserError(f"stage {stage!r} is unknown", f"use one of {', '.join(STAGE_DIRS)}")
     if model_tag is not None:
@@ -75,8 +84,10 @@ def find_checkpoint_dir(stage, model_tag=None):
 
 
 def _find_models(checkpoints_dir, moved_aside):
-    """Managers of the models of a stage that have a complete checkpoint: either those that were moved aside, or the
-    others."""
+    """
+    Managers of the models of a stage that have a complete checkpoint: either those that were moved
+    aside, or the others.
+    """
     folders = [d for d in checkpoints_dir.glob("*") if bool(re.search(r"\.old\d+$", d.name)) == moved_aside]
     managers = [CheckpointManager(folder) for folder in folders]
     return [manager for manager in managers if manager.steps()]
@@ -88,8 +99,9 @@ def _training_hint(stage):
 
 def stage_managers(stage, source, model_tag, resume_from_step):
     """
-    (manager of a stage's own checkpoints, manager of the stage it starts from), both under one tag. Without model_tag
-    it is the tag of the model saved last: in this stage if a run is resumed, else in the source stage.
+    (manager of a stage's own checkpoints, manager of the stage it starts from), both under one tag.
+    Without model_tag it is the tag of the model saved last: in this stage if a run is resumed, else
+    in the source stage.
     """
     tag_stage = source if resume_from_step == -1 else stage
     tag = find_checkpoint_dir(tag_stage, model_tag).name
@@ -113,7 +125,9 @@ class CheckpointManager:
         self.checkpoint_dir = Path(base_dir)
 
     def steps(self):
-        """Steps of the complete checkpoints, ascending. Unfinished and truncated ones are left out."""
+        """
+        Steps of the complete checkpoints, ascending. Unfinished and truncated ones are left out.
+        """
         found = []
         for folder in self.checkpoint_dir.glob("step_*"):
             # The name alone is not enough: step_000100.old1 is one that was moved aside
@@ -137,8 +151,9 @@ class CheckpointManager:
 
     def claim(self, device):
         """
-        Take the lock of this folder, for two runs under one tag would mix their checkpoints. Another process that
-        holds it is a UserError. The lock ends with this object or its process, even a killed one. Collective.
+        Take the lock of this folder, for two runs under one tag would mix their checkpoints.
+        Another process that holds it is a UserError. The lock ends with this object or its process,
+        even a killed one. Collective.
         """
         def lock():
             if rank() > 0:
@@ -159,8 +174,8 @@ class CheckpointManager:
 
     def move_aside(self):
         """
-        Rename an older run's checkpoints, before a new run starts under the same tag. Returns their new folder (on
-        rank 0), or None when there were none. Collective.
+        Rename an older run's checkpoints, before a new run starts under the same tag. Returns their
+        new folder (on rank 0), or None when there were none. Collective.
         """
         moved = None
         if rank() == 0 and self.steps():
@@ -170,8 +185,8 @@ class CheckpointManager:
 
     def forget_after(self, step):
         """
-        Rename the checkpoints of later steps, before a run goes on from `step`: it will save other ones there.
-        Returns their new folders (on rank 0). Collective.
+        Rename the checkpoints of later steps, before a run goes on from `step`: it will save other
+        ones there. Returns their new folders (on rank 0). Collective.
         """
         moved = []
         if rank() == 0:
@@ -187,10 +202,10 @@ class CheckpointManager:
 
     def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
         """
-        Save the state of training. Collective: the optimizers gather their shards, rank 0 writes. `meta` is a dict
-        for JSON: settings, loader state, metrics. keep_last > 0: keep only this many of the newest checkpoints.
-        A failed write (a full disk) raises UserError on every rank and leaves the checkpoints that were there as they
-        were.
+        Save the state of training. Collective: the optimizers gather their shards, rank 0 writes.
+        `meta` is a dict for JSON: settings, loader state, metrics. keep_last > 0: keep only this
+        many of the newest checkpoints. A failed write (a full disk) raises UserError on every rank
+        and leaves the checkpoints that were there as they were.
         """
         # Gathered on rank 0, by parameter name; the other ranks get nothing
         optimizer_state = {}
@@ -262,7 +277,8 @@ class CheckpointManager:
                              f"there are the steps {', '.join(map(str, steps))}; without a step the last one is "
                              "taken, in training by --resume_from_step=-2")
 
-        # Those of an earlier run, where a new one ended before its first save; the newest has the highest number
+        # Those of an earlier run, where a new one ended before its first save; the newest has the
+        # highest number
         checkpoints_dir = self.checkpoint_dir.parent
         aside = [manager.checkpoint_dir for manager in _find_models(checkpoints_dir, moved_aside=True)
                  if manager.checkpoint_dir.stem == self.checkpoint_dir.name]
@@ -318,7 +334,10 @@ class CheckpointManager:
             optimizer.load_full_state(tensors)
 
     def load_tokenizer(self, step):
-        """The tokenizer that travels with a checkpoint; a hash that differs from the saved one is refused."""
+        """
+        The tokenizer that travels with a checkpoint; a hash that differs from the saved one is
+        refused.
+        """
         # Its own files have a hash too; this one says that it is the model's
         _, meta = self.load_meta(step)
         folder = self._folder(step) / "tokenizer"
@@ -331,8 +350,9 @@ class CheckpointManager:
 
 def load_checkpoint(stage, device, model_tag=None, step=None):
     """
-    (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: evaluation mode, parameters
-    stored in the compute dtype, so that decoding never casts. Default: the latest step of the newest model.
+    (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: evaluation mode,
+    parameters stored in the compute dtype, so that decoding never casts. Default: the latest step
+    of the newest model.
     """
     manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
     step, meta = manager.load_meta(step)
@@ -405,7 +425,9 @@ def _is_complete(folder):
 
 
 def _upgrade(meta, folder):
-    """Bring the meta data of an older format up to the current one. UserError where that cannot be."""
+    """
+    Bring the meta data of an older format up to the current one. UserError where that cannot be.
+    """
     if meta["format_version"] > FORMAT_VERSION:
         raise UserError(f"{folder} has checkpoint format {meta['format_version']}, this nanochat reads up to "
                         f"{FORMAT_VERSION}", "update nanochat: git pull && uv sync")
@@ -430,7 +452,10 @@ def _load_tensors(path, device):
 
 
 def _fsync(path):
-    """Force a file's or folder's content to disk. Folders cannot be opened on Windows, which needs no such call."""
+    """
+    Force a file's or folder's content to disk. Folders cannot be opened on Windows, which needs no
+    such call.
+    """
     if path.is_dir() and os.name != "posix":
         return
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write

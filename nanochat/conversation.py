@@ -1,10 +1,12 @@
 """
-The form of a conversation: its roles, the parts of a message, and the special tokens around each part.
+The form of a conversation: its roles, the parts of a message, and the special tokens around each
+part.
 
-    {"messages": [{"role": "system" | "user" | "assistant", "content": str | [{"type": ..., "text": str}]}]}
+    {"messages": [{"role": "system" | "user" | "assistant", "content": str | [{"type": ..., "text":
+    str}]}]}
 
-An optional system message comes first, then user and assistant in turns. Only the assistant's messages have parts
-other than text. How a conversation becomes tokens is in tokenizer.py.
+An optional system message comes first, then user and assistant in turns. Only the assistant's
+messages have parts other than text. How a conversation becomes tokens is in tokenizer.py.
 """
 
 from nanochat.common import UserError
@@ -27,8 +29,9 @@ PART_AFTER = {
 
 def check_conversation(conversation):
     """
-    The turns of a conversation as they are rendered: [(role, [(part type, text), ...]), ...]. A system message is put
-    in front of the first user message. UserError, with the index of the message, where the form is not kept.
+    The turns of a conversation as they are rendered: [(role, [(part type, text), ...]), ...]. A
+    system message is put in front of the first user message. UserError, with the index of the
+    message, where the form is not kept.
 
     >>> check_conversation({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]})
     [('user', [('text', 'Be kind.\\n\\nHi')])]
@@ -60,7 +63,9 @@ def check_conversation(conversation):
 
 
 def _parse_message(message, index):
-    """(role, [(part type, text), ...]) of message number `index`; UserError where it is malformed."""
+    """
+    (role, [(part type, text), ...]) of message number `index`; UserError where it is malformed.
+    """
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ("system", "user", "assistant"):
         raise UserError(f"message {index} needs a role, one of system, user, assistant: {message!r:.80}")

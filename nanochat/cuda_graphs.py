@@ -1,10 +1,11 @@
 """
-CUDA graphs for decoding. A step of one token per row launches hundreds of small kernels, and on a fast GPU Python needs
-longer to issue them than they need to run. A graph records such a step once and replays it with a single call.
+CUDA graphs for decoding. A step of one token per row launches hundreds of small kernels, and on a
+fast GPU Python needs longer to issue them than they need to run. A graph records such a step once
+and replays it with a single call.
 
-A graph is for fixed shapes, so the number of rows is rounded up to a power of two, and a step attends to the cache's
-whole length, with the length of each row in a tensor. The extra rows are padding: they write to slots that are
-overwritten when a row is admitted there.
+A graph is for fixed shapes, so the number of rows is rounded up to a power of two, and a step
+attends to the cache's whole length, with the length of each row in a tensor. The extra rows are
+padding: they write to slots that are overwritten when a row is admitted there.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,10 @@ class FixedCache:
 
 @dataclass
 class FixedLayer:
-    """A layer of it. Stores as KVCache._store does, on tensors alone, so that all layers compile to the same code."""
+    """
+    A layer of it. Stores as KVCache._store does, on tensors alone, so that all layers compile to
+    the same code.
+    """
     k: torch.Tensor          # (B, H_kv, S, D)
     v: torch.Tensor
     rows: torch.Tensor       # 0 .. B - 1
@@ -48,8 +52,9 @@ class FixedLayer:
 
 class StepGraphs:
     """
-    The decode steps of one KVCache, recorded for each number of rows. forward(ids (B, 1), cache) -> logits (B, 1, V)
-    is the model's; record(function) -> (replay, output) is a CudaRecorder, a stand-in in a test, or None for none.
+    The decode steps of one KVCache, recorded for each number of rows. forward(ids (B, 1), cache) ->
+    logits (B, 1, V) is the model's; record(function) -> (replay, output) is a CudaRecorder, a
+    stand-in in a test, or None for none.
     """
 
     def __init__(self, forward, cache, record):
@@ -66,8 +71,8 @@ class StepGraphs:
 
     def step(self, tokens):
         """
-        The logits (B, V) after one more token in each of the first B rows, or None where the step is not recorded
-        (yet) and the caller takes it the ordinary way. Valid until the next step.
+        The logits (B, V) after one more token in each of the first B rows, or None where the step
+        is not recorded (yet) and the caller takes it the ordinary way. Valid until the next step.
         """
         if self.record is None:
             return None
@@ -120,7 +125,10 @@ class RecordedStep:
 
 
 class CudaRecorder:
-    """recorder(function) records the kernels of function(), which returns a tensor that each replay fills anew."""
+    """
+    recorder(function) records the kernels of function(), which returns a tensor that each replay
+    fills anew.
+    """
 
     def __init__(self, device):
         self.device = device
@@ -136,7 +144,8 @@ class CudaRecorder:
                 function()
             torch.cuda.current_stream().wait_stream(stream)
 
-            # All graphs share one memory pool, since only one runs at a time. thread_local: other GPUs' engines go on
+            # All graphs share one memory pool, since only one runs at a time. thread_local: other
+            # GPUs' engines go on
             graph = torch.cuda.CUDAGraph()
             pool = None if self.last is None else self.last.pool()
             with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):

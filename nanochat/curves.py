@@ -1,4 +1,7 @@
-"""The curves of a run: its metrics.jsonl (one JSON object a line, with `step`), drawn as one SVG by matplotlib."""
+"""
+The curves of a run: its metrics.jsonl (one JSON object a line, with `step`), drawn as one SVG by
+matplotlib.
+"""
 
 import io
 import json
@@ -6,8 +9,9 @@ import math
 
 import numpy as np
 
-# A metric's panel is the last part of its name without what follows an @: "val/loss" -> loss, "pass@8" -> pass.
-# Each panel has a title, and says whether its y axis includes 0, without which noise alone would fill the panel.
+# A metric's panel is the last part of its name without what follows an @: "val/loss" -> loss,
+# "pass@8" -> pass. Each panel has a title, and says whether its y axis includes 0, without which
+# noise alone would fill the panel.
 PANELS = {
     "loss": ("loss", False),
     "bpb": ("bits per byte", False),
@@ -25,8 +29,8 @@ MAX_POINTS = 300  # per curve; a longer one is averaged, which also shows it thr
 
 def read_panels(path):
     """
-    {panel: {metric: {step: value}}} of a metrics.jsonl; {} if the file is missing. A resumed run may repeat a step:
-    its last value counts.
+    {panel: {metric: {step: value}}} of a metrics.jsonl; {} if the file is missing. A resumed run
+    may repeat a step: its last value counts.
     """
     panels = {}
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -46,7 +50,10 @@ def read_panels(path):
 
 
 def shorten(curve):
-    """{step: value} -> (steps, values), at most MAX_POINTS each: means of neighbours, at the last of their steps."""
+    """
+    {step: value} -> (steps, values), at most MAX_POINTS each: means of neighbours, at the last of
+    their steps.
+    """
     steps = sorted(curve)
     parts = np.array_split(steps, min(MAX_POINTS, len(steps)))
     means = [np.mean([curve[step] for step in part]) for part in parts]
@@ -54,7 +61,9 @@ def shorten(curve):
 
 
 def draw(panels):
-    """A matplotlib Figure of the panels, in two columns, each curve with its name and last value."""
+    """
+    A matplotlib Figure of the panels, in two columns, each curve with its name and last value.
+    """
     # imported here, since training needs no matplotlib; a Figure without pyplot needs no display
     from matplotlib.figure import Figure
 

@@ -1,23 +1,27 @@
 """
 From documents to rows of tokens.
 
-What a training step sees is a function of (seed, step) alone. Every rank walks the same stream of documents, packs
-the same rows and keeps its share of them. So neither the number of ranks nor the micro-batch can change a step, and
-a position in the stream is a few integers. Packing every rank's rows on every rank is affordable because encoding
-runs in Rust at tens of megabytes per second and ahead of training, in a background thread.
+What a training step sees is a function of (seed, step) alone. Every rank walks the same stream of
+documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the
+micro-batch can change a step, and a position in the stream is a few integers. Packing every rank's
+rows on every rank is affordable because encoding runs in Rust at tens of megabytes per second and
+ahead of training, in a background thread.
 
-A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts with <|bos|>, as each document does.
-Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents of one epoch:
-  - a document longer than a row is cut; the rest becomes a document of its own, with its own <|bos|>;
-  - the others are packed best-fit: the longest that still fits, until none does. Then the gap is filled with the start
-    of a document, whose rest waits again;
-  - the last row of a block is filled from the document after it, and the next block starts in the middle of that one.
-So nothing is padded or lost. The position (epoch, file, row, token offset) where a block starts and the number of rows
-taken from it are the whole state.
+A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts with <|bos|>, as
+each document does. Rows are made block by block, a block being about BLOCK_TOKENS of consecutive
+documents of one epoch:
+  - a document longer than a row is cut; the rest becomes a document of its own, with its own
+    <|bos|>;
+  - the others are packed best-fit: the longest that still fits, until none does. Then the gap is
+    filled with the start of a document, whose rest waits again;
+  - the last row of a block is filled from the document after it, and the next block starts in the
+    middle of that one.
+So nothing is padded or lost. The position (epoch, file, row, token offset) where a block starts and
+the number of rows taken from it are the whole state.
 
-With `crop`, a long document gives one row in each epoch, from a random place, and a document that fills a gap loses
-its rest. For a run that ends before it has seen all of the text, seeing part of every document beats seeing a few
-documents in full (dev/LOG.md).
+With `crop`, a long document gives one row in each epoch, from a random place, and a document that
+fills a gap loses its rest. For a run that ends before it has seen all of the text, seeing part of
+every document beats seeing a few documents in full (dev/LOG.md).
 """
 
 import bisect
@@ -52,9 +56,9 @@ START = {
 
 def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
     """
-    Yield every document of `spans` from the position `start` on, for ever or for `epochs` epochs. Without `epochs`,
-    the files are visited in another order in every epoch of every seed. A stream without documents is a UserError,
-    not an endless search.
+    Yield every document of `spans` from the position `start` on, for ever or for `epochs` epochs.
+    Without `epochs`, the files are visited in another order in every epoch of every seed. A stream
+    without documents is a UserError, not an endless search.
     """
     epoch, first_span, first_row = start
     while epochs is None or epoch < epochs:
@@ -79,7 +83,10 @@ def _span_order(num_spans, seed, epoch):
 
 
 def describe_position(state, spans, seed):
-    """The file and row where the current block of a `training_rows` loader starts, in words; `state` is its state()."""
+    """
+    The file and row where the current block of a `training_rows` loader starts, in words; `state`
+    is its state().
+    """
     order = _span_order(len(spans), seed, state["epoch"])
     span = spans[order[state["span"]]]
     return f"{span.path}, row {state['row']} and after (epoch {state['epoch']})"
@@ -109,8 +116,10 @@ def _batches_of_text(rows):
 
 
 def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
-    """Yield the conversations of a dataset in its order as documents, from the position `start` on, for ever or for
-    `epochs` epochs."""
+    """
+    Yield the conversations of a dataset in its order as documents, from the position `start` on,
+    for ever or for `epochs` epochs.
+    """
     epoch, _, first = start
     if len(dataset) == 0:
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
@@ -122,7 +131,10 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
 
 
 def rendered_conversations(dataset, indices, tokenizer):
-    """Yield (index, ids with <|bos|>) of each conversation of `indices`, ENCODE_CONVERSATIONS rendered at a time."""
+    """
+    Yield (index, ids with <|bos|>) of each conversation of `indices`, ENCODE_CONVERSATIONS rendered
+    at a time.
+    """
     for start in range(0, len(indices), ENCODE_CONVERSATIONS):
         batch = indices[start: start + ENCODE_CONVERSATIONS]
         conversations = [dataset[i] for i in batch]
@@ -136,8 +148,8 @@ def rendered_conversations(dataset, indices, tokenizer):
 def pack_rows(pieces, bos, capacity, crop=False):
     """
     Best-fit packing of pieces (int arrays that start with bos) into rows of `capacity` tokens.
-    Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last row.
-    crop: a piece that fills a gap loses its rest instead of giving it back.
+    Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last
+    row. crop: a piece that fills a gap loses its rest instead of giving it back.
 
     >>> pack_rows([np.array([0, 1, 2]), np.array([0, 3])], bos=0, capacity=4)[0]
     array([[0, 1, 2, 0]])
@@ -188,7 +200,10 @@ def _with_bos(bos, ids):
 
 
 class _Cursor:
-    """A place in a stream of documents: inside the document `ids` at `position`, after its first `offset` tokens."""
+    """
+    A place in a stream of documents: inside the document `ids` at `position`, after its first
+    `offset` tokens.
+    """
 
     def __init__(self, documents, bos, offset):
         self.documents = documents
@@ -206,9 +221,9 @@ class _Cursor:
 
 def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=None):
     """
-    Endless ((*position, offset), rows): where in the stream the block starts, and its rows, int32 (R, capacity),
-    shuffled. A block ends with its epoch. `documents` is an endless iterator of (position, ids) that starts at the
-    document with the offset.
+    Endless ((*position, offset), rows): where in the stream the block starts, and its rows, int32
+    (R, capacity), shuffled. A block ends with its epoch. `documents` is an endless iterator of
+    (position, ids) that starts at the document with the offset.
     """
     block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)  # a row at least
     cursor = _Cursor(documents, bos, offset)
@@ -253,8 +268,8 @@ def _random_part(ids, length, seed):
 
 def pack_documents(documents, bos, sequence_len, max_tokens):
     """
-    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens (-1 = all), packed
-    as in training with nothing cropped; the last row is filled with IGNORE.
+    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens
+    (-1 = all), packed as in training with nothing cropped; the last row is filled with IGNORE.
     """
     pieces = []
     left = sys.maxsize if max_tokens < 0 else max_tokens
@@ -280,9 +295,9 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
 
 class RowLoader:
     """
-    Rows for training, from `packed_blocks`: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict of integers; a
-    loader made with it continues with the very next row. Blocks are made ahead in a thread. An error there is raised
-    by the `next_rows` that needs the block.
+    Rows for training, from `packed_blocks`: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict
+    of integers; a loader made with it continues with the very next row. Blocks are made ahead in a
+    thread. An error there is raised by the `next_rows` that needs the block.
     """
 
     def __init__(self, blocks, rows_used=0):
@@ -325,7 +340,10 @@ def _position(state):
 
 
 def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=False, block_tokens=None):
-    """A RowLoader over the documents of `spans` (see nanochat.dataset.get_spans), from the start or from `state`."""
+    """
+    A RowLoader over the documents of `spans` (see nanochat.dataset.get_spans), from the start or
+    from `state`.
+    """
     state = state or START
     documents = token_documents(tokenizer, spans, seed, _position(state))
     blocks = packed_blocks(
@@ -341,7 +359,10 @@ def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=Fals
 
 
 def packed_conversations(dataset, tokenizer, sequence_len, seed=42, state=None):
-    """A RowLoader over the conversations of `dataset`, packed like documents, from the start or from `state`."""
+    """
+    A RowLoader over the conversations of `dataset`, packed like documents, from the start or from
+    `state`.
+    """
     state = state or START
     documents = conversation_documents(dataset, tokenizer, _position(state))
     blocks = packed_blocks(
@@ -363,9 +384,10 @@ def eval_rows(tokenizer, spans, sequence_len, max_tokens):
 
 def conversation_rows(dataset, indices, tokenizer, max_len):
     """
-    One conversation per row, the shortest first: (inputs, targets, number of conversations cut), int32 (R, T) each.
-    T is the longest of them rounded up to a multiple of 32 (so that few shapes occur), at most max_len; what goes
-    beyond is cut off. Targets are the tokens that the assistant itself produces, IGNORE elsewhere.
+    One conversation per row, the shortest first: (inputs, targets, number of conversations cut),
+    int32 (R, T) each. T is the longest of them rounded up to a multiple of 32 (so that few shapes
+    occur), at most max_len; what goes beyond is cut off. Targets are the tokens that the assistant
+    itself produces, IGNORE elsewhere.
     """
     rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
     rendered.sort(key=lambda conversation: len(conversation[0]))  # micro-batches of like length need little padding
@@ -405,14 +427,20 @@ def to_device(array, device):
 
 
 def eval_batches(rows, device_batch_size, device):
-    """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1); targets are IGNORE where a row is."""
+    """
+    Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1); targets are IGNORE
+    where a row is.
+    """
     for start in range(0, len(rows), device_batch_size):
         inputs, targets = shift(rows[start: start + device_batch_size])
         yield to_device(inputs, device), to_device(targets, device)
 
 
 def even_weights(targets):
-    """Weights (R, T) for targets (R, T) that make every row with targets count the same. Their sum is 1."""
+    """
+    Weights (R, T) for targets (R, T) that make every row with targets count the same. Their sum is
+    1.
+    """
     is_target = targets != IGNORE
     counts = is_target.sum(axis=1, keepdims=True)  # (R, 1)
     num_rows = (counts > 0).sum()

@@ -1,12 +1,15 @@
 """
-Generation: rows of tokens that are decoded together in one KV cache. The model and the tokenizer are passed in.
+Generation: rows of tokens that are decoded together in one KV cache. The model and the tokenizer
+are passed in.
 
-One core serves everything: a `Decoder` advances all of its rows by a token per step. Rows come and go between steps,
-and each has its own sampling settings, random numbers, tool state and end. `Engine.generate` and `generate_batch` run
-it to the end for evaluations, RL and the command line; a server feeds it as requests arrive.
+One core serves everything: a `Decoder` advances all of its rows by a token per step. Rows come and
+go between steps, and each has its own sampling settings, random numbers, tool state and end.
+`Engine.generate` and `generate_batch` run it to the end for evaluations, RL and the command line; a
+server feeds it as requests arrive.
 
-Batching does not change a row's text except through floating-point rounding: several rows are multiplied in another
-order than one, which in 16 bits can change a sampled token, and rarely even the likeliest one.
+Batching does not change a row's text except through floating-point rounding: several rows are
+multiplied in another order than one, which in 16 bits can change a sampled token, and rarely even
+the likeliest one.
 
 Shapes: B rows, T new tokens, V vocabulary.
 """
@@ -32,7 +35,10 @@ from nanochat.streaming import ToolState
 
 @dataclass(eq=False)
 class Row:
-    """One sequence being generated. `tokens` and `mask` hold the generated part: mask 0 = forced by a tool."""
+    """
+    One sequence being generated. `tokens` and `mask` hold the generated part: mask 0 = forced by a
+    tool.
+    """
     prompt: list[int]
     sampling: Sampling
     max_tokens: int
@@ -53,7 +59,10 @@ class Row:
         return 0.0 if self.forced else self.random.random()
 
     def advance(self, token, room):
-        """Take the sampled token, or the one that is forced; `room` is how many more the cache can hold."""
+        """
+        Take the sampled token, or the one that is forced; `room` is how many more the cache can
+        hold.
+        """
         is_sampled = not self.forced
         if not is_sampled:
             token = self.forced.popleft()
@@ -73,8 +82,9 @@ class Row:
 
 class Decoder:
     """
-    Up to num_rows rows in one KV cache. `prefill` reads a prompt, `admit` lets a row start from it, `step` gives every
-    row its next token, `release` frees a row. The active rows are always the first ones of the cache.
+    Up to num_rows rows in one KV cache. `prefill` reads a prompt, `admit` lets a row start from it,
+    `step` gives every row its next token, `release` frees a row. The active rows are always the
+    first ones of the cache.
     """
 
     PREFILL_CHUNK = 512  # tokens of a prompt per forward pass
@@ -92,7 +102,8 @@ class Decoder:
         self.short_staging = None          # where `prefill_short` reads prompts
         self.logits = torch.zeros(num_rows, model.config.vocab_size, device=model.device)
         self.rows = []
-        # Samples of a model in training are not recorded: autocast's copies of its float32 weights would be, too
+        # Samples of a model in training are not recorded: autocast's copies of its float32 weights
+        # would be, too
         record = None
         if model.device.type == "cuda" and model.lm_head.weight.dtype == self.dtype:
             record = CudaRecorder(model.device)
@@ -109,7 +120,10 @@ class Decoder:
         )
 
     def warm_up(self):
-        """On a GPU, take and record the steps of every number of rows, which compiles them, before anybody waits."""
+        """
+        On a GPU, take and record the steps of every number of rows, which compiles them, before
+        anybody waits.
+        """
         size = 1
         while self.graphs.record and size < 2 * self.num_rows:
             ((_, logits),) = self.prefill([0])
@@ -139,9 +153,10 @@ class Decoder:
 
     def prefill(self, prompt, chunk=None, scores=None, num_top=1):
         """
-        Read a prompt into the staging cache: a generator that yields, chunk by chunk, (tokens read, None), and with the
-        last one the logits (V,). The beginning that a prompt shares with the one before it, as the turns of a chat do,
-        is not read again. A list `scores` gets the `top_logprobs` of every prompt token but the first.
+        Read a prompt into the staging cache: a generator that yields, chunk by chunk, (tokens read,
+        None), and with the last one the logits (V,). The beginning that a prompt shares with the
+        one before it, as the turns of a chat do, is not read again. A list `scores` gets the
+        `top_logprobs` of every prompt token but the first.
         """
         self.check_prompt(prompt)
         start = 0 if scores is not None else self._num_staged(prompt)
@@ -160,7 +175,9 @@ class Decoder:
             start = end
 
     def _num_staged(self, prompt):
-        """Tokens at the start of the prompt that the staging cache holds already; never its last one."""
+        """
+        Tokens at the start of the prompt that the staging cache holds already; never its last one.
+        """
         num_same = 0
         for old, new in zip(self.staged, prompt[:-1], strict=False):
             if old != new:
@@ -170,13 +187,17 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill_short(self, prompts):
-        """Read several short prompts at once into a cache of their own. Returns [logits (V,)], one for each."""
+        """
+        Read several short prompts at once into a cache of their own. Returns [logits (V,)], one for
+        each.
+        """
         if self.short_staging is None:
             self.short_staging = self._new_cache(self.SHORT_PROMPTS)
         self.short_staging.num_active = len(prompts)
         self.short_staging.lengths = [0] * self.SHORT_PROMPTS
 
-        # Pad at the end, where a causal model does not look, and take the logits at each prompt's last token
+        # Pad at the end, where a causal model does not look, and take the logits at each prompt's
+        # last token
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for i, prompt in enumerate(prompts):
@@ -190,7 +211,10 @@ class Decoder:
         return list(logits)
 
     def admit(self, row, logits, short=None):
-        """Let a row start from the prompt in the staging cache, or from number `short` of `prefill_short`'s prompts."""
+        """
+        Let a row start from the prompt in the staging cache, or from number `short` of
+        `prefill_short`'s prompts.
+        """
         slot = len(self.rows)
         if short is None:
             self.cache.copy_row(slot, self.staging, 0)
@@ -224,7 +248,10 @@ class Decoder:
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
 
     def _record_logprobs(self, rows, logits):
-        """Note what the model thought of the newest tokens, for the rows that ask for it. logits (B, V)."""
+        """
+        Note what the model thought of the newest tokens, for the rows that ask for it. logits (B,
+        V).
+        """
         places = [i for i, row in enumerate(rows) if row.num_top is not None]
         if not places:
             return
@@ -297,7 +324,9 @@ class Engine:
 
     @contextmanager
     def _decoder(self, rows, num_rows):
-        """A decoder for num_rows of the rows at once, which nobody else uses until the context ends."""
+        """
+        A decoder for num_rows of the rows at once, which nobody else uses until the context ends.
+        """
         decoder = self._idle
         self._idle = None
         if decoder is None or decoder.num_rows < num_rows:
@@ -313,8 +342,9 @@ class Engine:
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **filters):
         """
         Sample num_samples continuations of a prompt (list of ids) at once. Yields, token by token,
-        (token_column, token_masks), lists of num_samples: mask 1 = sampled, 0 = forced by a tool, or padding after a
-        row has ended. A row ends with <|assistant_end|> or <|bos|>, which is yielded. filters: top_p, min_p.
+        (token_column, token_masks), lists of num_samples: mask 1 = sampled, 0 = forced by a tool,
+        or padding after a row has ended. A row ends with <|assistant_end|> or <|bos|>, which is
+        yielded. filters: top_p, min_p.
         """
         rows = []
         for i in range(num_samples):
@@ -334,7 +364,8 @@ class Engine:
 
     def generate_batch(self, tokens, num_samples=1, **settings):
         """
-        (sequences, masks) of num_samples whole continuations, prompt included (mask 0), the ending token left out.
+        (sequences, masks) of num_samples whole continuations, prompt included (mask 0), the ending
+        token left out.
         """
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
@@ -349,8 +380,9 @@ class Engine:
 
     def generate_rows(self, rows, num_rows=32):
         """
-        Run any number of rows (see make_row) to their end, num_rows of them at a time, the next one starting when
-        one ends. Yields each row when it has ended. Equal prompts that stand next to each other are read once.
+        Run any number of rows (see make_row) to their end, num_rows of them at a time, the next one
+        starting when one ends. Yields each row when it has ended. Equal prompts that stand next to
+        each other are read once.
         """
         waiting = deque(rows)
         num_rows = max(1, min(num_rows, len(rows)))
@@ -375,8 +407,9 @@ class Engine:
 
 def fit_conversation(tokenizer, messages, max_prompt):
     """
-    (prompt ids, number of messages left out) for {role, content} messages: while the prompt is longer than max_prompt
-    tokens, its oldest exchange goes, never the system message or the newest question.
+    (prompt ids, number of messages left out) for {role, content} messages: while the prompt is
+    longer than max_prompt tokens, its oldest exchange goes, never the system message or the newest
+    question.
     """
     num_system = int(messages[0]["role"] == "system")
     system = messages[:num_system]

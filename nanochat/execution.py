@@ -1,13 +1,15 @@
 """
 The sandbox: runs the Python programs that a model writes (HumanEval).
 
-Each program runs in a child interpreter that walls itself in first: resource limits, Landlock (files) and a seccomp
-list of harmless system calls, root or not. The child's side is sandbox_child.py. This side starts it in a folder of
-its own with an empty environment, watches the clock, its output and its files, ends its process group and cleans up.
+Each program runs in a child interpreter that walls itself in first: resource limits, Landlock
+(files) and a seccomp list of harmless system calls, root or not. The child's side is
+sandbox_child.py. This side starts it in a folder of its own with an empty environment, watches the
+clock, its output and its files, ends its process group and cleans up.
 
-Left out, and known: a program can read the standard library and the names and sizes (not the contents) of other files;
-it shares its interpreter with its own tests, so one that looks for a way to fake a pass will find it; a kernel bug is
-a hole. Inside there are no threads, processes, sockets or sub-folders.
+Left out, and known: a program can read the standard library and the names and sizes (not the
+contents) of other files; it shares its interpreter with its own tests, so one that looks for a way
+to fake a pass will find it; a kernel bug is a hole. Inside there are no threads, processes, sockets
+or sub-folders.
 """
 
 import marshal
@@ -46,9 +48,11 @@ class ExecutionResult:
 
 def execute_code(code: str, *, timeout: float = 5.0, max_memory_bytes: int = 256 * 1024**2,
                  max_output_bytes: int = 64 * 1024, stdin: str = "", allow_unsafe: bool = False) -> ExecutionResult:
-    """Run a Python program in the sandbox, at most `timeout` seconds with the start (some 40 ms). Any thread may call
-    this, many at once. Where the system lacks a wall it is a ValueError, unless allow_unsafe accepts what there is.
-    `execute_code("print(6 * 7)").stdout` is `"42\\n"`."""
+    """
+    Run a Python program in the sandbox, at most `timeout` seconds with the start (some 40 ms). Any
+    thread may call this, many at once. Where the system lacks a wall it is a ValueError, unless
+    allow_unsafe accepts what there is. `execute_code("print(6 * 7)").stdout` is `"42\\n"`.
+    """
     if timeout <= 0:
         raise ValueError(f"timeout={timeout}: must be above 0 seconds")
 
@@ -62,7 +66,8 @@ def execute_code(code: str, *, timeout: float = 5.0, max_memory_bytes: int = 256
     finally:
         _remove_folder(home)
 
-    # The first line of stdout says which walls stand; without it the child never came to the program
+    # The first line of stdout says which walls stand; without it the child never came to the
+    # program
     first_line, started, stdout = out.head.partition(b"\n")
     if not started and how not in STOPPED:
         raise RuntimeError(f"the sandbox did not start ({how}): {err.head.decode('utf-8', 'replace')}")
@@ -89,7 +94,9 @@ def execute_code(code: str, *, timeout: float = 5.0, max_memory_bytes: int = 256
 
 
 def sandbox_walls() -> list[str]:
-    """The walls that hold on this machine, of WALLS, found by raising them around an empty program."""
+    """
+    The walls that hold on this machine, of WALLS, found by raising them around an empty program.
+    """
     return list(execute_code("", allow_unsafe=True).walls)
 
 
@@ -98,8 +105,10 @@ def sandbox_walls() -> list[str]:
 
 
 class _Capture(threading.Thread):
-    """Reads a pipe to its end and closes it. Keeps the first `limit` bytes, and the last few for the report: a program
-    that prints without end costs no memory."""
+    """
+    Reads a pipe to its end and closes it. Keeps the first `limit` bytes, and the last few for the
+    report: a program that prints without end costs no memory.
+    """
 
     def __init__(self, pipe, limit):
         super().__init__(daemon=True)  # in unsafe mode an orphan can hold the pipe open for ever
@@ -117,8 +126,10 @@ class _Capture(threading.Thread):
 
 
 def _run_child(orders, stdin, home, timeout, kept_bytes):
-    """Run the child with these orders (bytes) in a new folder below `home`, until it ends or has to be stopped.
-    Returns the captured stdout and stderr, and how it ended, in words."""
+    """
+    Run the child with these orders (bytes) in a new folder below `home`, until it ends or has to be
+    stopped. Returns the captured stdout and stderr, and how it ended, in words.
+    """
     folder = os.path.join(home, "work")
     os.mkdir(folder)
     process = _start_child(folder, len(orders))
@@ -138,14 +149,16 @@ def _run_child(orders, stdin, home, timeout, kept_bytes):
     for capture in captures:
         capture.join(1.0)
 
-    # How it ended, if we did not stop it; subprocess gives the number of a signal as a negative exit code
+    # How it ended, if we did not stop it; subprocess gives the number of a signal as a negative
+    # exit code
     if how is None and exit_code < 0:
         how = f"killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
     return *captures, how or f"ended early with exit code {exit_code}"
 
 
 def _start_child(folder, orders_bytes):
-    # -I -S -B: isolated, without site-packages and .pyc files; -u: what it printed before a crash is kept
+    # -I -S -B: isolated, without site-packages and .pyc files; -u: what it printed before a crash
+    # is kept
     command = [sys.executable, "-I", "-S", "-B", "-u", "-X", "utf8", CHILD, str(orders_bytes)]
     # What an interpreter may need to start; the child clears it
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
@@ -160,7 +173,9 @@ def _feed(pipe, data):
 
 
 def _wait(captures, folder, deadline):
-    """Wait until both pipes are closed, as they are once the child ends: None. Else one of STOPPED."""
+    """
+    Wait until both pipes are closed, as they are once the child ends: None. Else one of STOPPED.
+    """
     for capture in captures:
         while capture.is_alive():
             left_s = deadline - time.monotonic()
@@ -185,8 +200,11 @@ def _is_too_full(folder):
 
 
 def _remove_folder(home):
-    """Delete `home` and all below. Folders found inside are first moved up to `home`, so that no depth and no length
-    of a path stops it; links are removed, never followed. `home` itself holds only what we put there."""
+    """
+    Delete `home` and all below. Folders found inside are first moved up to `home`, so that no depth
+    and no length of a path stops it; links are removed, never followed. `home` itself holds only
+    what we put there.
+    """
     folders = [home]  # grows in the loop
     for folder in folders:
         for entry in list(os.scandir(folder)):

@@ -7,11 +7,11 @@ The model: a decoder-only Transformer, its initialisation, its loss, its FLOPs a
   - multi-query or grouped-query attention by n_kv_head
   - output head not tied to the embedding, logits capped by 15 tanh(x / 15)
 
-This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. One switch goes beyond
-it, off by default: value embeddings.
+This is what `transformers` calls NanoChatForCausalLM, and scripts/export_hf writes it for that. One
+switch goes beyond it, off by default: value embeddings.
 
-The model does not know how it is accelerated. ops.py has its operations, with a fast path for each device; fp8.py and
-inference.py replace modules of it for training in 8 bits and for decoding.
+The model does not know how it is accelerated. ops.py has its operations, with a fast path for each
+device; fp8.py and inference.py replace modules of it for training in 8 bits and for decoding.
 
 Shapes: B batch, T tokens, C = n_embd, H heads, D head size, V vocabulary.
 """
@@ -46,8 +46,8 @@ class GPTConfig:
     @classmethod
     def from_depth(cls, depth, vocab_size, sequence_len, head_dim=128, **switches):
         """
-        The one dial: width 64 * depth, and the number of heads that brings their size closest to head_dim.
-        switches: value_embeds.
+        The one dial: width 64 * depth, and the number of heads that brings their size closest to
+        head_dim. switches: value_embeds.
         """
         n_embd = 64 * depth
         possible = []
@@ -71,7 +71,10 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of embedding and head: a multiple of 64, for the matrix units. The extra rows are never used."""
+        """
+        Rows of embedding and head: a multiple of 64, for the matrix units. The extra rows are never
+        used.
+        """
         return 64 * ceil_div(self.vocab_size, 64)
 
 
@@ -86,7 +89,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device)
 
     def reset_parameters(self):
-        """Nothing: GPT.init_weights sets every parameter, and torch's own start on a meta device takes seconds."""
+        """
+        Nothing: GPT.init_weights sets every parameter, and torch's own start on a meta device takes
+        seconds.
+        """
 
 
 class Embedding(nn.Embedding):
@@ -104,7 +110,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def project(self, x, cos, sin):
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, H_kv, T, D); q and k rotated and normalised."""
+        """
+        x (B, T, C) -> q (B, H, T, D), k and v (B, H_kv, T, D); q and k rotated and normalised.
+        """
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)
         k = self.c_k(x).view(B, T, -1, self.head_dim)
@@ -142,8 +150,9 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, store=None, value_embed=None):
         """
-        x (B, T, C); cos, sin (1 or B, 1, T, D / 2); store(k, v) puts the keys and values of the T tokens in a layer's
-        cache and returns (k, v, last) for `attention`; value_embed (B, T, H_kv * D) is added to the values.
+        x (B, T, C); cos, sin (1 or B, 1, T, D / 2); store(k, v) puts the keys and values of the T
+        tokens in a layer's cache and returns (k, v, last) for `attention`; value_embed (B, T, H_kv
+        * D) is added to the values.
         """
         x = x + self.attn(norm(x), cos, sin, store, value_embed)
         x = x + self.mlp(norm(x))
@@ -152,9 +161,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    `GPT.create(config, device)` is a fresh model. Built by hand, it goes through the meta device, so that no memory
-    is touched twice: `with torch.device("meta"): model = GPT(config)`, `model.to_empty(device=...)`,
-    `model.init_weights()`.
+    `GPT.create(config, device)` is a fresh model. Built by hand, it goes through the meta device,
+    so that no memory is touched twice: `with torch.device("meta"): model = GPT(config)`,
+    `model.to_empty(device=...)`, `model.init_weights()`.
     """
 
     def __init__(self, config):
@@ -167,8 +176,8 @@ class GPT(nn.Module):
         self.config = config
         rows = config.padded_vocab_size
         kv_dim = config.n_kv_head * config.head_dim
-        # A lookup costs no matmul: in its tables a small model keeps what its few matrices cannot hold
-        # (modded-nanogpt's value embeddings; values that bypass layers: arXiv 2410.17897)
+        # A lookup costs no matmul: in its tables a small model keeps what its few matrices cannot
+        # hold (modded-nanogpt's value embeddings; values that bypass layers: arXiv 2410.17897)
         num_tables = config.n_layer if config.value_embeds else 0
         self.transformer = nn.ModuleDict({
             "wte": Embedding(rows, config.n_embd),
@@ -197,8 +206,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Set every parameter and buffer. Matrices are uniform with standard deviation 1 / sqrt(C). The layers that write
-        into the residual stream, and the head, start at zero, so the first prediction is uniform.
+        Set every parameter and buffer. Matrices are uniform with standard deviation 1 / sqrt(C).
+        The layers that write into the residual stream, and the head, start at zero, so the first
+        prediction is uniform.
         """
         bound = math.sqrt(3 / self.config.n_embd)  # uniform on [-b, b] has standard deviation b / sqrt(3)
         nn.init.normal_(self.transformer.wte.weight, std=1.0)  # a norm follows
@@ -218,8 +228,9 @@ class GPT(nn.Module):
 
     def compile(self):
         """
-        Compile the blocks and the loss for training on a GPU. The module and its parameter names stay as they are. All
-        blocks share the code of the first: as fast as the whole model in one piece, and a d20 starts 20 s earlier.
+        Compile the blocks and the loss for training on a GPU. The module and its parameter names
+        stay as they are. All blocks share the code of the first: as fast as the whole model in one
+        piece, and a d20 starts 20 s earlier.
         """
         for block in self.transformer.h:  # static shapes: one or two batch sizes occur
             block.compile(dynamic=False)
@@ -254,21 +265,26 @@ class GPT(nn.Module):
             value_embed = None
             if self.config.value_embeds:
                 value_embed = self.transformer.value_embeds[i](idx).to(x.dtype)
-            # calling block.forward leaves out what compile() added: a cache's shapes change at every step
+            # calling block.forward leaves out what compile() added: a cache's shapes change at
+            # every step
             run = block if kv_cache is None else block.forward
             x = run(x, cos, sin, stores[i], value_embed)
         return norm(x)
 
     def logits(self, x):
-        """Rows (..., C) of the trunk -> capped logits (..., V) in float32; padded vocabulary rows are left out."""
+        """
+        Rows (..., C) of the trunk -> capped logits (..., V) in float32; padded vocabulary rows are
+        left out.
+        """
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return cap_logits(logits.float())
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, loss_reduction="mean", last_only=False):
         """
-        idx (B, T) int64 -> logits (B, T, V); last_only: those of the last position, (B, 1, V).
-        With targets (B, T), IGNORE where there is none -> the loss in nats: 'mean' or 'sum' over the targets (0 when
-        there are none), or 'none' for (B, T), 0 at ignored places. weights (B, T) multiply the summed losses.
+        idx (B, T) int64 -> logits (B, T, V); last_only: those of the last position, (B, 1, V). With
+        targets (B, T), IGNORE where there is none -> the loss in nats: 'mean' or 'sum' over the
+        targets (0 when there are none), or 'none' for (B, T), 0 at ignored places. weights (B, T)
+        multiply the summed losses.
         """
         T = idx.size(1)
         if kv_cache is None and T > self.cos.size(2):
@@ -306,14 +322,17 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def num_matrix_params(self):
-        """Parameters that every token is multiplied with: all but the tables that it is looked up in."""
+        """
+        Parameters that every token is multiplied with: all but the tables that it is looked up in.
+        """
         tables = [self.transformer.wte, *self.transformer.value_embeds]
         return self.num_params() - sum(table.weight.numel() for table in tables)
 
     def estimate_flops(self):
         """
-        Training FLOPs per token at full context: 6 per matrix parameter (2 forward, 4 backward), and 12 C T per layer
-        for the two matmuls of attention (Chowdhery et al., arXiv 2204.02311, appendix B; causality not deducted).
+        Training FLOPs per token at full context: 6 per matrix parameter (2 forward, 4 backward),
+        and 12 C T per layer for the two matmuls of attention (Chowdhery et al., arXiv 2204.02311,
+        appendix B; causality not deducted).
         """
         c = self.config
         return 6 * self.num_matrix_params() + 12 * c.n_layer * c.n_embd * c.sequence_len
@@ -335,7 +354,10 @@ class GPT(nn.Module):
         compile=None,          # whether Muon compiles its update: see DistMuon
         value_lr=0.1,          # Adam, value embeddings
     ):
-        """[DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates are scaled with the width."""
+        """
+        [DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates are scaled with the
+        width.
+        """
         groups = [
             self._adam_group("lm_head.weight", unembedding_lr),
             self._adam_group("transformer.wte.weight", embedding_lr),

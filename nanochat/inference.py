@@ -1,10 +1,11 @@
 """
 Making a trained model fast to decode, by replacing modules of it; the model does not know.
 
-`prepare(model)` stores the parameters in the compute dtype, so that decoding never casts, multiplies by the weights of
-q, k and v at once, and on a CPU in bfloat16 keeps a copy of each weight in the layout that oneDNN multiplies fastest.
-`refresh(model, trained)` copies parameters that have changed since. `compile_decoding(model)` compiles the step of one
-token per row on a GPU. Parameters keep their names throughout.
+`prepare(model)` stores the parameters in the compute dtype, so that decoding never casts,
+multiplies by the weights of q, k and v at once, and on a CPU in bfloat16 keeps a copy of each
+weight in the layout that oneDNN multiplies fastest. `refresh(model, trained)` copies parameters
+that have changed since. `compile_decoding(model)` compiles the step of one token per row on a GPU.
+Parameters keep their names throughout.
 """
 
 import functools
@@ -40,7 +41,10 @@ def prepare(model):
 
 @torch.no_grad()
 def refresh(model, trained):
-    """Give a prepared model the parameters of the model that it is a copy of, which has been trained since."""
+    """
+    Give a prepared model the parameters of the model that it is a copy of, which has been trained
+    since.
+    """
     targets = dict(model.named_parameters())
     for name, p in trained.named_parameters():
         targets[name].copy_(p)
@@ -57,8 +61,8 @@ def repack(model):
 
 def compile_decoding(model, **options):
     """
-    Compile the recorded step of one token per row (cuda_graphs.py). All blocks share the compiled code, which is for
-    any number of rows. options: of torch.compile.
+    Compile the recorded step of one token per row (cuda_graphs.py). All blocks share the compiled
+    code, which is for any number of rows. options: of torch.compile.
     """
     compiled = torch.compile(Block.forward, **options)
     for block in model.transformer.h:
@@ -76,7 +80,8 @@ def _block_forward(compiled, block, x, cos, sin, store=None, value_embed=None):
 
 class FusedAttention(CausalSelfAttention):
     """
-    Attention that multiplies by the weights of q, k and v at once. They stay parameters, as parts of one tensor.
+    Attention that multiplies by the weights of q, k and v at once. They stay parameters, as parts
+    of one tensor.
     """
 
     def __init__(self, attn):
@@ -134,14 +139,17 @@ def _can_pack(model):
 
 def pack(weight):
     """
-    A copy of a bfloat16 weight (M, K), reordered once instead of in every matmul. Reordering takes up to half of the
-    time where few rows meet a large weight (dev/LOG.md).
+    A copy of a bfloat16 weight (M, K), reordered once instead of in every matmul. Reordering takes
+    up to half of the time where few rows meet a large weight (dev/LOG.md).
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
 
 
 def packed_linear(x, weight, packed):
-    """F.linear(x (..., K), weight (M, K)); packed: None or `pack(weight)`, which serves several rows of x."""
+    """
+    F.linear(x (..., K), weight (M, K)); packed: None or `pack(weight)`, which serves several rows
+    of x.
+    """
     one_row = x.numel() == x.size(-1)  # then reading the weight in order is all that takes time
     if packed is None or one_row:
         return F.linear(x, weight)

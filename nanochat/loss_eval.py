@@ -1,11 +1,12 @@
 """
 Two losses on held-out text.
 
-Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss per token because
-each token holds more text. So the losses are summed over the tokens and divided by the bytes of their text. Special
-tokens have no text: neither their loss nor their bytes count.
+Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss
+per token because each token holds more text. So the losses are summed over the tokens and divided
+by the bytes of their text. Special tokens have no text: neither their loss nor their bytes count.
 
-The loss per target token is for SFT, whose targets are the assistant's tokens, special ones included.
+The loss per target token is for SFT, whose targets are the assistant's tokens, special ones
+included.
 """
 
 import math
@@ -19,8 +20,8 @@ from nanochat.precision import get_autocast_ctx
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where there is no target.
-    token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
+    Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where
+    there is no target. token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
     Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
@@ -30,17 +31,21 @@ def evaluate_bpb(model, batches, token_bytes):
 
 
 def evaluate_loss(model, batches):
-    """Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit` does."""
+    """
+    Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit`
+    does.
+    """
     return _nats_per_unit(model, batches, lambda y: (y >= 0).long())
 
 
 def _nats_per_unit(model, batches, units):
     """
-    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each target; the loss of
-    a target with 0 units is left out.
+    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each
+    target; the loss of a target with 0 units is left out.
 
-    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error on one rank, out
-    of memory for example, becomes an error on all. Raises UserError when there is nothing to score.
+    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error
+    on one rank, out of memory for example, becomes an error on all. Raises UserError when there is
+    nothing to score.
     """
     was_training = model.training
     model.eval()
@@ -59,7 +64,10 @@ def _nats_per_unit(model, batches, units):
 
 @torch.no_grad()
 def _sum_nats_and_units(model, batches, units):
-    """This rank's (nats, units) as a tensor (2,), float64: the result must not depend on the size of the batches."""
+    """
+    This rank's (nats, units) as a tensor (2,), float64: the result must not depend on the size of
+    the batches.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in batches:
         with get_autocast_ctx(x.device):

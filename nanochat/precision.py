@@ -1,10 +1,10 @@
 """
 The one place that decides in which number format the model computes.
 
-Parameters and optimizer states are float32; activations and matmuls run in the compute dtype. The choice is
-`NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware multiplies it natively (Ampere
-GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 is bfloat16 with 8-bit matmuls in the linear layers of
-pretraining (fp8.py; Hopper and newer).
+Parameters and optimizer states are float32; activations and matmuls run in the compute dtype. The
+choice is `NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware
+multiplies it natively (Ampere GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 is
+bfloat16 with 8-bit matmuls in the linear layers of pretraining (fp8.py; Hopper and newer).
 """
 
 import contextlib
@@ -18,7 +18,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def has_native_bf16(device_type):
-    """True if the hardware multiplies bfloat16. Emulated it is 200 times slower than float32 on a CPU with AVX2."""
+    """
+    True if the hardware multiplies bfloat16. Emulated it is 200 times slower than float32 on a CPU
+    with AVX2.
+    """
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     if device_type == "cpu":
@@ -36,7 +39,9 @@ def _native_precision(device_type):
 
 
 def get_precision(device_type=None):
-    """One of DTYPES' names for a device type ('cuda', 'cpu', 'mps'; None = the best device here)."""
+    """
+    One of DTYPES' names for a device type ('cuda', 'cpu', 'mps'; None = the best device here).
+    """
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     asked = os.environ.get("NANOCHAT_PRECISION")
@@ -48,7 +53,10 @@ def get_precision(device_type=None):
 
 
 def precision_note(device_type, fp8=False):
-    """Explain why the requested precision is ignored here ('' if it is used). fp8: is this pretraining?"""
+    """
+    Explain why the requested precision is ignored here ('' if it is used). fp8: is this
+    pretraining?
+    """
     asked = os.environ.get("NANOCHAT_PRECISION")
     precision = get_precision(device_type)
     if precision == "fp8" and not fp8:
@@ -59,7 +67,10 @@ def precision_note(device_type, fp8=False):
 
 
 def describe_precision(device_type, fp8=False):
-    """One line for the log of training: the precision, and why not the requested one. fp8: is this pretraining?"""
+    """
+    One line for the log of training: the precision, and why not the requested one. fp8: is this
+    pretraining?
+    """
     note = precision_note(device_type, fp8)
     if note:
         return f"{_native_precision(device_type)} ({note})"
@@ -72,7 +83,9 @@ def get_precision_dtype(device_type=None):
 
 
 def get_autocast_ctx(device):
-    """Context for ONE forward pass (never a loop or a yield) of a float32 model in the compute dtype."""
+    """
+    Context for ONE forward pass (never a loop or a yield) of a float32 model in the compute dtype.
+    """
     device_type = torch.device(device).type
     dtype = get_precision_dtype(device_type)
     if dtype == torch.float32:
@@ -81,7 +94,10 @@ def get_autocast_ctx(device):
 
 
 def active_dtype(x):
-    """The dtype that a forward pass computes in: autocast's while it is active, else that of the parameter x."""
+    """
+    The dtype that a forward pass computes in: autocast's while it is active, else that of the
+    parameter x.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

@@ -1,16 +1,17 @@
 """
-The report card of a run. Each stage writes its facts as JSON when it ends; `generate` renders all of them as
-`report.md` by a template (report.md.j2), with the curves as SVG pictures beside it. Markdown is never read back.
+The report card of a run. Each stage writes its facts as JSON when it ends; `generate` renders all
+of them as `report.md` by a template (report.md.j2), with the curves as SVG pictures beside it.
+Markdown is never read back.
 
-    from nanochat.report import get_report
-    get_report().log("Base model training", {"config": settings, "metrics": {"val bpb": 0.91}, "curves": path})
+    from nanochat.report import get_report get_report().log("Base model training", {"config":
+    settings, "metrics": {"val bpb": 0.91}, "curves": path})
 
     python -m nanochat.report reset                              # a new card: start time and environment
     python -m nanochat.report generate --gpu_hourly_rate=2.5     # <base dir>/report/report.md, and ./report.md
 
-`log` takes these keys, all optional: `config` {name: value}; `metrics` {name: value, or {value, n, stderr}}; `curves`,
-the path of a metrics.jsonl; `samples` [{prompt, text}]; `tables` {title: [row dicts]}; `command` (default: that of this
-process). Any other key is listed as a fact of the stage.
+`log` takes these keys, all optional: `config` {name: value}; `metrics` {name: value, or {value, n,
+stderr}}; `curves`, the path of a metrics.jsonl; `samples` [{prompt, text}]; `tables` {title: [row
+dicts]}; `command` (default: that of this process). Any other key is listed as a fact of the stage.
 """
 
 import html
@@ -35,7 +36,8 @@ from nanochat.common import get_base_dir, get_dist_info, run_script, write_text
 from nanochat.configurator import ArgumentParser
 from nanochat.curves import draw, read_panels, to_svg
 
-# The sections in the order of the pipeline, each with the column of the summary table for its metrics.
+# The sections in the order of the pipeline, each with the column of the summary table for its
+# metrics.
 SECTIONS = {
     "Tokenizer training": None,
     "Tokenizer evaluation": None,
@@ -87,7 +89,10 @@ class Report:
         self.report_dir = Path(report_dir)
 
     def log(self, section, data):
-        """Write the facts of a finished stage. A section that is logged again replaces the earlier one."""
+        """
+        Write the facts of a finished stage. A section that is logged again replaces the earlier
+        one.
+        """
         rank, _, world_size = get_dist_info()
         if rank != 0:
             return
@@ -121,7 +126,10 @@ class Report:
         write_text(self.report_dir / "start.json", to_json(start))
 
     def generate(self, gpu_hourly_rate=None, copy_to=None):
-        """Render report.md and its pictures, also into the folder `copy_to`. Returns the path of report.md."""
+        """
+        Render report.md and its pictures, also into the folder `copy_to`. Returns the path of
+        report.md.
+        """
         # the facts of the run as a whole; a run without a reset has those of now
         start_path = self.report_dir / "start.json"
         if start_path.exists():
@@ -164,9 +172,12 @@ def to_json(record):
 
 
 def get_process_start():
-    """When this process, and with it the stage, began: seconds since 1970, as the system recorded it."""
+    """
+    When this process, and with it the stage, began: seconds since 1970, as the system recorded it.
+    """
     if sys.platform == "linux":
-        # the 20th field after the program's name (man 5 proc_pid_stat): clock ticks from boot to the start
+        # the 20th field after the program's name (man 5 proc_pid_stat): clock ticks from boot to
+        # the start
         fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -179,7 +190,9 @@ def get_process_start():
 
 
 def get_command(world_size):
-    """The command line of this process. torchrun's own flags are not passed on, so they are rebuilt."""
+    """
+    The command line of this process. torchrun's own flags are not passed on, so they are rebuilt.
+    """
     # orig_argv: with the interpreter and its -m, which sys.argv has lost
     words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
     if world_size > 1 and "-m" in words:
@@ -298,7 +311,10 @@ def render(start, stages, rate):
 
 
 def busy_seconds(stages):
-    """Wall time of all stages. Time that two sections share (one process, or side by side) counts once."""
+    """
+    Wall time of all stages. Time that two sections share (one process, or side by side) counts
+    once.
+    """
     seconds = 0.0
     counted_until = 0.0
     for stage in sorted(stages, key=lambda stage: stage["start_time"]):
@@ -310,7 +326,10 @@ def busy_seconds(stages):
 
 
 def describe_cost(num_gpus, stages, seconds, rate):
-    """Rate x GPUs x hours. All GPUs of the machine count, since it is rented whole; more if the run had more."""
+    """
+    Rate x GPUs x hours. All GPUs of the machine count, since it is rented whole; more if the run
+    had more.
+    """
     if not num_gpus and rate is None:
         return "not counted: no GPU, and no --gpu_hourly_rate given"
     if rate is None:
@@ -322,7 +341,10 @@ def describe_cost(num_gpus, stages, seconds, rate):
 
 
 def summary_rows(stages):
-    """The table of metrics, one row dict each: {"metric": name, "base": text, ...}. A column's latest section wins."""
+    """
+    The table of metrics, one row dict each: {"metric": name, "base": text, ...}. A column's latest
+    section wins.
+    """
     rows = {}
     for stage in stages:
         column = SECTIONS.get(stage["section"])
@@ -393,10 +415,14 @@ def format_duration(seconds):
 
 
 def escape_markdown(text):
-    """Text -> Markdown that shows exactly this text, in a paragraph or a table. Markup is left as it is."""
+    """
+    Text -> Markdown that shows exactly this text, in a paragraph or a table. Markup is left as it
+    is.
+    """
     if isinstance(text, Markup):
         return text
-    # an underscore within a word is no markup, and device_batch_size reads better without backslashes
+    # an underscore within a word is no markup, and device_batch_size reads better without
+    # backslashes
     special = r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     text = re.sub(special, lambda match: "\\" + match.group(), str(text))
     text = html.escape(text, quote=False)

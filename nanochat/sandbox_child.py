@@ -1,11 +1,13 @@
 """
 The child process of the sandbox (execution.py): it walls itself in, then runs one Python program.
 
-It is run by path in an interpreter of its own, because raising walls between fork and exec is unsafe where the parent
-has threads. It imports little, which makes it start 40 ms sooner. The walls:
+It is run by path in an interpreter of its own, because raising walls between fork and exec is
+unsafe where the parent has threads. It imports little, which makes it start 40 ms sooner. The
+walls:
 
     limits    memory, CPU time, size and number of files; no new processes; it dies with its parent
-    landlock  no file but the standard library, /dev/null and the working folder (Linux 5.13 and newer)
+    landlock  no file but the standard library, /dev/null and the working folder (Linux 5.13 and
+    newer)
     seccomp   no system call but those of SYSCALLS (x86_64 and aarch64)
 """
 
@@ -22,7 +24,10 @@ MAX_ERROR_BYTES = 2000         # of the report on how the program ended
 
 
 def _call_libc(name, *arguments):
-    """Call a function of libc that returns -1 and sets errno when it fails, which raises OSError. Linux only."""
+    """
+    Call a function of libc that returns -1 and sets errno when it fails, which raises OSError.
+    Linux only.
+    """
     if sys.platform != "linux":
         raise OSError(f"{name} needs Linux")
     function = getattr(ctypes.CDLL(None, use_errno=True), name)
@@ -73,14 +78,16 @@ TRUNCATE = 0x4000
 
 
 def _restrict_files(folder):
-    # The struct has three words of rights to deny: on files, on TCP, and on processes outside (sockets, signals)
+    # The struct has three words of rights to deny: on files, on TCP, and on processes outside
+    # (sockets, signals)
     version = _call_libc("syscall", 444, None, 0, 1)  # landlock_create_ruleset, which here returns its version
     num_rights, struct_bytes = LANDLOCK_VERSIONS.get(version, LANDLOCK_NEWEST)
     every_right = (1 << num_rights) - 1
     denied = struct.pack("QQQ", every_right, 3, 3)[:struct_bytes]
     ruleset = _call_libc("syscall", 444, denied, len(denied), 0)
 
-    # What is allowed. No folders and links in the working folder, so that the parent can add up its size quickly
+    # What is allowed. No folders and links in the working folder, so that the parent can add up its
+    # size quickly
     library = [*sys.path, sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     rights = dict.fromkeys(library, READ_FILE | READ_DIR)
     rights["/dev/null"] = READ_FILE | WRITE_FILE
@@ -100,10 +107,12 @@ def _restrict_files(folder):
 
 
 # -----------------------------------------------------------------------------
-# seccomp: a filter in the kernel's BPF (linux/seccomp.h, linux/bpf_common.h) that looks at every system call
+# seccomp: a filter in the kernel's BPF (linux/seccomp.h, linux/bpf_common.h) that looks at every
+# system call
 
-# The only system calls that a program may make: `name x86_64 aarch64`, `-` where the architecture has no such call.
-# What Landlock does not see stays off the list: chmod, chown, utime, truncate, ioctl (file flags), setrlimit, kill.
+# The only system calls that a program may make: `name x86_64 aarch64`, `-` where the architecture
+# has no such call. What Landlock does not see stays off the list: chmod, chown, utime, truncate,
+# ioctl (file flags), setrlimit, kill.
 SYSCALLS = """
 read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
 mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
@@ -133,11 +142,14 @@ KILL_PROCESS = 0x80000000
 
 
 def seccomp_filter(machine):
-    """The filter as instructions (code, jump if true, jump if false, constant). A jump skips that many."""
+    """
+    The filter as instructions (code, jump if true, jump if false, constant). A jump skips that
+    many.
+    """
     column, architecture, fcntl = ARCHITECTURES[machine]
 
-    # Other architectures' numbers mean other calls (32-bit code by int 0x80). The x32 calls set bit 30 of the number,
-    # so they are on no list
+    # Other architectures' numbers mean other calls (32-bit code by int 0x80). The x32 calls set bit
+    # 30 of the number, so they are on no list
     program = [
         (LOAD_WORD, 0, 0, 4),  # the architecture, by its offset in struct seccomp_data
         (IF_EQUAL, 1, 0, architecture),
@@ -150,7 +162,8 @@ def seccomp_filter(machine):
             program.append((IF_EQUAL, 0, 1, int(number)))
             program.append((RETURN, 0, 0, ALLOW))
 
-    # fcntl: commands up to F_SETLKW (7), and F_DUPFD_CLOEXEC (1030). F_SETOWN (8) would send signals to any process
+    # fcntl: commands up to F_SETLKW (7), and F_DUPFD_CLOEXEC (1030). F_SETOWN (8) would send
+    # signals to any process
     program += [
         (IF_EQUAL, 0, 4, fcntl),
         (LOAD_WORD, 0, 0, 24),  # its second argument
@@ -177,7 +190,10 @@ def _restrict_system_calls():
 
 
 def _raise_walls(timeout, max_memory_bytes, parent_pid):
-    """Raise the walls that this system has. Returns their names, from which the parent learns what is missing."""
+    """
+    Raise the walls that this system has. Returns their names, from which the parent learns what is
+    missing.
+    """
     steps = {
         "limits": lambda: _set_limits(timeout, max_memory_bytes, parent_pid),
         "landlock": lambda: _restrict_files(os.getcwd()),
@@ -194,8 +210,11 @@ def _raise_walls(timeout, max_memory_bytes, parent_pid):
 
 
 def _run_program(code):
-    """Run the program as `__main__`. Returns what it raised as text, empty when it ran to its end. Leaving early is
-    an error too, `sys.exit(0)` included: the tests at the end of the program would not have run."""
+    """
+    Run the program as `__main__`. Returns what it raised as text, empty when it ran to its end.
+    Leaving early is an error too, `sys.exit(0)` included: the tests at the end of the program would
+    not have run.
+    """
     program = type(sys)("__main__")
     sys.modules["__main__"] = program
     sys.argv = ["program.py"]
@@ -210,7 +229,9 @@ def _run_program(code):
 
 
 def _read_orders(num_bytes):
-    """The orders come first on stdin. The rest of it is the program's, so not a byte more may be read."""
+    """
+    The orders come first on stdin. The rest of it is the program's, so not a byte more may be read.
+    """
     data = b""
     while len(data) < num_bytes:
         chunk = os.read(0, num_bytes - len(data))
@@ -221,8 +242,11 @@ def _read_orders(num_bytes):
 
 
 def main():
-    """Print the walls that stand as the first line of stdout, before the program runs. When it has ended, write a
-    secret word and what it raised as the last thing on stderr: the program was not told the word."""
+    """
+    Print the walls that stand as the first line of stdout, before the program runs. When it has
+    ended, write a secret word and what it raised as the last thing on stderr: the program was not
+    told the word.
+    """
     word, parent_pid, code, timeout, max_memory_bytes, allow_unsafe = _read_orders(int(sys.argv[1]))
     write, leave = os.write, os._exit  # the program may replace them
     os.environ.clear()

@@ -154,8 +154,8 @@ class Request:
 class Scheduler:
     """
     The queue and the batch of one model. A step is `admit` (prompts are read, rows join the batch),
-    `pick` (every row gets a token), and `forward` (the logits of the next tokens). Events collect in
-    `events`. Needs no thread.
+    `pick` (every row gets a token), and `forward` (the logits of the next tokens). Events collect
+    in `events`. Needs no thread.
 
     `admit` reads about `chunk` tokens, always fewer than twice as many, so that long prompts do not
     stall the batch.
@@ -272,8 +272,8 @@ class Scheduler:
 
     def _prefill_chunk(self):
         """
-        Read a chunk of the first waiting prompt; after the last one its row joins the batch. Returns
-        the number of tokens read.
+        Read a chunk of the first waiting prompt; after the last one its row joins the batch.
+        Returns the number of tokens read.
         """
         request = self.waiting[0]
         num_read = 0
@@ -325,7 +325,8 @@ class Scheduler:
 class Batcher(threading.Thread):
     """
     The thread that decodes for all models of one device. It calls `load()`, which returns {name:
-    Scheduler}, and `deliver(events)` with lists of events. `submit` and `stop` work from any thread.
+    Scheduler}, and `deliver(events)` with lists of events. `submit` and `stop` work from any
+    thread.
     """
 
     def __init__(self, load, deliver, max_waiting):

@@ -2,8 +2,8 @@
 Models by name, and the path of a request through them: from its fields to a batcher's queue, and
 from the events of the batcher to a stream or a JSON document.
 
-A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for a
-model: tokenizing happens in worker threads, generation in the batchers.
+A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for
+a model: tokenizing happens in worker threads, generation in the batchers.
 """
 
 import asyncio

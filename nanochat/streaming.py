@@ -1,6 +1,6 @@
 """
-From a stream of tokens to what a reader sees: tool calls are evaluated, bytes become whole characters, stop strings
-end the text. Nothing here knows the model.
+From a stream of tokens to what a reader sees: tool calls are evaluated, bytes become whole
+characters, stop strings end the text. Nothing here knows the model.
 """
 
 import codecs
@@ -10,8 +10,9 @@ from nanochat.calculator import use_calculator
 
 class ToolState:
     """
-    Watches one row's tokens for a python block, evaluates it with the calculator when it closes, and returns the
-    tokens to force: output_start, the result, output_end. An expression without a result forces nothing.
+    Watches one row's tokens for a python block, evaluates it with the calculator when it closes,
+    and returns the tokens to force: output_start, the result, output_end. An expression without a
+    result forces nothing.
     """
 
     def __init__(self, tokenizer):
@@ -38,7 +39,10 @@ class ToolState:
 
 
 class TextStream:
-    """Token ids to text as they come: only whole characters, never a special token. `flush` ends the text."""
+    """
+    Token ids to text as they come: only whole characters, never a special token. `flush` ends the
+    text.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -56,8 +60,8 @@ class TextStream:
 
 def split_at_stop(text, stops):
     """
-    (ready, held, found): the part of a growing text that is surely before any stop string, the tail that may be the
-    start of one, and whether one has been found.
+    (ready, held, found): the part of a growing text that is surely before any stop string, the tail
+    that may be the start of one, and whether one has been found.
 
     >>> split_at_stop("one two thr", ["three"])
     ('one two ', 'thr', False)

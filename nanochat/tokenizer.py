@@ -1,15 +1,16 @@
 """
 Text to token ids and back: byte-level BPE, special tokens, and the rendering of conversations.
 
-A tokenizer is three things: the split pattern, which cuts text into pieces that no token crosses; the ranks, the
-mergeable tokens in the order in which they were learned (rank = id); and the special tokens, which take the last ids
-and mark documents, turns and tool calls. Both classes are views of these three, and read each other's files:
+A tokenizer is three things: the split pattern, which cuts text into pieces that no token crosses;
+the ranks, the mergeable tokens in the order in which they were learned (rank = id); and the special
+tokens, which take the last ids and mark documents, turns and tool calls. Both classes are views of
+these three, and read each other's files:
 
     RustBPETokenizer       trains with `rustbpe`, encodes with `tiktoken`: the default
     HuggingFaceTokenizer   trains and encodes with `tokenizers`: the way to that ecosystem
 
-Text never becomes a special token, whatever a user or a data set writes: only code adds them, by name or id. Nothing
-here adds spaces, normalises or strips: decode(encode(text)) == text.
+Text never becomes a special token, whatever a user or a data set writes: only code adds them, by
+name or id. Nothing here adds spaces, normalises or strips: decode(encode(text)) == text.
 """
 
 import base64
@@ -28,14 +29,15 @@ import rustbpe
 from nanochat.common import UserError, get_base_dir, write_text
 from nanochat.conversation import PART_FENCES, check_conversation
 
-# GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size, three-digit pieces would
-# spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change no match and spare backtracking.
+# GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size,
+# three-digit pieces would spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change
+# no match and spare backtracking.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# Every special token. The first starts each document and conversation; python marks a call of the calculator, which
-# the assistant writes, and output its result, which the engine writes.
+# Every special token. The first starts each document and conversation; python marks a call of the
+# calculator, which the assistant writes, and output its result, which the engine writes.
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -49,7 +51,8 @@ TRAIN_HINT = "train one: python -m scripts.tok_train (--data=PATH for your own t
 TIKTOKEN_MAX_CHARS = 500_000  # its regex engine panics when a match backtracks a million times, as over many spaces
 
 # -----------------------------------------------------------------------------
-# Files: <directory>/tokenizer.tiktoken holds the ranks, <directory>/tokenizer_meta.json the rest and a hash of all
+# Files: <directory>/tokenizer.tiktoken holds the ranks, <directory>/tokenizer_meta.json the rest
+# and a hash of all
 
 
 def _ranks_to_text(mergeable):
@@ -97,7 +100,10 @@ def _read_files(directory):
 
 
 def _replace_surrogates(text):
-    """`text` with lone surrogates, which JSON can hold and UTF-8 cannot, replaced by U+FFFD (as tiktoken does)."""
+    """
+    `text` with lone surrogates, which JSON can hold and UTF-8 cannot, replaced by U+FFFD (as
+    tiktoken does).
+    """
     try:
         text.encode("utf-8")
         return text
@@ -106,11 +112,16 @@ def _replace_surrogates(text):
 
 
 class Tokenizer:
-    """Everything but training and encoding. The subclasses add _train_ranks, _encode_one, _encode_batch and
-    encode_to_numpy."""
+    """
+    Everything but training and encoding. The subclasses add _train_ranks, _encode_one,
+    _encode_batch and encode_to_numpy.
+    """
 
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
-        """`mergeable`: the bytes of each ordinary token, in rank order; `special_tokens`: names, after them."""
+        """
+        `mergeable`: the bytes of each ordinary token, in rank order; `special_tokens`: names, after
+        them.
+        """
         # The three things that a tokenizer is
         self.mergeable = list(mergeable)
         self.pattern = pattern
@@ -122,8 +133,11 @@ class Tokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator, vocab_size, buffer_size=8192):
-        """Train on an iterator of strings, read once, `buffer_size` texts at a time. `vocab_size` counts the special
-        tokens; a text with too few different pairs gives a smaller vocabulary than asked for."""
+        """
+        Train on an iterator of strings, read once, `buffer_size` texts at a time. `vocab_size`
+        counts the special tokens; a text with too few different pairs gives a smaller vocabulary
+        than asked for.
+        """
         num_mergeable = vocab_size - len(SPECIAL_TOKENS)
         if num_mergeable < 256:
             num_special = len(SPECIAL_TOKENS)
@@ -139,7 +153,10 @@ class Tokenizer:
         return cls(*parts)
 
     def save(self, directory):
-        """Write the two files. The metadata go last: after a crash in between, the hash does not match."""
+        """
+        Write the two files. The metadata go last: after a crash in between, the hash does not
+        match.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         meta = {
@@ -154,7 +171,9 @@ class Tokenizer:
         write_text(directory / META_NAME, json.dumps(meta, indent=2) + "\n")
 
     def hash(self):
-        """sha256 (hex) over pattern, ranks and special tokens. Equal hashes encode every text alike."""
+        """
+        sha256 (hex) over pattern, ranks and special tokens. Equal hashes encode every text alike.
+        """
         return _hash(_ranks_to_text(self.mergeable), self.pattern, self._special_ids)
 
     def get_vocab_size(self):
@@ -178,8 +197,11 @@ class Tokenizer:
         return self.encode_special("<|bos|>")
 
     def encode(self, text, prepend=None, append=None, num_threads=8):
-        """str -> list of ids; list of str -> list of lists, by `num_threads` threads. `prepend` and `append`, a special
-        token's name or an id, go around each text: encode("hi", prepend="<|bos|>") == [bos, *encode("hi")]."""
+        """
+        str -> list of ids; list of str -> list of lists, by `num_threads` threads. `prepend` and
+        `append`, a special token's name or an id, go around each text: encode("hi",
+        prepend="<|bos|>") == [bos, *encode("hi")].
+        """
         head = self._as_ids(prepend)
         tail = self._as_ids(append)
         if isinstance(text, str):
@@ -199,7 +221,10 @@ class Tokenizer:
         return [self.encode_special(token) if isinstance(token, str) else token]
 
     def decode_bytes(self, ids):
-        """The exact bytes of `ids`, which may end inside a character: a stream of text is cut from them."""
+        """
+        The exact bytes of `ids`, which may end inside a character: a stream of text is cut from
+        them.
+        """
         try:
             return b"".join([self._id_to_bytes[token_id] for token_id in ids])
         except KeyError as error:
@@ -210,13 +235,19 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def render_conversation(self, conversation, max_tokens=2048):
-        """(ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 exactly on what the assistant must write:
-        its text, its python calls with their fences, its end token. Tool outputs are 0: the engine writes them."""
+        """
+        (ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 exactly on what the
+        assistant must write: its text, its python calls with their fences, its end token. Tool
+        outputs are 0: the engine writes them.
+        """
         ids, mask = self._render_turns(check_conversation(conversation))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation):
-        """The ids after which the assistant speaks: without a last assistant message, then <|assistant_start|>."""
+        """
+        The ids after which the assistant speaks: without a last assistant message, then
+        <|assistant_start|>.
+        """
         # A last answer is what the model is to write anew
         turns = check_conversation(conversation)
         if turns[-1][0] == "assistant":
@@ -225,7 +256,9 @@ class Tokenizer:
         return ids + [self.encode_special("<|assistant_start|>")]
 
     def render_batch(self, conversations):
-        """The fast path of packing: the ids of each conversation as an int32 array, without masks."""
+        """
+        The fast path of packing: the ids of each conversation as an int32 array, without masks.
+        """
         plans = [self._plan(check_conversation(conversation)) for conversation in conversations]
 
         # Encode all texts at once
@@ -252,7 +285,10 @@ class Tokenizer:
         return ids, mask
 
     def _plan(self, turns):
-        """A conversation before its texts are encoded: [(text or a special token's id, 1 where it is trained on)]."""
+        """
+        A conversation before its texts are encoded: [(text or a special token's id, 1 where it is
+        trained on)].
+        """
         plan = [(self.get_bos_token_id(), 0)]
         for role, parts in turns:
             # The start of the assistant's turn is given to it; its end is its own to write
@@ -267,7 +303,10 @@ class Tokenizer:
         return plan
 
     def visualize_tokenization(self, ids, mask):
-        """One line for a terminal, `|` between tokens: green where the mask is 1 (trained on), red where it is 0."""
+        """
+        One line for a terminal, `|` between tokens: green where the mask is 1 (trained on), red
+        where it is 0.
+        """
         tokens = []
         for token_id, trained in zip(ids, mask, strict=True):
             colour = 32 if trained else 31
@@ -313,8 +352,11 @@ class RustBPETokenizer(Tokenizer):
         return self._tiktoken.encode_ordinary_batch(texts, num_threads=num_threads)
 
     def encode_to_numpy(self, texts, num_threads=None):
-        """The loader's fast path: list of str -> (ids uint32 (N,), offsets int64 (len(texts) + 1,)); text i is
-        ids[offsets[i]:offsets[i + 1]], without <|bos|>. No Python int is made on the way; the arrays are read-only."""
+        """
+        The loader's fast path: list of str -> (ids uint32 (N,), offsets int64 (len(texts) + 1,));
+        text i is ids[offsets[i]:offsets[i + 1]], without <|bos|>. No Python int is made on the way;
+        the arrays are read-only.
+        """
         try:
             ids, offsets = self._rustbpe.encode_to_buffer(texts, num_threads)
         except UnicodeEncodeError:  # a lone surrogate somewhere: too rare to look for in every text
@@ -328,8 +370,11 @@ class RustBPETokenizer(Tokenizer):
 
 
 def _byte_characters():
-    """{byte: character} of GPT-2's alphabet, in which `tokenizers` writes bytes as visible characters: b"A " is 'AĠ'.
-    Bytes that print in Latin-1 stand for themselves, the others in order for U+0100, U+0101, ..."""
+    """
+    {byte: character} of GPT-2's alphabet, in which `tokenizers` writes bytes as visible characters:
+    b"A " is 'AĠ'. Bytes that print in Latin-1 stand for themselves, the others in order for U+0100,
+    U+0101, ...
+    """
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # the 256 characters, in no order
     visible_first = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
     return dict(zip(visible_first, sorted(alphabet), strict=True))
@@ -344,7 +389,8 @@ class HuggingFaceTokenizer(Tokenizer):
         characters = _byte_characters()
         names = ["".join(map(characters.get, token)) for token in self.mergeable]
         vocab = {name: rank for rank, name in enumerate(names)}
-        # tiktoken merges any two neighbours whose union is a token, so a token has a merge for each way to cut it
+        # tiktoken merges any two neighbours whose union is a token, so a token has a merge for each
+        # way to cut it
         merges = []
         for name in names:
             cuts = [(name[:i], name[i:]) for i in range(1, len(name))]
@@ -399,14 +445,19 @@ TOKENIZER_KINDS = {cls.kind: cls for cls in (RustBPETokenizer, HuggingFaceTokeni
 
 
 def get_tokenizer(directory=None):
-    """The saved tokenizer of <base dir>/tokenizer, or of `directory`, in the class that saved it."""
+    """
+    The saved tokenizer of <base dir>/tokenizer, or of `directory`, in the class that saved it.
+    """
     kind, *parts = _read_files(directory or get_base_dir() / "tokenizer")
     return TOKENIZER_KINDS[kind](*parts)
 
 
 def get_token_bytes(device, tokenizer=None):
-    """(vocab_size,) int64: bytes of text that each token stands for, 0 for special tokens; bits per byte divides by it.
-    Counted from raw bytes: a token that is half a character has no text whose length could be taken."""
+    """
+    (vocab_size,) int64: bytes of text that each token stands for, 0 for special tokens; bits per
+    byte divides by it. Counted from raw bytes: a token that is half a character has no text whose
+    length could be taken.
+    """
     tokenizer = tokenizer or get_tokenizer()
     lengths = [len(token) for token in tokenizer.mergeable]
     lengths += [0] * len(tokenizer.get_special_tokens())
