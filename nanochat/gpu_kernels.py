@@ -1,7 +1,7 @@
 """
-Our own kernel, in Triton, for an operation that PyTorch lacks: attention of one new token per row to
-a cache whose rows have different lengths. It reads nothing beyond the end of a row. This module is
-imported where it is needed, since only PyTorch's CUDA builds come with Triton.
+Our own kernel, in Triton, for an operation that PyTorch lacks: attention of one new token per row
+to a cache whose rows have different lengths. It reads nothing beyond the end of a row. This module
+is imported where it is needed, since only PyTorch's CUDA builds come with Triton.
 
 Shapes: B rows, H query heads, H_kv key and value heads, S cached positions, D head size.
 """

@@ -36,7 +36,7 @@ CHUNK_LOGITS = 2**22    # logits made at once: 16 MB of float32 stays near a CPU
 HEAD_LR = 0.008         # Adam's learning rates, scaled with the width as in training
 EMBEDDING_LR = 0.3
 STEPS = 160
-LOSS_SCALE = 1024       # keeps float16 gradients above its smallest numbers; Adam does not see the scale
+LOSS_SCALE = 1024       # keeps gradients in float16's range; Adam's steps do not depend on it
 
 
 def pays(run_tokens, vocab_size):
@@ -47,8 +47,8 @@ def pays(run_tokens, vocab_size):
 @dataclass(frozen=True)
 class Followers:
     """
-    How often each token follows each other one. With s = slice(starts[a], starts[a + 1]), token a is
-    followed by the tokens next_ids[s], each of them counts[s] times. totals[a] is their sum.
+    How often each token follows each other one. With s = slice(starts[a], starts[a + 1]), token a
+    is followed by the tokens next_ids[s], each of them counts[s] times. totals[a] is their sum.
     """
     starts: np.ndarray    # (V + 1,) int64
     next_ids: np.ndarray  # (N,) int64

@@ -7,6 +7,7 @@ Shapes: L layers, B rows, H_kv key and value heads, S cached positions, D head s
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
@@ -24,8 +25,12 @@ class KVCache:
             min(length, max_length),
             config.head_dim,
         )
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # keys
-        self.v = torch.zeros(shape, device=device, dtype=dtype)  # values
+        self.k = torch.zeros(
+            shape,
+            device=device,
+            dtype=dtype,
+        )
+        self.v = torch.zeros_like(self.k)
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
@@ -92,7 +97,9 @@ class KVCache:
     # A cache that grew in a forward pass holds inference tensors, read-only outside this mode
     @torch.inference_mode()
     def copy_row(self, target, source_cache, source):
-        """Overwrite row `target` with row `source` of a cache of the same model, perhaps this one."""
+        """
+        Overwrite row `target` with row `source` of a cache of the same model, or of this cache.
+        """
         length = source_cache.lengths[source]
         self.reserve(length)
         k = source_cache.k[:, source, :, :length]  # (L, H_kv, length, D)
@@ -111,18 +118,12 @@ class KVCache:
             return
 
         # Doubling keeps the number of copies small
-        capacity = max(length, 2 * capacity)
-        capacity = min(capacity, self.max_length)
-        k = self._grown(self.k, capacity)
-        v = self._grown(self.v, capacity)
-        # Both are replaced, or neither when memory runs out
+        new_capacity = max(length, 2 * capacity)
+        new_capacity = min(new_capacity, self.max_length)
+
+        # New positions are 0. Both tensors are replaced, or neither when memory runs out
+        padding = (0, 0, 0, new_capacity - capacity)  # none in D, at the end in S
+        k = F.pad(self.k, padding)
+        v = F.pad(self.v, padding)
         self.k = k
         self.v = v
-
-    @staticmethod
-    def _grown(old, capacity):
-        """A copy of (L, B, H_kv, S, D) with S = capacity. New positions are 0."""
-        L, B, H, S, D = old.shape
-        new = old.new_zeros(L, B, H, capacity, D)
-        new[:, :, :, :S] = old
-        return new

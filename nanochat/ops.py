@@ -30,7 +30,7 @@ LOGIT_CAP = 15.0
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without a weight. Its epsilon is float32's for all dtypes."""
+    """RMSNorm over the last dimension, without a weight; epsilon is float32's for all dtypes."""
     if cpu_kernels.supports(x):
         return cpu_kernels.norm(x, NORM_EPS)
     # under autocast rms_norm returns float32
@@ -282,8 +282,8 @@ def chunk_loss_and_grad(logits, targets, row_weights):
 
 def plain_loss_and_grad(logits, targets, row_weights):
     """
-    As chunk_loss_and_grad, in plain PyTorch; the logits stay as they are. The cap keeps the argument
-    of exp below 15, so no maximum has to be subtracted first.
+    As chunk_loss_and_grad, in plain PyTorch; the logits stay as they are. The cap keeps the
+    argument of exp below 15, so no maximum has to be subtracted first.
     """
     t = torch.tanh(logits.float() / LOGIT_CAP)  # (n, V)
     p = torch.exp(LOGIT_CAP * t)                # (n, V), not normalised

@@ -87,7 +87,8 @@ def _draw_likeliest(logits, samplings, u):
 
 
 def _draw(logits, samplings, u):
-    temperature = _tensor_like([s.temperature for s in samplings], logits)
+    temperature = [sampling.temperature for sampling in samplings]
+    temperature = _tensor_like(temperature, logits)
     temperature = temperature[:, None]  # (B, 1)
     p = torch.softmax(logits / temperature, dim=-1)  # (B, V)
     return _quantile(p, u, last=p.size(1) - 1)
@@ -171,7 +172,8 @@ def _topk(logits, K):
     # The best of them
     candidates = logits.gather(1, ids)
     values, places = candidates.topk(K)
-    return values, ids.gather(1, places)
+    ids = ids.gather(1, places)
+    return values, ids
 
 
 def _tensor_like(values, like):
