@@ -387,7 +387,6 @@ class GPT(nn.Module):
         unembedding_lr=0.004,  # Adam, output head
         matrix_lr=0.02,        # Muon, matrices of the blocks
         weight_decay=0.0,      # Muon
-        momentum=0.95,         # Muon
         compile=None,          # whether Muon compiles its update: see DistMuon
         value_lr=0.1,          # Adam, value embeddings
     ):
@@ -401,7 +400,7 @@ class GPT(nn.Module):
         if self.config.value_embeds:
             groups.append(self._adam_group("transformer.value_embeds.*", value_lr))
         matrices = self._named_parameters("transformer.h.*")
-        muon = DistMuon(matrices, matrix_lr, momentum, weight_decay=weight_decay, compile=compile)
+        muon = DistMuon(matrices, matrix_lr, weight_decay=weight_decay, compile=compile)
         return [DistAdamW(groups), muon]
 
     def _adam_group(self, pattern, lr):

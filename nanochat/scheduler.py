@@ -22,7 +22,7 @@ from typing import Any
 
 from nanochat.common import compiles
 from nanochat.conversation import PART_AFTER
-from nanochat.engine import Decoder, Row
+from nanochat.decoder import Decoder, Row
 from nanochat.inference import compile_decoding
 from nanochat.streaming import TextStream, split_at_stop
 

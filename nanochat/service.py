@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import ChatResponse, TextResponse, error_body, sse
-from nanochat.engine import Row, fit_conversation
+from nanochat.decoder import Row
+from nanochat.engine import fit_conversation
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Batcher, Event, QueueFull, Request
 from nanochat.streaming import ToolState

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanochat.engine import Decoder, Engine
+from nanochat.decoder import Decoder
+from nanochat.engine import Engine
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling
 from nanochat.streaming import TextStream, ToolState
