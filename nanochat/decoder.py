@@ -2,8 +2,8 @@
 The decoder: rows of tokens that are decoded together in one KV cache, without a tokenizer.
 
 A `Decoder` advances all of its rows by one token per step. Rows come and go between steps, and each
-row has its own sampling settings, random numbers, tool state and end. engine.py runs a decoder until
-all rows have ended; for a server, scheduler.py adds rows as requests arrive.
+row has its own sampling settings, random numbers, tool state and end. engine.py runs a decoder
+until all rows have ended; for a server, scheduler.py adds rows as requests arrive.
 
 Batching changes a row's text only through rounding. Several rows are multiplied in another order
 than one row; in 16 bits that can change a sampled token, and rarely even the likeliest one.

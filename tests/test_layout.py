@@ -26,7 +26,8 @@ ROOMS = {
     "fp8": ["gpt", "precision"],
     # text
     "conversation": ["common"],
-    "tokenizer": ["common", "conversation"],
+    "tokenizer_files": ["common"],
+    "tokenizer": ["common", "conversation", "tokenizer_files"],
     "documents": ["common"],
     "download": ["common", "documents"],
     "dataset": ["common", "configurator", "documents", "download"],
@@ -44,7 +45,8 @@ ROOMS = {
     "api": [],
     "service": ["api", "decoder", "engine", "sampling", "scheduler", "streaming"],
     # training
-    "checkpoint_manager": ["common", "distributed", "gpt", "inference", "precision", "tokenizer"],
+    "checkpoint_files": ["common"],
+    "checkpoint_manager": ["checkpoint_files", "common", "distributed", "gpt", "inference", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],
@@ -57,7 +59,8 @@ ROOMS = {
     "core_bundle": ["common", "distributed", "download"],
     "core_eval": ["distributed"],
     "curves": [],
-    "report": ["common", "configurator", "curves"],
+    "run_facts": [],
+    "report": ["common", "configurator", "curves", "run_facts"],
     "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
 }
 
