@@ -5,7 +5,7 @@ One checkpoint on disk:
         model.safetensors      parameters, float32, by name
         optimizer.safetensors  optimizer state by parameter name (only in training)
         tokenizer/             the tokenizer that the model was trained with
-        meta.json              format version, model config, tokenizer hash, training state, file sizes
+        meta.json              format version, model config, tokenizer hash, training state, sizes
 
 It is written into `.tmp_step_...`, every file and folder is fsynced, and one rename makes it
 visible. meta.json states the size of every other file, so a truncated copy is recognised without
@@ -64,6 +64,7 @@ def _write_files(folder, step, model, optimizer_state, tokenizer, meta):
         name = name.removeprefix("_orig_mod.")
         weights[name] = p.detach().cpu().contiguous()
     _save_tensors(weights, folder / "model.safetensors")
+    # Only in training, and only where the tokenizer was passed
     if optimizer_state:
         _save_tensors(optimizer_state, folder / "optimizer.safetensors")
     if tokenizer is not None:

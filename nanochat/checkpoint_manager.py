@@ -2,8 +2,7 @@
 Checkpoints of all stages: found, saved and loaded. Only complete ones are seen, and a damaged or
 wrong one is an error. The files of one checkpoint are in checkpoint_files.py.
 
-    <base>/base_checkpoints/d20/step_001000/
-           stage            tag step
+    <base>/<stage folder>/<tag>/step_001000/
 
 Saving never overwrites. A folder that is in the way, of an earlier run or of a damaged step, is
 renamed to the first free <name>.old<n>. Lists of models and steps leave such folders out. A renamed
@@ -159,7 +158,8 @@ class CheckpointManager:
             # The lock file stands beside the folder, which may be moved aside
             self.checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
             path = self.checkpoint_dir.with_name(f".{self.checkpoint_dir.name}.lock")
-            self._claim = FileLock(path, timeout=0, is_singleton=True)  # one process may claim again
+            # one process may claim again
+            self._claim = FileLock(path, timeout=0, is_singleton=True)
             try:
                 self._claim.acquire()
             except Timeout:
@@ -213,7 +213,7 @@ class CheckpointManager:
             optimizer_state |= optimizer.full_state()
         folder = self._folder(step)
 
-        # An error of rank 0 reaches all ranks
+        # Rank 0 writes; its error reaches all ranks
         def write():
             if rank() == 0:
                 write_checkpoint(folder, step, model, optimizer_state, tokenizer, meta or {})
@@ -236,6 +236,7 @@ class CheckpointManager:
         # Oldest first
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[:-keep_last]:
+            # a full disk or a lost folder must not end the run
             try:
                 shutil.rmtree(self._folder(step))
             except OSError as error:  # the new one is complete all the same
@@ -294,7 +295,7 @@ class CheckpointManager:
 
     def load_model(self, device, step=None):
         """The model of a checkpoint, float32, in training mode, on the device."""
-        # The model, without memory for its parameters
+        # The model on the meta device, without memory for its parameters
         step, meta = self.load_meta(step)
         where = f"{self.checkpoint_dir}, step {step}"
         try:

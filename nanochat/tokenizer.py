@@ -75,7 +75,8 @@ class Tokenizer:
         self.pattern = pattern
         first = len(self.mergeable)
         self._special_ids = {name: first + i for i, name in enumerate(special_tokens)}
-        # For decoding: the bytes of every id; a special token decodes to its name
+
+        # For decoding: the bytes of every id. A special token decodes to its name
         all_bytes = self.mergeable + [name.encode() for name in special_tokens]
         self._id_to_bytes = dict(enumerate(all_bytes))
 
@@ -173,7 +174,8 @@ class Tokenizer:
         try:
             return b"".join([self._id_to_bytes[token_id] for token_id in ids])
         except KeyError as error:
-            raise ValueError(f"token id {error} is not in the vocabulary of {self.get_vocab_size()}") from None
+            size = self.get_vocab_size()
+            raise ValueError(f"token id {error} is not in the vocabulary of {size}") from None
 
     def decode(self, ids):
         """ids -> text; bytes that are not UTF-8 become U+FFFD, special tokens their names."""
@@ -218,6 +220,7 @@ class Tokenizer:
         return rows
 
     def _render_turns(self, turns):
+        # Each text is encoded alone, so no token crosses a special token
         ids = []
         mask = []
         for item, trained in self._plan(turns):
@@ -249,6 +252,7 @@ class Tokenizer:
         One line for a terminal, `|` between tokens: green where the mask is 1 (trained on), else
         red.
         """
+        # 31 and 32 are a terminal's numbers of red and green
         tokens = []
         for token_id, trained in zip(ids, mask, strict=True):
             colour = 32 if trained else 31

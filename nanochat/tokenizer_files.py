@@ -74,12 +74,14 @@ def hash_tokenizer(mergeable, pattern, special_tokens):
 
 
 def _hash(ranks_text, pattern, special_tokens):
+    # JSON keeps the borders between the strings
     settings = json.dumps([pattern, special_tokens])
     return hashlib.sha256(f"{settings}\n{ranks_text}".encode()).hexdigest()
 
 
 def _ranks_to_text(mergeable):
     """tiktoken's own format, one line per token: base64 of its bytes, a space, its rank."""
+    # base64, since a token may be any bytes
     lines = []
     for rank, token in enumerate(mergeable):
         encoded = base64.b64encode(token).decode()

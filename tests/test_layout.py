@@ -31,7 +31,8 @@ ROOMS = {
     "documents": ["common"],
     "download": ["common", "documents"],
     "dataset": ["common", "configurator", "documents", "download"],
-    "dataloader": ["common", "dataset"],
+    "packing": ["common"],
+    "dataloader": ["common", "dataset", "packing"],
     # generation
     "calculator": [],
     "streaming": ["calculator"],
