@@ -58,7 +58,7 @@ class DistAdamW(torch.optim.Optimizer):
         """
         This rank's (n,) piece of a full tensor. Zeros at the end make all pieces equally long.
         """
-        n = ceil_div(tensor.numel(), world_size())
+        n = ceil_div(tensor.numel(), world_size())  # the same on all ranks
         start = rank() * n
         shard = tensor.reshape(-1)[start: start + n]
         if shard.numel() < n:
@@ -78,6 +78,7 @@ class DistAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         self.grad_sq = 0.0
+        # every rank goes through the parameters in the same order, as collectives require
         for group in self.param_groups:
             for p in group["params"]:
                 self._step_one(p, group)
@@ -97,7 +98,7 @@ class DistAdamW(torch.optim.Optimizer):
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
 
         # Update this rank's shard of the parameter. Our kernel is for float32 on a CPU
-        shard = self._my_shard(p)
+        shard = self._my_shard(p)  # (n,)
         on_cpu = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
         update = cpu_kernels.adamw_update if on_cpu else adamw_update
         update(

@@ -354,7 +354,7 @@ class ChatResponse(Response):
                 parts.append({"type": event.kind, "text": event.text})
 
         content = "".join(part["text"] for part in parts if part["type"] == "text")
-        # `parts` is what a client sends back to continue a conversation with tool calls
+        # a client sends `parts` back to continue a conversation with tool calls
         message = {"role": "assistant", "content": content}
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}

@@ -101,6 +101,7 @@ def stage_managers(stage, source, model_tag, resume_from_step):
     Without model_tag it is the tag of the model saved last: in this stage if a run is resumed, else
     in the source stage.
     """
+    # A resumed run has its own checkpoints, perhaps not its source's any more
     tag_stage = source if resume_from_step == -1 else stage
     tag = find_checkpoint_dir(tag_stage, model_tag).name
     own = CheckpointManager(get_checkpoint_dir(stage, tag))
@@ -125,6 +126,7 @@ class CheckpointManager:
 
     def steps(self):
         """Steps of the complete checkpoints, ascending."""
+        # Unfinished and truncated ones are left out
         found = []
         for folder in self.checkpoint_dir.glob("step_*"):
             # The name alone is not enough: step_000100.old1 is one that was moved aside
@@ -142,6 +144,7 @@ class CheckpointManager:
         return (self._folder(self.last_step()) / "meta.json").stat().st_mtime
 
     def _folder(self, step):
+        # six digits: names sort by step
         return self.checkpoint_dir / f"step_{step:06d}"
 
     # -- before a run
@@ -177,6 +180,7 @@ class CheckpointManager:
         Rename an older run's checkpoints, before a new run starts under the same tag. Returns their
         new folder (on rank 0), or None if there were none. Collective.
         """
+        # The other ranks wait until the folder is free
         moved = None
         if rank() == 0 and self.steps():
             moved = rename_aside(self.checkpoint_dir)
@@ -197,7 +201,7 @@ class CheckpointManager:
     # -- saving
 
     def save_model(self, model, step):
-        """Save parameters and config alone. Returns the checkpoint's folder."""
+        """Save only parameters and config. Returns the checkpoint's folder."""
         return self.save(step, model)
 
     def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
@@ -219,6 +223,7 @@ class CheckpointManager:
                 write_checkpoint(folder, step, model, optimizer_state, tokenizer, meta or {})
                 self._prune(keep_last, step)
 
+        # Errors that are not the disk's pass through
         try:
             run_together(write, model.device)
         except (OSError, FailedElsewhere) as error:
@@ -233,13 +238,13 @@ class CheckpointManager:
         """Keep the last keep_last steps up to `newest`. Later ones belong to another run."""
         if keep_last <= 0:
             return
-        # Oldest first
+        # From the oldest on
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[:-keep_last]:
             # a full disk or a lost folder must not end the run
             try:
                 shutil.rmtree(self._folder(step))
-            except OSError as error:  # the new one is complete all the same
+            except OSError as error:  # the new one is complete anyway
                 print(
                     f"warning: the checkpoint of step {step} could not be removed: {error}",
                     flush=True,
@@ -300,7 +305,7 @@ class CheckpointManager:
         where = f"{self.checkpoint_dir}, step {step}"
         try:
             config = GPTConfig(**meta["model_config"])
-        except TypeError as error:  # a field that this release does not know
+        except TypeError as error:  # a field that this version does not know
             raise UserError(f"{where}: its model_config does not fit: {error}",
                             "update nanochat: git pull && uv sync") from error
         with torch.device("meta"):
@@ -315,7 +320,8 @@ class CheckpointManager:
             name, _ = min(wrong)
             raise UserError(f"{where}: parameter {name} does not fit the config",
                             "this checkpoint was changed after it was saved; load another step")
-        # The loaded tensors become the parameters
+
+        # assign: the loaded tensors themselves become the parameters, without a copy
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(True)
         model.set_rotary(model.config.sequence_len)

@@ -72,6 +72,7 @@ def _span_order(num_spans, seed, epoch):
 
 def describe_position(state, spans, seed):
     """The file and row, in words, where the current block of a loader with this state() starts."""
+    # the state counts files in the order of its epoch
     order = _span_order(len(spans), seed, state["epoch"])
     span = spans[order[state["span"]]]
     return f"{span.path}, row {state['row']} and after (epoch {state['epoch']})"
@@ -118,6 +119,7 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
 
 def rendered_conversations(dataset, indices, tokenizer):
     """Yield (index, ids with <|bos|>) of each conversation of `indices`."""
+    # many at once, since encoding runs on several threads
     for start in range(0, len(indices), ENCODE_CONVERSATIONS):
         batch = indices[start: start + ENCODE_CONVERSATIONS]
         conversations = [dataset[i] for i in batch]

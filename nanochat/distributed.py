@@ -50,7 +50,7 @@ def gather_objects(items):
     """The lists of all ranks joined in rank order, on every rank. For small picklable things."""
     if world_size() == 1:
         return items
-    # every rank's list arrives in its place
+    # entry r is the list of rank r
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
@@ -70,7 +70,7 @@ def run_together(function, device):
     failure = None
     try:
         result = function()
-    except Exception as error:  # any error at all: the other ranks must hear of it
+    except Exception as error:  # of any kind: the other ranks must know
         failure = error
 
     # One flag per rank: the sum says whether any failed
@@ -82,7 +82,7 @@ def run_together(function, device):
 
 def barrier():
     """Wait for all ranks."""
-    if world_size() > 1:
+    if world_size() > 1:  # there is no group for one rank
         dist.barrier()
 
 

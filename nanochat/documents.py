@@ -1,5 +1,5 @@
 """
-The documents in one file. A row is one document, whatever the format:
+The documents in one file. A row is one document, in every format:
 
     .parquet    a row of the string column `text`
     .jsonl      a line, an object with a string `text`; a blank line is a row with the empty text
@@ -109,7 +109,7 @@ def _read_parquet(path, start, stop):
 def _read_row_group(path, file, group, row, start, stop):
     """The rows of one group that lie in [start, stop); `row` is the number of its first row."""
     try:
-        # one group at a time: asked for several, pyarrow reads all of them ahead into memory
+        # one group at a time: of several, pyarrow would read all ahead into memory
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=["text"]):
             for value in batch.column("text"):
                 if start <= row < stop:

@@ -42,7 +42,7 @@ SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard
 
 NUM_TRIES = 5
 TIMEOUT_S = 30         # without a byte, of a host other than the hub
-HUB_TIMEOUT_S = 10     # until the hub says what it has
+HUB_TIMEOUT_S = 10     # for the hub's facts about a file
 MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts in 5-minute windows
 CHUNK_BYTES = 1 << 20  # read from a connection or a file at a time
 
@@ -185,7 +185,7 @@ def ask_hub(repo_id: str, filename: str, revision: str = "main"):
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # said explicitly: the library's own default is what HF_ENDPOINT was at its import
+    # explicit, since the library's own default is the HF_ENDPOINT at its import
     endpoint = hub_endpoint()
     url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
     with hub_errors(url):
@@ -220,7 +220,7 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
             endpoint=hub_endpoint(),
         )
 
-    # a mirror may state no sha256; then the parquet footer is what can be checked
+    # a mirror may state no sha256: then only the parquet footer can be checked
     temporary = Path(downloaded)
     if re.fullmatch("[0-9a-f]{64}", facts.etag or ""):
         check_sha256(temporary, facts.etag)
@@ -253,7 +253,7 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
             return name, DiskError(error, name)
         return name, None
 
-    # a second process that wants shards waits for the lock, and then finds them
+    # a second process waits for the lock, and then finds the shards
     failed = []
     with hold_lock(folder / "download.lock"), logging_redirect_tqdm():
         for leftover in staging.rglob("*.incomplete"):  # of a killed process

@@ -34,6 +34,7 @@ class Engine:
 
     def make_row(self, prompt, sampling, max_tokens=None, stop_tokens=None):
         """A row with tools. max_tokens None: as many as the context holds."""
+        # the cache ends the row anyway where the context is full
         if max_tokens is None:
             max_tokens = self.model.config.sequence_len
         if max_tokens < 1:
@@ -108,6 +109,7 @@ class Engine:
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         done = [False] * num_samples
+        # Padding after a row's end has mask 0, so `done` is remembered
         for column, column_masks in self.generate(tokens, num_samples, **settings):
             for i, (token, mask) in enumerate(zip(column, column_masks, strict=True)):
                 done[i] = done[i] or (mask == 1 and token in self.stop_tokens)
@@ -131,6 +133,7 @@ class Engine:
                 # Fill the free slots
                 while waiting and len(decoder.rows) < num_rows:
                     row = waiting.popleft()
+                    # its keys and values stay in the staging cache
                     if row.prompt != prompt:
                         *_, (_, logits) = decoder.prefill(row.prompt)
                         prompt = row.prompt
@@ -187,6 +190,7 @@ PROMPTS = [
 
 def complete_prompts(engine):
     """[{prompt, text}]: greedy completions of those PROMPTS that fit in the context."""
+    # greedy, so that only the model changes between two looks
     samples = []
     for prompt in PROMPTS:
         tokens = engine.tokenizer(prompt, prepend="<|bos|>")

@@ -35,10 +35,10 @@ STOPPED = (TIMED_OUT, TOO_FULL)  # why we end a program
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    success: bool  # the program ran to its end and raised nothing
+    success: bool  # True: the program ran to its end and raised nothing
     stdout: str
     stderr: str
-    error: str | None  # what it raised, or what ended it
+    error: str | None  # the exception that it raised, or the reason why it was ended
     timeout: bool
     memory_exceeded: bool
     output_truncated: bool  # stdout or stderr was longer than max_output_bytes
@@ -136,6 +136,7 @@ class _Capture(threading.Thread):
 
     def run(self):
         with self.pipe:
+            # the pipe is empty for good when the child and its children have closed it
             while chunk := self.pipe.read(65536):
                 self.head += chunk[:self.limit - len(self.head)]
                 self.tail = (self.tail + chunk)[-2 * MAX_ERROR_BYTES:]
@@ -213,6 +214,7 @@ def _wait(captures, folder, deadline):
 
 
 def _is_too_full(folder):
+    # the child cannot make folders, so one level is all
     num_files = 0
     num_bytes = 0
     with suppress(OSError), os.scandir(folder) as entries:  # a file may be removed while we look

@@ -44,6 +44,7 @@ class Float8Linear(Linear):
         self.weight = linear.weight  # the same Parameter: optimizers keep working
 
     def forward(self, x):
+        # 16 bits in evaluation, and where the number of rows does not fit
         num_rows = x.numel() // x.size(-1)
         if not self.training or num_rows % MULTIPLE:
             return F.linear(x, self.weight)
@@ -66,6 +67,7 @@ class _Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):  # (N, K), (M, K) -> (N, M)
+        # only the 8-bit copies are kept for the backward pass
         x8, x_scale = _to_float8(x, torch.float8_e4m3fn)
         w8, w_scale = _to_float8(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)

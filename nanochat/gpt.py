@@ -149,7 +149,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(relu_square(self.c_fc(x)))
+        x = self.c_fc(x)  # (B, T, 4 C)
+        x = relu_square(x)
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -164,8 +166,8 @@ class Block(nn.Module):
         values. store(k, v) puts the keys and values of the T tokens into a layer's cache and
         returns (k, v, last) for `attention`.
         """
-        x = x + self.attn(norm(x), cos, sin, store, value_embed)
-        x = x + self.mlp(norm(x))
+        x = x + self.attn(norm(x), cos, sin, store, value_embed)  # (B, T, C)
+        x = x + self.mlp(norm(x))                                 # (B, T, C)
         return x
 
 
@@ -250,7 +252,8 @@ class GPT(nn.Module):
         stay as they are. All blocks share the code of the first one: as fast as compiling the whole
         model, and a d20 starts 20 s earlier.
         """
-        for block in self.transformer.h:  # static shapes: one or two batch sizes occur
+        # static shapes, since only one or two batch sizes occur
+        for block in self.transformer.h:
             block.compile(dynamic=False)
         self.compiled = True
 
@@ -262,6 +265,7 @@ class GPT(nn.Module):
 
     def embed(self, idx):
         """idx (...) -> normalised embeddings (..., C)."""
+        # an embedding's output has the dtype of its weight, also under autocast
         x = self.transformer.wte(idx)
         return norm(x.to(active_dtype(x)))
 
@@ -281,6 +285,7 @@ class GPT(nn.Module):
 
         x = self.embed(idx)
         for i, block in enumerate(blocks):
+            # (B, T, H_kv * D), from the layer's own table
             value_embed = None
             if self.config.value_embeds:
                 value_embed = self.transformer.value_embeds[i](idx).to(x.dtype)
@@ -329,7 +334,7 @@ class GPT(nn.Module):
             losses = self._losses(x.flatten(0, 1), targets.flatten())
             return losses.view(targets.shape)
         counted = targets != IGNORE
-        row_weights = counted.float() if weights is None else counted * weights
+        row_weights = counted.float() if weights is None else counted * weights  # (B, T)
         total = head_loss(
             x.flatten(0, 1),
             self.lm_head.weight[: self.config.vocab_size],
@@ -399,6 +404,7 @@ class GPT(nn.Module):
         ]
         if self.config.value_embeds:
             groups.append(self._adam_group("transformer.value_embeds.*", value_lr))
+        # everything in the blocks is a matrix
         matrices = self._named_parameters("transformer.h.*")
         muon = DistMuon(matrices, matrix_lr, weight_decay=weight_decay, compile=compile)
         return [DistAdamW(groups), muon]

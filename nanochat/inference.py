@@ -142,7 +142,7 @@ class PackedLinear(Linear):
 
 
 def _can_pack(model):
-    # without native bfloat16 oneDNN emulates it, slower than PyTorch's own matmul
+    # only where the hardware multiplies bfloat16
     weight = model.lm_head.weight
     return (
         weight.device.type == "cpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_dist_info, write_text
 
-# Metrics that a step's line on the screen shows, in this order; a stage has some of them
+# The metrics in a step's line on the screen, in this order; no stage has all of them
 SHOWN = {
     "train/loss": "loss: {:.5f}",
     "reward": "reward: {:.4f}",

@@ -33,7 +33,7 @@ def norm(x):
     """RMSNorm over the last dimension, without a weight; epsilon is float32's for all dtypes."""
     if cpu_kernels.supports(x):
         return cpu_kernels.norm(x, NORM_EPS)
-    # under autocast rms_norm returns float32
+    # autocast may compute it in float32
     y = F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
     return y.to(x.dtype)
 
@@ -197,7 +197,7 @@ def head_loss(x, weight, targets, row_weights, compiled=False):
     rows = slice(None)
     if not compiled:  # compiled code needs the same number of rows every time
         rows = row_weights.nonzero()[:, 0]
-    # the dtypes are chosen by hand below
+    # without autocast: _HeadLoss chooses its dtypes itself
     with torch.autocast(x.device.type, enabled=False):
         return _HeadLoss.apply(x, weight, targets, row_weights, rows, compiled)
 

@@ -154,6 +154,7 @@ def slug(text):
 
 def to_json(record):
     """Indented JSON. A tensor of one element becomes its number, any other object its text."""
+    # called for objects that json does not know
     def convert(value):
         return value.item() if hasattr(value, "item") else str(value)
     return json.dumps(record, indent=1, default=convert)
@@ -299,6 +300,7 @@ def format_date(seconds):
 
 
 def format_duration(seconds):
+    # hours without seconds
     minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60}h {minutes % 60:02d}m"
@@ -321,6 +323,7 @@ def escape_markdown(text):
 
 def code(value):
     """A value between backticks, in a table."""
+    # in a table a | would end the cell, and a backtick the code
     text = " ".join(str(value).splitlines())
     return Markup("`" + text.replace("`", "'").replace("|", "\\|") + "`")
 

@@ -46,6 +46,7 @@ def get_command(world_size):
 
     if world_size > 1 and "-m" in words:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        # every node of a run has the same number of processes
         num_nodes = world_size // per_node
         nodes = "--standalone" if num_nodes == 1 else f"--nnodes={num_nodes}"
         start = words.index("-m") + 1
@@ -73,7 +74,7 @@ def first_line_of(*command):
             timeout=10,  # seconds
             cwd=folder,
         )
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # missing, or too slow
         return ""
     if result.returncode != 0:
         return ""
@@ -99,6 +100,7 @@ def get_environment():
     if torch.version.cuda:
         software.append(f"CUDA {torch.version.cuda}")
     software.append(platform.platform())
+    # the driver limits which CUDA versions run
     if num_gpus:
         driver = first_line_of(
             "nvidia-smi",

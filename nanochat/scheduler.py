@@ -307,7 +307,7 @@ class Scheduler:
             if row.max_tokens:
                 self.decoder.admit(row, logits, short)
                 self.running[row] = request
-            else:  # only the echo was wanted
+            else:  # the request is for the echo alone
                 self.events.append(Event(request, finish_reason="length"))
         except Exception as error:  # no memory for a longer cache, for example
             self._fail([request], error)

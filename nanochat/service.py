@@ -246,7 +246,7 @@ def build_chat(body, model, scheduler):
     """
     The response to a ChatRequest. If the conversation is too long, its oldest turns are left out.
     """
-    # at least half of the context is for the conversation, however long the answer may become
+    # at least half of the context is for the conversation, even if max_tokens is larger
     max_length = scheduler.decoder.max_length
     max_prompt = max_length - min(body.max_tokens, max_length // 2)
 

@@ -47,6 +47,7 @@ def read_tokenizer(directory):
     if not (directory / META_NAME).exists():
         raise UserError(f"no tokenizer in {directory}: {META_NAME} is missing", TRAIN_HINT)
 
+    # any fault in the files becomes one error line
     try:
         meta = json.loads((directory / META_NAME).read_text(encoding="utf-8"))
         version = meta["format_version"]
