@@ -107,6 +107,7 @@ def _fsync(path):
 
 def rename_aside(folder):
     """Rename a folder to the first free <name>.old<n>; returns its new path."""
+    # .old1, .old2, ...: the highest number is the newest
     for n in itertools.count(1):
         aside = folder.with_name(f"{folder.name}.old{n}")
         if not aside.exists():
@@ -132,6 +133,7 @@ def read_meta(folder):
 
 def is_complete(folder):
     """Whether all files that meta.json lists are there, with their sizes."""
+    # without meta.json, which is written last, it is not complete
     meta = read_meta(folder)
     if meta is None:
         return False

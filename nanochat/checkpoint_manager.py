@@ -66,6 +66,7 @@ def find_checkpoint_dir(stage, model_tag=None):
     The checkpoint_dir of a stage. Without a tag: that of the model saved last, with a complete
     checkpoint.
     """
+    # A stage comes from a user's flag
     if stage not in STAGE_DIRS:
         raise UserError(f"stage {stage!r} is unknown", f"use one of {', '.join(STAGE_DIRS)}")
     if model_tag is not None:
@@ -192,6 +193,7 @@ class CheckpointManager:
         Rename the checkpoints of later steps, before a run goes on from `step` and saves its own.
         Returns their new folders (on rank 0). Collective.
         """
+        # Nothing is deleted
         moved = []
         if rank() == 0:
             moved = [rename_aside(self._folder(later)) for later in self.steps() if later > step]

@@ -32,6 +32,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from nanochat.common import UserError, exit_with
 
+# spellings on the command line
 TRUE = {"true", "1", "yes", "on"}
 FALSE = {"false", "0", "no", "off"}
 NONE = {"none", "null"}
@@ -118,7 +119,7 @@ def read_kinds(namespace):
         annotations = namespace["__annotate__"](1)
 
     # Capitals are constants; an underscore is for the script alone
-    kinds = {}
+    kinds = {}  # in the order of the file
     for name, annotation in annotations.items():
         if name == name.lower() and not name.startswith("_"):
             kinds[name] = read_annotation(annotation)
@@ -195,6 +196,7 @@ def override_from_cli(namespace, argv=None, prefix="--"):
 
 def suggest(name, known, prefix=""):
     """A hint with the name that is most like `name`."""
+    # cutoff: half of the letters agree
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists them"
 

@@ -196,8 +196,7 @@ class Decoder:
         self.short_staging.num_active = len(prompts)
         self.short_staging.lengths = [0] * self.SHORT_PROMPTS
 
-        # Pad at the end, where a causal model does not look, and take the logits at each prompt's
-        # last token
+        # Pad at the end, where a causal model does not look
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for i, prompt in enumerate(prompts):
@@ -209,7 +208,7 @@ class Decoder:
         with get_autocast_ctx(self.model.device):
             x = self.model.trunk(ids.to(self.model.device), self.short_staging)  # (B, T, C)
             logits = self.model.logits(x[rows, ends])                            # (B, V)
-        self.short_staging.lengths[: len(prompts)] = lengths  # the padding lies behind the end
+        self.short_staging.lengths[: len(prompts)] = lengths  # without the padding
         return list(logits)
 
     def admit(self, row, logits, short=None):

@@ -26,7 +26,7 @@ SHOWN = {
 
 def step_line(metrics, iterations, eta_s):
     """The line of one training step, `key: value` joined by |."""
-    # progress first, the time that is left last
+    # progress comes first, the remaining time last
     step = metrics["step"]
     parts = [f"step: {step:05d}/{iterations:05d} ({step / iterations:.1%})"]
     for name, text in SHOWN.items():
@@ -63,7 +63,7 @@ class MetricsLog:
         self._wandb = wandb_run
         self._file = None
 
-        # Keep the lines before the checkpoint, then append
+        # Rewrite the file with the lines before the checkpoint, then append
         if get_dist_info()[0] == 0:
             kept = ""
             for metrics in self._read():

@@ -66,6 +66,7 @@ def get_precision(device_type=None):
 
 def precision_note(device_type, fp8=False):
     """The reason why the requested precision is ignored here, or ''. fp8: is this pretraining?"""
+    # the request, and the precision that is used
     asked = os.environ.get("NANOCHAT_PRECISION")
     precision = get_precision(device_type)
     # only the loops of pretraining call use_fp8

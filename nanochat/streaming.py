@@ -45,6 +45,7 @@ class TextStream:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        # their names are no text of the answer
         self.special = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
         # a token may end inside a character: its bytes wait here
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -30,7 +30,13 @@ from nanochat.tokenizer_files import hash_tokenizer, read_tokenizer, write_token
 # three-digit pieces would spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change
 # no match and spare backtracking.
 SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)"        # English contractions: 's, 'll
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"   # a word, with at most one space or sign in front
+    r"|\p{N}{1,2}"                  # one or two digits
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # punctuation, with the line ends after it
+    r"|\s*[\r\n]"                   # white space up to a line end
+    r"|\s+(?!\S)"                   # white space, except the last one before a word
+    r"|\s+"                         # this last one
 )
 
 # Every special token. The first starts each document and conversation; python marks a call of the
