@@ -172,8 +172,8 @@ impl<T: Element> RowsMut<'_, T> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row_mut(&self, [a, b, c]: [usize; 3]) -> &mut [T] {
-        let Tensor { shape, strides, .. } = &*self.tensor;
-        assert!(a < shape[0] && b < shape[1] && c < shape[2]);
+        let Tensor { len, shape, strides, .. } = &*self.tensor;
+        assert!(*len > 0 && a < shape[0] && b < shape[1] && c < shape[2]);
         let offset = a * strides[0] + b * strides[1] + c * strides[2];
         // SAFETY: the row is in the tensor, whose memory and type `rows_mut` checked as `slice_mut` does; no two rows
         // overlap, and the caller uses this one once.
