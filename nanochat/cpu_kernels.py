@@ -43,7 +43,8 @@ def _describe(name, tensor, dtypes=FLOATS, shape=None, contiguous=False):
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, but has strides {strides}")
 
-    return tensor.data_ptr(), dtype, tensor.shape, strides
+    address = tensor.data_ptr()
+    return address, dtype, tensor.shape, strides
 
 
 # -----------------------------------------------------------------------------
@@ -62,7 +63,10 @@ def _run_rows(op, x, out, value=0.0, dy=None, angles=None):
     described_angles = None
     if angles is not None:
         cos, sin = angles
-        described_angles = (_describe("cos", cos, FLOAT32), _describe("sin", sin, FLOAT32))
+        described_angles = (
+            _describe("cos", cos, FLOAT32),
+            _describe("sin", sin, FLOAT32),
+        )
 
     kernels.row_op(
         op,
@@ -109,7 +113,8 @@ def _row_op(x, *settings):
     x = _dense_rows(x)
     if x.requires_grad:
         return _RowOp.apply(x, *settings)
-    return _RowOp.forward(None, x, *settings)  # without the overhead of autograd
+    # Without the overhead of autograd
+    return _RowOp.forward(None, x, *settings)
 
 
 def _same_shape_op(x, op, value=0.0):
@@ -119,11 +124,12 @@ def _same_shape_op(x, op, value=0.0):
         rows = x.reshape(1, num_rows, 1, x.size(-1))
         return _row_op(rows, op, value).view(x.shape)
 
-    # Decoding one token comes here hundreds of times a step
+    # Decoding one token comes here hundreds of times a step: `out`, made like x, needs no checks
     described = _describe("x", x)
     out = torch.empty_like(x)
-    described_out = (out.data_ptr(), *described[1:])  # made like x
-    kernels.row_op(op, described, described_out, torch.get_num_threads(), value)
+    described_out = (out.data_ptr(), *described[1:])
+    num_threads = torch.get_num_threads()
+    kernels.row_op(op, described, described_out, num_threads, value)
     return out
 
 
@@ -159,8 +165,12 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         B, H, T, D = q.shape
-        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-        scores = (q @ k.mT).unsqueeze(2)  # (B * H, T, 1, T)
+        q = q.reshape(B * H, T, D)
+        k = k.reshape(B * H, T, D)
+        v = v.reshape(B * H, T, D)
+
+        # Softmax of the scores (B * H, T, 1, T)
+        scores = (q @ k.mT).unsqueeze(2)
         P = torch.empty_like(scores)
         _run_rows("causal_softmax", scores, P, D**-0.5)
         ctx.save_for_backward(q, k, v, P)
@@ -173,10 +183,12 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, P = ctx.saved_tensors
         shape = grad.shape
         grad = grad.reshape(q.shape)
+        # Through the softmax
         dP = (grad @ v.mT).unsqueeze(2)
         dscores = torch.empty_like(P)
         _run_rows("causal_softmax", P, dscores, q.size(-1) ** -0.5, dP)
 
+        # Through the matmuls
         dscores = dscores.squeeze(2)
         dq = dscores @ k
         dk = dscores.mT @ q
@@ -194,6 +206,7 @@ def one_token_attention(q, k, v, last=None):
 
     # The positions of a head must lie side by side
     dense = (q.size(-1), 1)
+    # A cache has them so; k and v of one forward pass may not
     if k.stride()[2:] != dense:
         k = k.contiguous()
     if v.stride()[2:] != dense:
@@ -224,14 +237,15 @@ def capped_cross_entropy(logits, targets, weights, losses, cap):
     losses (n,) = cross-entropy of the logits (n, V), capped by cap * tanh(x / cap), for targets (n,) int64, times
     weights (n,). The gradient overwrites the logits. All contiguous, weights and losses float32.
     """
-    rows = logits.shape[:1]
+    rows = logits.shape[:1]  # (n,)
     tensors = (
         _describe("logits", logits, contiguous=True),
         _describe("targets", targets, INT64, rows, contiguous=True),
         _describe("weights", weights, FLOAT32, rows, contiguous=True),
         _describe("losses", losses, FLOAT32, rows, contiguous=True),
     )
-    kernels.capped_cross_entropy(tensors, cap, torch.get_num_threads())
+    num_threads = torch.get_num_threads()
+    kernels.capped_cross_entropy(tensors, cap, num_threads)
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, *settings):

@@ -38,10 +38,10 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Refuses what can be no tensor: a null or odd address, more elements than memory has.
+    /// An error for what cannot be a tensor: a null or misaligned address, more elements than memory has.
     ///
     /// # Safety
-    /// A tensor of this description exists. Until the last use of this value and its slices its memory stays where it
+    /// A tensor of this description exists. Until the last use of this value and its slices, its memory stays where it
     /// is, and no other thread writes to it.
     pub unsafe fn new(address: usize, dtype: Dtype, shape: [usize; 4], strides: [usize; 4]) -> Result<Self, String> {
         let mut len = Some(1usize);
