@@ -92,6 +92,15 @@ def test_the_rooms_have_no_cycle():
     assert all(order.index(above) < order.index(room) for room, rooms in ROOMS.items() for above in rooms)
 
 
+def test_the_tokenizers_rust_sources_forbid_unsafe_code():
+    folder = ROOT / "rustbpe" / "src" / "bpe"
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.rs")}
+    attribute = "#![forbid(unsafe_code)]"
+    assert attribute in sources["mod.rs"] and len(sources) > 4
+    for name, text in sources.items():
+        assert "unsafe" not in text.replace(attribute, ""), name
+
+
 @pytest.mark.parametrize("path", python_files("scripts", "tasks"), ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_scripts_and_tasks_import_no_scripts_dev_or_tests(path):
     allowed = {"nanochat", "tasks"}
