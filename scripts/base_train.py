@@ -96,8 +96,8 @@ HEAD_START_LRS = (0.01, 0.0003)
 
 def muon_momentum(step):
     """
-    Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged
-    for long.
+    Rises from 0.85 to 0.95 over the first 300 steps: early gradients change direction too fast to
+    be averaged over many steps.
     """
     return 0.85 + 0.10 * min(step / 300, 1)
 
