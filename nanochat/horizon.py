@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, ceil_div, print0
 from nanochat.precision import get_precision_dtype
 
 MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
@@ -123,7 +123,24 @@ def free_memory_bytes():
 
 
 # -----------------------------------------------------------------------------
-# Examples of a step
+# Examples of a step: their places in the run, and which examples stand there
+
+
+def count_examples(num_iterations, num_epochs, examples_per_step, num_examples):
+    """
+    (optimizer steps, examples) of a run over a data set: num_iterations steps, or if that is <= 0
+    num_epochs passes, of which the last step may be short.
+    """
+    if num_iterations > 0:
+        return num_iterations, num_iterations * examples_per_step
+    run_examples = num_epochs * num_examples
+    return ceil_div(run_examples, examples_per_step), run_examples
+
+
+def step_places(step, examples_per_step, run_examples):
+    """Places of a step's examples in the run, for `shuffled_indices`."""
+    first = step * examples_per_step
+    return range(first, min(first + examples_per_step, run_examples))
 
 
 def shuffled_indices(places, num_examples, seed):

@@ -56,12 +56,18 @@ impl Task {
         }
         if let Some([cos, sin]) = &self.angles {
             read.extend([cos, sin]);
+            if width % 2 != 0 {
+                return Err(format!("rows of {width} elements are no pairs to rotate"));
+            }
             let half = [a, b, c, width / 2];
             inputs.angles = Some([cos.rows(half, 3)?, sin.rows(half, 3)?]);
         }
         let out = self.out.rows_mut::<L>(&read)?;
+        if shape.contains(&0) {
+            return Ok(());
+        }
         let num_tokens = a * b;
-        let share = WORK_OF_A_PART.div_ceil((c * width).max(1));
+        let share = WORK_OF_A_PART.div_ceil(c * width);
         for_each(0..num_tokens.div_ceil(share), num_threads, |part| {
             let tokens = part * share..num_tokens.min((part + 1) * share);
             run_part(op, inputs, &out, shape, tokens)
