@@ -48,7 +48,7 @@ class GPTConfig:
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 6      # query heads
-    n_kv_head: int = 6   # key and value heads; 1 = multi-query, others grouped-query attention
+    n_kv_head: int = 6   # key and value heads: n_head, fewer (grouped-query) or 1 (multi-query)
     n_embd: int = 768    # width
     value_embeds: bool = False  # each layer adds an embedding of the token to its values
 
@@ -173,11 +173,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    `GPT.create(config, device)` makes a new model.
-
-    It goes through the meta device, so that memory is written only once: `with
-    torch.device("meta"): model = GPT(config)`, then `model.to_empty(device=...)` and
-    `model.init_weights()`.
+    `GPT.create(config, device)` makes a new model. It goes through the meta device, so that memory
+    is written only once.
     """
 
     def __init__(self, config):

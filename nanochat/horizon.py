@@ -123,13 +123,13 @@ def free_memory_bytes():
 
 
 # -----------------------------------------------------------------------------
-# Examples of a step: their places in the run, and which examples stand there
+# Examples of a step: their positions in the run, then their indices
 
 
 def count_examples(num_iterations, num_epochs, examples_per_step, num_examples):
     """
     (optimizer steps, examples) of a run over a data set: num_iterations steps, or if that is <= 0
-    num_epochs passes, of which the last step may be short.
+    num_epochs passes. The last step may have fewer examples.
     """
     if num_iterations > 0:
         return num_iterations, num_iterations * examples_per_step
@@ -138,7 +138,7 @@ def count_examples(num_iterations, num_epochs, examples_per_step, num_examples):
 
 
 def step_places(step, examples_per_step, run_examples):
-    """Places of a step's examples in the run, for `shuffled_indices`."""
+    """Positions of a step's examples in the run, for `shuffled_indices`."""
     first = step * examples_per_step
     return range(first, min(first + examples_per_step, run_examples))
 
