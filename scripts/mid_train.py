@@ -198,7 +198,7 @@ def count_lessons(num_questions):
 # -----------------------------------------------------------------------------
 
 
-def main():
+def main():  # noqa: PLR0915
     # Device, ranks, the base model, or this stage's own checkpoint to resume
     settings = get_settings(globals())
     manager, base_manager = stage_managers("mid", "base", model_tag, resume_from_step)
