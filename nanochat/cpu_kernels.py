@@ -27,15 +27,18 @@ def _describe(name, tensor, dtypes=FLOATS, shape=None, contiguous=False):
     (address, dtype, shape, strides) of a tensor, as the extension takes it. The caller must hold the tensor until the
     extension returns. `name` is for the ValueError; shape: the one that the operation needs, if it needs one.
     """
+    # Memory that the extension can read, of a dtype that it knows
     dtype = dtypes.get(tensor.dtype)
     if dtype is None or not tensor.is_cpu or tensor.layout is not torch.strided:
         needed = " or ".join(dtypes.values())
         found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
         raise ValueError(f"{name} must be a strided CPU tensor of {needed}, but is {found}")
 
+    # The sizes that the other arguments call for
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, but has {tensor.shape}")
 
+    # Strides count elements; the extension checks that those of a row lie side by side
     strides = tensor.stride()
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, but has strides {strides}")
@@ -53,10 +56,12 @@ def _run_rows(op, x, out, value=0.0, dy=None, angles=None):
     out = op(x), or, with the gradient dy of the result, out = the gradient of x. x, out and dy have one shape of up to
     four dimensions, and the elements of a row lie side by side; angles are (cosines, sines).
     """
+    # Only for a gradient
     described_dy = None
     if dy is not None:
         described_dy = _describe("dy", dy, shape=out.shape)
 
+    # Only for rotary positions; the angles of all heads, and of all batch rows if the first size is 1, are the same
     described_angles = None
     if angles is not None:
         cos, sin = angles
@@ -86,11 +91,13 @@ class _RowOp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, op, value=0.0, angles=None):
+        # Heads before tokens, as attention wants them
         B, T, H, D = x.shape
         out = x.new_empty(B, H, T, D)
         _run_rows(op, x, out.transpose(1, 2), value, angles=angles)
 
         if ctx is not None:
+            # x is enough: the backward pass computes the norm again
             ctx.save_for_backward(x)
             ctx.settings = (op, value, angles)
         return out
@@ -100,6 +107,7 @@ class _RowOp(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         op, value, angles = ctx.settings
+        # grad is (B, H, T, D), dx like x
         dy = _dense_rows(grad).transpose(1, 2)
         dx = x.new_empty(x.shape)
         _run_rows(op, x, dx, value, dy, angles)
@@ -117,6 +125,7 @@ def _row_op(x, *settings):
 def _same_shape_op(x, op, value=0.0):
     """norm or relu_square of x, whatever its shape."""
     if x.requires_grad or not x.is_contiguous() or x.dim() > 4:
+        # Each row as a token of one head
         num_rows = x.shape[:-1].numel()
         rows = x.reshape(1, num_rows, 1, x.size(-1))
         return _row_op(rows, op, value).view(x.shape)
@@ -161,6 +170,7 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
+        # One batch of matmuls for all rows and heads
         B, H, T, D = q.shape
         q = q.reshape(B * H, T, D)
         k = k.reshape(B * H, T, D)
@@ -171,6 +181,7 @@ class ShortAttention(torch.autograd.Function):
         P = torch.empty_like(scores)
         _run_rows("causal_softmax", scores, P, D**-0.5)
         ctx.save_for_backward(q, k, v, P)
+        # The weighted mean of the values
         out = P.squeeze(2) @ v
         return out.view(B, H, T, D)
 
@@ -198,6 +209,7 @@ def one_token_attention(q, k, v, last=None):
     q (B, H, 1, D) attends to k and v (B, H_kv, S, D), which may be parts of a longer cache, up to position last (B, 1),
     int64, or to all of them -> (B, H, 1, D).
     """
+    # The only token is contiguous already, unless q is a part of something
     q = q.contiguous()
     out = torch.empty_like(q)
 
@@ -209,6 +221,7 @@ def one_token_attention(q, k, v, last=None):
     if v.stride()[2:] != dense:
         v = v.contiguous()
 
+    # Rows of a batch may have reached different positions
     described_last = None
     if last is not None:
         last = last.contiguous()
@@ -247,6 +260,7 @@ def capped_cross_entropy(logits, targets, weights, losses, cap):
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, *settings):
     """adamw.adamw_update of contiguous float32 tensors of one shape, in place."""
+    # A rank's shard of each
     shape = param.shape
     tensors = (
         _describe("param", param, FLOAT32, contiguous=True),
