@@ -1,9 +1,9 @@
 """
 AdamW, sharded over ranks: for embeddings, the output head and scalars.
 
-Source: Loshchilov & Hutter, arXiv 1711.05101. The update is a pure function; the class adds state and the two
-collectives. Every tensor is flattened and cut into one equal piece per rank (the last one padded), so any shape and
-any number of ranks work, and a single rank runs the same code.
+Source: Loshchilov & Hutter, arXiv 1711.05101. The update is a pure function; the class adds the
+state and two collectives. Every tensor is flattened and cut into one equal piece per rank, the last
+one padded. So any shape and any number of ranks work, and a single rank runs the same code.
 """
 
 import torch
@@ -15,7 +15,9 @@ from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_siz
 
 
 def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """One AdamW step on float32 tensors of one shape, in place on all but grad. `step` counts from 1."""
+    """
+    One AdamW step on float32 tensors of one shape, in place except for grad. `step` counts from 1.
+    """
     beta1, beta2 = betas
     # Running means of the gradient and of its square
     exp_avg.lerp_(grad, 1 - beta1)
@@ -32,14 +34,15 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_
 
 class DistAdamW(torch.optim.Optimizer):
     """
-    AdamW over any number of ranks. Gradients are SUMMED over ranks: divide the loss by the global number of target
-    tokens beforehand. Not for the blocks' matrices (see muon.py).
+    AdamW over any number of ranks. Gradients are SUMMED over ranks: divide the loss by the number
+    of target tokens of all ranks beforehand. Not for the matrices of the blocks (see muon.py).
 
-    param_groups: dicts with `named_params` [(name, parameter)], `lr`, and optionally betas, eps, weight_decay.
+    param_groups: dicts with `named_params` [(name, parameter)] and `lr`, and perhaps betas, eps,
+    weight_decay.
     """
 
     def __init__(self, param_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
-        # torch's form of a group, with the names beside the parameters
+        # The form of a group in torch, with the names beside the parameters
         groups = []
         for group in param_groups:
             group = dict(group)
@@ -52,8 +55,10 @@ class DistAdamW(torch.optim.Optimizer):
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
 
     def _my_shard(self, tensor):
-        """This rank's (n,) piece of a full tensor, padded with zeros so that all pieces are equal."""
-        n = ceil_div(tensor.numel(), world_size())
+        """
+        This rank's (n,) piece of a full tensor. Zeros at the end make all pieces equally long.
+        """
+        n = ceil_div(tensor.numel(), world_size())  # the same on all ranks
         start = rank() * n
         shard = tensor.reshape(-1)[start: start + n]
         if shard.numel() < n:
@@ -61,6 +66,7 @@ class DistAdamW(torch.optim.Optimizer):
         return shard  # a view of the tensor where no padding is needed
 
     def _state(self, p):
+        # made at the first use, on this rank's shard alone
         state = self.state[p]
         if not state:
             shard = self._my_shard(p)
@@ -72,6 +78,7 @@ class DistAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         self.grad_sq = 0.0
+        # every rank goes through the parameters in the same order, as collectives require
         for group in self.param_groups:
             for p in group["params"]:
                 self._step_one(p, group)
@@ -80,18 +87,18 @@ class DistAdamW(torch.optim.Optimizer):
         state = self._state(p)
         state["step"] += 1
 
-        # This rank's shard of the gradient's sum over ranks. A rank without rows has no gradient, and takes part in
-        # the collectives all the same
+        # This rank's shard of the gradient's sum over ranks. A rank without rows has no gradient,
+        # but it must take part in the collectives
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grad = grad.reshape(-1)
+        grad = grad.reshape(-1)  # (numel,)
         padding = -grad.numel() % world_size()
         if padding:
             grad = F.pad(grad, (0, padding))
         grad = reduce_scatter_sum(grad)  # (n,)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grad).square()
 
-        # Update this rank's shard of the parameter; the native version takes float32 on a CPU
-        shard = self._my_shard(p)
+        # Update this rank's shard of the parameter. Our kernel is for float32 on a CPU
+        shard = self._my_shard(p)  # (n,)
         on_cpu = p.device.type == "cpu" and shard.dtype == grad.dtype == torch.float32
         update = cpu_kernels.adamw_update if on_cpu else adamw_update
         update(
@@ -124,21 +131,25 @@ class DistAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self):
-        """{'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective."""
+        """
+        {'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective.
+        """
         tensors = {}
         for name, p, state in self._named_states():
             for key in ("exp_avg", "exp_avg_sq"):
                 full = self._full(state[key], p)
-                if rank() == 0:  # a copy: what is saved at step n must not change at step n + 1
+                # a copy, since the next step overwrites the tensor
+                if rank() == 0:
                     tensors[f"{name}.{key}"] = full.to("cpu", copy=True)
                     tensors[f"{name}.step"] = torch.tensor(state["step"])
         return tensors
 
     @torch.no_grad()
     def load_full_state(self, tensors):
-        """Take this rank's shards out of what `full_state` returned, on however many ranks that was."""
+        """Take this rank's shards from what `full_state` returned on any number of ranks."""
         for name, p, state in self._named_states():
             for key in ("exp_avg", "exp_avg_sq"):
-                full = tensors[f"{name}.{key}"].to(p.device)
+                full = tensors[f"{name}.{key}"]
+                full = full.to(p.device)
                 state[key].copy_(self._my_shard(full))
             state["step"] = int(tensors[f"{name}.step"])

@@ -1,10 +1,11 @@
 """
-The API's data: OpenAI's request fields with their limits, and its responses, whole or streamed.
+The data of the API: OpenAI's request fields with their limits, and its responses, whole or
+streamed.
 
-Beyond OpenAI: `top_k` and `min_p`; an assistant's message may hold the parts of a tool call; and
-a field `nanochat`. In the whole response or the first chunk it has the seed, the context size and
-the number of messages left out; in a message or delta, the parts of a tool call. Unknown fields
-are ignored, as OpenAI's server does.
+Beyond OpenAI's there are the fields `top_k` and `min_p`, the parts of a tool call in an assistant's
+message, and the field `nanochat`. In a whole response or the first chunk, `nanochat` has the seed,
+the context size and the number of messages left out. In a message or delta it has the parts of a
+tool call. Unknown fields are ignored, as by OpenAI's server.
 """
 
 import asyncio
@@ -30,13 +31,13 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 ModelName = Annotated[str, Field(max_length=200)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
-# fail_fast: the first wrong item is reported alone. To list 400,000 of them took 15 s, in which
-# nobody was served.
+# fail_fast: only the first wrong item is reported. A list of 400,000 of them took 15 s, in which
+# the server did nothing else
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
-# Fields that would change the answer and that we do not implement, with what to do instead.
+# Fields that would change the answer and are not implemented, each with an alternative
 UNSUPPORTED = {
     "tools": "the model calls its calculator by itself",
     "functions": "the model calls its calculator by itself",
@@ -47,7 +48,7 @@ UNSUPPORTED = {
     "suffix": "the model continues a prompt",
     "best_of": "ask for several answers with n",
 }
-# Their values that change nothing, besides empty ones and 0
+# Values of these fields that change nothing; empty ones and 0 do not either
 HARMLESS = {"response_format": {"type": "text"}, "best_of": 1}
 
 
@@ -61,15 +62,15 @@ class Message(BaseModel):
     content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
 
     def text(self):
-        """The content as one str, tool calls and their results included."""
+        """The content as one str, including tool calls and their results."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
     def as_turn(self):
-        """The message as the tokenizer takes it."""
-        # `developer` is OpenAI's newer name for `system`
-        # only the assistant's parts mean something to the tokenizer; those of others are joined
+        """The message in the form of the tokenizer."""
+        # `developer` is OpenAI's newer name for `system`. Only the assistant's parts mean something
+        # to the tokenizer: those of others are joined
         turn = self.model_dump()
         if self.role == "developer":
             turn["role"] = "system"
@@ -79,7 +80,7 @@ class Message(BaseModel):
 
 
 def _check_last_message(messages):
-    # it would be left out of the prompt, and the question before it answered once more
+    # the prompt would leave it out, so the question before it would be answered again
     if messages[-1].role == "assistant":
         raise ValueError("the last one is the assistant's: there is nothing to answer")
     return messages
@@ -98,15 +99,15 @@ class StreamOptions(BaseModel):
 
 class CompletionFields(BaseModel):
     """
-    What both kinds of completion share. A default of None is replaced by the server's, which its
+    The fields of both kinds of completion. A None is replaced by the server's default, which its
     flags set (service.with_defaults).
     """
-    model: ModelName = ""  # the first that is served
+    model: ModelName = ""  # "" = the first one that is served
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1, le=MAX_CHOICES)  # completions of each prompt
 
-    # without a seed one is drawn, and sent with the answer, so that the answer can be repeated
+    # a missing seed is drawn and sent with the answer, so that the answer can be repeated
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
     max_tokens: int | None = Field(None, ge=1, le=2**31)  # of each completion
@@ -120,7 +121,7 @@ class CompletionFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls_and_refuse(cls, data):
-        """Null means left out. Unsupported fields are refused."""
+        """Null is the same as a missing field. Unsupported fields are refused."""
         if not isinstance(data, dict):
             return data
         # before the null fields go, since unknown fields are ignored afterwards
@@ -157,7 +158,7 @@ class CompletionRequest(CompletionFields):
     max_tokens: int = Field(16, ge=0, le=2**31)
     # more than 4, since evaluations send many
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # what is top_logprobs in a chat
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # as top_logprobs in a chat
     echo: bool = False  # begin with the prompt, and with its log-probabilities
 
     def num_top(self):
@@ -209,9 +210,9 @@ def error_body(message, status, param=None, code=None):
 
 def explain(errors):
     """
-    (field, message) of a wrong field, from pydantic's errors: ('messages.0.role', 'Input should
-    be ...'). Where a field may have several types each type reports an error; the one that goes
-    deepest is of the type that was meant.
+    (field, message) of a wrong field, from pydantic's errors: ('messages.0.role', 'Input should be
+    ...'). Where a field may have several types, each type reports an error. The deepest one belongs
+    to the type that was meant.
     """
     messages = {}  # place of an error -> its messages
     for error in errors:
@@ -220,7 +221,7 @@ def explain(errors):
         place = tuple(part for part in parts if "-" not in part and "[" not in part)
         messages.setdefault(place, []).append(error["msg"].removeprefix("Value error, "))
 
-    # of equally deep ones the first
+    # the first one of equally deep ones
     deepest = max(messages, key=len)
     return ".".join(deepest), ", or: ".join(dict.fromkeys(messages[deepest]))
 
@@ -245,8 +246,8 @@ def token_text(tokenizer, token):
 
 class Response:
     """
-    What the events of some requests (scheduler.py) become. `opening`, `chunk` and `closing` make
-    the stream, `whole` the JSON document. A subclass says what a choice looks like, in a chunk
+    Turns the events of some requests (scheduler.py) into a response. `opening`, `chunk` and
+    `closing` make the stream, `whole` the JSON document. A subclass makes the choices in a chunk
     (`delta`) and in the document (`choice`).
     """
 
@@ -271,7 +272,7 @@ class Response:
         }
 
     def completion_tokens(self):
-        """Tokens generated so far, those that a tool forced included."""
+        """Tokens generated so far, including those that a tool forced."""
         return sum(len(request.row.tokens) for request in self.requests)
 
     def usage(self):
@@ -353,7 +354,7 @@ class ChatResponse(Response):
                 parts.append({"type": event.kind, "text": event.text})
 
         content = "".join(part["text"] for part in parts if part["type"] == "text")
-        # `parts` is what a client sends back to continue a conversation with tool calls
+        # a client sends `parts` back to continue a conversation with tool calls
         message = {"role": "assistant", "content": content}
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}

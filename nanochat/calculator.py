@@ -1,8 +1,8 @@
 """
 The calculator behind a model's tool calls: the value of an arithmetic expression as text, or None.
 
-No Python code is run. The expression is parsed by `ast`, and only the nodes that `_evaluate` lists are computed, as
-exact fractions. There are no signals and no shared state, so any thread may call it.
+No Python code is run. `ast` parses the expression, and only the nodes that `_evaluate` lists are
+computed, as exact fractions. There are no signals and no shared state, so any thread may call it.
 """
 
 import ast
@@ -16,29 +16,38 @@ MAX_MAGNITUDE = 10**15  # of every intermediate value
 
 # A first filter, since the parser accepts much more: digits, operators, and strings without escapes
 EXPRESSION = re.compile(r"""(?:[0-9 .,+\-*/()]|\.count|'[^'\\\n]*'|"[^"\\\n]*")+""")
-# A number with thousands separators; or a whole string, so that the commas inside one are left alone
+# A number with thousands separators; or a whole string, whose commas must stay
 THOUSANDS = re.compile(r"""'[^']*'|"[^"]*"|(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])""")
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def use_calculator(expression: str) -> str | None:
-    """The value of an arithmetic expression as text, None for anything else or without a value.
+    """
+    The value of an arithmetic expression as text. None for anything else, or if there is no value.
 
-    Numbers, + - * / ( ), unary minus, commas as thousands separators, and 'text'.count('x'). Arithmetic is exact; the
-    result is rounded to 6 decimals and written without trailing zeros, as the training data has it:
-    `0.2*50` gives `10`, `0.1+0.2` gives `0.3`, `10/3` gives `3.333333`, `'a,b,c'.count(',')` gives `2`.
+    Allowed are numbers, + - * / ( ), unary minus, commas as thousands separators, and
+    'text'.count('x'). Arithmetic is exact. The result is rounded to 6 decimals and written without
+    trailing zeros, as in the training data: `0.2*50` gives `10`, `0.1+0.2` gives `0.3`, `10/3`
+    gives `3.333333`, `'a,b,c'.count(',')` gives `2`.
     """
     if len(expression) > MAX_CHARS or not EXPRESSION.fullmatch(expression):
         return None
     plain = THOUSANDS.sub(_remove_commas, expression)
 
+    # MemoryError, RecursionError: the parser's own, for deep nesting
     try:
         tree = ast.parse(plain.strip(), mode="eval")
         value = _evaluate(tree.body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
+    # Six decimals, in integer arithmetic: floats would lose digits
     millionths = round(value * 10**6)
     whole, fraction = divmod(abs(millionths), 10**6)
     digits = f"{whole}.{fraction:06d}".rstrip("0").rstrip(".")
@@ -53,7 +62,9 @@ def _remove_commas(match):
 
 
 def _evaluate(node, depth=0):
-    """The exact value of a node of the allow-list; ValueError for every other node, and past the bounds."""
+    """
+    The exact value of a node. ValueError for nodes that are not listed, and beyond the bounds.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deep")
     match node:
@@ -69,6 +80,7 @@ def _evaluate(node, depth=0):
             value = Fraction(text.count(part))
         case _:
             raise ValueError("not arithmetic")
+    # bounds the time and memory that exact arithmetic takes
     if abs(value) > MAX_MAGNITUDE:
         raise ValueError("too large")
     return value

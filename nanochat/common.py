@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it compiles kernels for GPUs
-IGNORE = -1  # a target without a token: no loss there
+IGNORE = -1  # the target where there is no loss
 
 # -----------------------------------------------------------------------------
 # Errors that a user can cause, and how a script ends on one
@@ -24,9 +24,9 @@ IGNORE = -1  # a target without a token: no loss there
 
 class UserError(ValueError):
     """
-    A wrong setting, file, row, checkpoint or environment: one line that names the thing, the value
-    and what was needed, and a hint with a command that works. `run_script` prints it and exits 2,
-    without a traceback.
+    A wrong setting, file, row, checkpoint or environment. The message is one line with the thing,
+    the value and what was needed; the hint has a command that works. `run_script` prints both and
+    exits 2, without a traceback.
     """
 
     def __init__(self, message, hint=None):
@@ -35,14 +35,14 @@ class UserError(ValueError):
 
 def run_script(main):
     """
-    Run a script's main(). A mistake of the user's, or a file that cannot be read or written, ends
-    in `error:` and `hint:` lines and exit code 2.
+    Run a script's main(). A user's mistake, or a file that cannot be read or written, ends in
+    `error:` and `hint:` lines and exit code 2.
     """
     try:
         main()
     except UserError as error:
         exit_with(error)
-    except BrokenPipeError:  # for example `| head`, which has read enough
+    except BrokenPipeError:  # for example by `| head`
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # else the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
@@ -78,8 +78,10 @@ def get_base_dir():
     try:
         base_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"NANOCHAT_BASE_DIR={base_dir} cannot be a folder: {error.strerror}",
-                        "export NANOCHAT_BASE_DIR=~/nanochat_files") from error
+        raise UserError(
+            f"NANOCHAT_BASE_DIR={base_dir} cannot be a folder: {error.strerror}",
+            "export NANOCHAT_BASE_DIR=~/nanochat_files",
+        ) from error
     return base_dir
 
 
@@ -96,17 +98,17 @@ def get_data_dir():
 
 def get_data_root():
     """
-    Where the files of the chat stages are: in the local mirror, if there is one, else in the base
-    directory.
+    The folder of the chat stages' files: the local mirror if there is one, else the base directory.
     """
     return get_data_dir() or get_base_dir()
 
 
 def write_text(path, text):
     """
-    A whole file or none, also after a crash or a power cut: written under a temporary name, then
-    renamed. Makes the folder.
+    Write a whole file or none, even if the process or the machine stops in between: under a
+    temporary name, then renamed. Makes the folder.
     """
+    # on the disk before the rename
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
@@ -140,8 +142,8 @@ def print0(*args, **kwargs):
 
 def compute_init(device_type="", seed=42):
     """
-    Set up this process: device, ranks, seeds, matmul precision. Starts the process group under
-    torchrun (NCCL on GPUs, gloo elsewhere). device_type '' = detect.
+    Set up this process: device, ranks, seeds, matmul precision. Under torchrun it starts the
+    process group (NCCL on GPUs, gloo elsewhere). device_type '' = detect.
 
     Returns (ddp_rank, ddp_local_rank, ddp_world_size, device).
     """
@@ -169,10 +171,8 @@ def compute_init(device_type="", seed=42):
 
 
 def choose_device(device_type, local_rank):
-    """
-    The torch.device of this process; '' = a GPU where there is one, else Apple's, else the CPU.
-    """
-    # the first of these is the default
+    """The torch.device of this process. '' = a GPU if there is one, else Apple's, else the CPU."""
+    # the first one is the default
     usable = ["cpu"]
     if torch.backends.mps.is_available():
         usable.insert(0, "mps")
@@ -196,8 +196,7 @@ def choose_device(device_type, local_rank):
 
 def compute_cleanup():
     """
-    Leave the process group, if `compute_init` joined one. All ranks at once: else one may abort
-    (dev/LOG.md).
+    Leave the process group, if there is one. All ranks at once, or one may abort (dev/LOG.md).
     """
     if dist.is_initialized():
         dist.barrier()
@@ -206,9 +205,9 @@ def compute_cleanup():
 
 def keep_freed_memory():
     """
-    Ask glibc to keep large freed blocks instead of returning them: on a CPU every training step
-    frees and takes the same buffers, and faulting fresh pages in costs more than the arithmetic on
-    them. Costs up to 1 GB of resident memory. A no-op where the C library has no mallopt.
+    Ask glibc to keep large freed blocks instead of returning them to the system. On a CPU every
+    training step frees and takes the same buffers, and new pages cost more time than the arithmetic
+    on them. Costs up to 1 GB of memory. Does nothing where the C library has no mallopt.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -225,7 +224,7 @@ def keep_freed_memory():
 
 def compiles(device, setting=None):
     """
-    Whether to torch.compile: never on a CPU, which has cpu_kernels.py; None = on a GPU with Triton.
+    Whether to torch.compile: never on a CPU, which has cpu_kernels.py. None = on a GPU with Triton.
     """
     if device.type == "cpu":
         return False
@@ -235,7 +234,7 @@ def compiles(device, setting=None):
 
 
 def synchronize(device):
-    """Wait for a GPU's queued work, so that a clock read afterwards is honest. A no-op on CPU."""
+    """Wait for a GPU's queued work, so that a clock read afterwards counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -243,9 +242,7 @@ def synchronize(device):
 
 
 def peak_memory_bytes(device):
-    """
-    Most memory in use so far: on CUDA by its allocator, elsewhere the process's resident set.
-    """
+    """Most memory used so far: on CUDA by PyTorch's allocator, elsewhere by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -256,8 +253,8 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (SXM parts unless named; without
-# sparsity). The first name that fits counts.
+# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (SXM parts unless named, without
+# sparsity). The first name that matches counts
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200 NVL": 835,
@@ -279,13 +276,13 @@ PEAK_TFLOPS = {
 
 def get_peak_flops(device, dtype):
     """
-    (FLOP/s, 'data sheet' | 'measured'), the peak in the definition of MFU. Known GPUs in 16 bits
-    come from the table, anything else is timed on a matmul in the dtype that training uses.
+    (FLOP/s, 'data sheet' | 'measured'): the peak, of which MFU is a fraction. Known GPUs in 16 bits
+    come from the table. Other devices are timed on a matmul in the dtype of training.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for key, tflops in PEAK_TFLOPS.items():
-            # a laptop's part has fewer units than the name says
+            # a laptop's GPU has fewer units than others of that name
             if re.search(rf"\b{key}\b", name) and "Laptop" not in name:
                 return tflops * 1e12, "data sheet"
 

@@ -1,8 +1,8 @@
 """
-Command-line flags over a script's own globals.
+Command-line flags for a script's own globals.
 
 A script declares its settings as annotated lower-case module globals, one per line. The annotation
-declares the values of a setting, the trailing comment is its help text:
+says which values a setting may have, and the trailing comment is its help text:
 
     depth: Positive = 20             # number of layers; everything else follows from it
     eval_every: CountOrOff = 250     # steps between validation losses; -1 = at the end only
@@ -14,11 +14,11 @@ and ends with
         override_from_cli(globals(), prefix="--")
         run_script(main)
 
-`--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` then work, a typo is answered with the
-nearest name, and a value of the wrong type or out of range is refused in one line. There is no
-config object: inside `main` the settings are plain globals. A test sets them on the imported module
-before it calls `main()`, which checks them again by `get_settings(globals())`. Tools with short
-flags (`-i`, `-p`) use `ArgumentParser`.
+Then `--depth=4`, `--depth 4`, `--max-seq-len=512` and `--help` work. The answer to a typo is the
+nearest name, and a value of a wrong type or out of range is refused in one line. There is no config
+object: inside `main` the settings are plain globals. A test sets them on the imported module before
+it calls `main()`, which checks them again by `get_settings(globals())`. Tools with short flags
+(`-i`, `-p`) use `ArgumentParser`.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from nanochat.common import UserError, exit_with
 
+# spellings on the command line
 TRUE = {"true", "1", "yes", "on"}
 FALSE = {"false", "0", "no", "off"}
 NONE = {"none", "null"}
@@ -42,7 +43,7 @@ NONE = {"none", "null"}
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from low to high; or_off: also -1, which stands for off, all or derived."""
+    """The numbers from low to high. or_off: also -1, which means off, all or derived."""
     low: float
     high: float = math.inf
     or_off: bool = False
@@ -60,14 +61,13 @@ class Range:
 
 
 class Choices(tuple):
-    """The values of a Literal."""
+    """The values of a Literal, all of them str."""
 
     def __str__(self):
         return " or ".join(self)
 
 
-# For declarations. -1 in an ...OrOff setting stands for off, all or derived: its comment says
-# which.
+# For declarations. In an ...OrOff setting -1 means off, all or derived, as its comment says
 Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 CountOrOff = Annotated[int, Range(1, or_off=True)]
@@ -109,17 +109,17 @@ def read_annotation(annotation):
 
 def read_kinds(namespace):
     """
-    {name: Kind} of a script's settings: its annotated globals without a capital or a leading
+    {name: Kind} of a script's settings: annotated globals in lower case, without a leading
     underscore.
     """
-    # Up to Python 3.13 a running script finds its annotations in its globals. From 3.14 on it finds
-    # a function there that evaluates them (PEP 649); 1 is annotationlib.Format.VALUE.
+    # Up to Python 3.13 the globals of a running script hold its annotations. From 3.14 on they hold
+    # a function that evaluates them (PEP 649); 1 is annotationlib.Format.VALUE
     annotations = namespace.get("__annotations__", {})
     if "__annotate__" in namespace:
         annotations = namespace["__annotate__"](1)
 
     # Capitals are constants; an underscore is for the script alone
-    kinds = {}
+    kinds = {}  # in the order of the file
     for name, annotation in annotations.items():
         if name == name.lower() and not name.startswith("_"):
             kinds[name] = read_annotation(annotation)
@@ -128,7 +128,7 @@ def read_kinds(namespace):
 
 def get_settings(namespace):
     """
-    The settings of a script as a dict. A value that its declaration does not allow is a UserError.
+    The settings of a script as a dict. UserError for a value that its declaration does not allow.
     """
     # tests and notebooks set globals, which the command line has not seen
     settings = {}
@@ -139,7 +139,8 @@ def get_settings(namespace):
 
 
 def check(name, value, kind, hint):
-    """Raise UserError where a setting has a value that its declaration does not allow."""
+    """Raise UserError if a setting has a value that its declaration does not allow."""
+    # None passes: only an optional setting can have it
     if kind.allowed and value is not None and value not in kind.allowed:
         raise UserError(f"--{name}={value}: need {kind.allowed}", hint)
 
@@ -151,14 +152,15 @@ def check(name, value, kind, hint):
 def override_from_cli(namespace, argv=None, prefix="--"):
     """
     Overwrite the settings in `namespace` (a script's `globals()`) from `argv` (default: the
-    process's arguments). Returns all settings as a dict. `--help` prints every setting and exits 0;
-    a mistake prints `error:` and `hint:` on stderr and exits 2.
+    arguments of this process). Returns all settings as a dict. `--help` prints every setting and
+    exits 0. A mistake prints `error:` and `hint:` on stderr and exits 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == [prefix]:  # torchrun hands over the `--` that separates its own flags from ours
+    # torchrun passes on the `--` that separates its own flags from ours
+    if argv[:1] == [prefix]:
         argv.pop(0)
 
-    # Flag by flag; of two with one name the last one counts
+    # Flag by flag; if a name comes twice the last one counts
     kinds = read_kinds(namespace)
     try:
         while argv:
@@ -193,14 +195,15 @@ def override_from_cli(namespace, argv=None, prefix="--"):
 
 
 def suggest(name, known, prefix=""):
-    """A hint that names the option most like `name`."""
+    """A hint with the name that is most like `name`."""
+    # cutoff: half of the letters agree
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists them"
 
 
 def cast(name, text, kind, hint):
     """The text of a flag as a value of its kind, or UserError."""
-    # none is a value of its own
+    # "none" is the value None
     if kind.optional and text.lower() in NONE:
         return None
     try:
@@ -212,6 +215,7 @@ def cast(name, text, kind, hint):
 
 
 def cast_bool(text):
+    # bool("false") would be True
     text = text.lower()
     if text not in TRUE | FALSE:
         raise ValueError(text)
@@ -241,8 +245,7 @@ CASTS = {bool: cast_bool, int: cast_int, float: cast_float, str: str}
 
 def help_text(namespace, kinds, prefix):
     """
-    The script's docstring, then every setting with its kind, default and comment, in the order of
-    the file.
+    The script's docstring, then every setting with its kind, default and comment, in file order.
     """
     # a setting's comment stands on its line
     with open(namespace["__file__"], encoding="utf-8") as f:
@@ -255,7 +258,7 @@ def help_text(namespace, kinds, prefix):
 
 class ArgumentParser(argparse.ArgumentParser):
     """
-    argparse's, for tools with short flags. A mistake here ends in `error:` and `hint:` lines, too.
+    argparse's, for tools with short flags. A mistake ends in `error:` and `hint:` lines here, too.
     """
 
     def __init__(self, **settings):
@@ -264,7 +267,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
 
-        # argparse does not look for the nearest option
+        # argparse itself does not look for the nearest option
         name = unknown[1] if unknown else ""
         hint = suggest(name, self._option_string_actions)
         exit_with(UserError(message.removeprefix("argument "), hint))

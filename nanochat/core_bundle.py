@@ -49,8 +49,8 @@ class CoreTask:
 
 def get_eval_bundle(fetch=download_url) -> Path:
     """
-    The bundle's folder: in the data mirror if there is one, else in the base directory, downloaded
-    once.
+    The bundle's folder: in the data mirror if there is one, else downloaded once to the base
+    directory.
     """
     data_dir = get_data_dir()
     if data_dir is not None:
@@ -70,7 +70,7 @@ def get_eval_bundle(fetch=download_url) -> Path:
 
 def _unpack(zip_path, bundle_dir):
     """
-    Unpack next to bundle_dir, then rename, so that it is there only when it is whole. The checksums
+    Unpack next to bundle_dir, then rename, so that a bundle is there only as a whole. The checksums
     inside the zip are checked. `zipfile` itself drops `..` and roots from names, and makes no
     links.
     """
@@ -82,7 +82,7 @@ def _unpack(zip_path, bundle_dir):
         except (zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{zip_path} is damaged: {error}", remedy) from error
 
-        # the zip holds a folder, whose name is not relied on
+        # the zip holds a folder of any name
         found = list(Path(folder).rglob("core.yaml"))
         if len(found) != 1:
             raise UserError(f"{zip_path} holds {len(found)} files core.yaml, needed: one", remedy)
@@ -96,7 +96,7 @@ def _unpack(zip_path, bundle_dir):
 
 def load_tasks(bundle_dir) -> list[CoreTask]:
     """
-    All tasks of the bundle with their questions. Raises a UserError that names a wrong or missing
+    All tasks of the bundle with their questions. UserError with the name of a wrong or missing
     file.
     """
     # the two files that describe the tasks
@@ -113,14 +113,14 @@ def load_tasks(bundle_dir) -> list[CoreTask]:
     if get_data_dir() is None:
         remedy = f"rm -r {bundle_dir} {bundle_dir}.zip, and it is downloaded again"
 
-    # a value that is missing or of another type is a LookupError, TypeError or ValueError
+    # LookupError, TypeError, ValueError: a value is missing or of another type
     try:
         with open(bundle_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         config = yaml.safe_load((bundle_dir / "core.yaml").read_text("utf-8"))
         tasks = [_read_task(entry, baselines, bundle_dir, remedy) for entry in config["icl_tasks"]]
-    except UserError:  # is a ValueError too, and says more than what follows
+    except UserError:  # a ValueError too, but with a better message
         raise
     except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())

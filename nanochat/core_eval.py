@@ -1,6 +1,5 @@
 """
-The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks that a base model can be asked, of
-three kinds.
+The CORE metric of the DCLM paper (arXiv 2406.11794): 22 tasks for a base model, of three kinds.
 
     multiple_choice      one context, several continuations: which has the lowest loss per token?
     schema               several contexts, one continuation: after which does it have the lowest
@@ -8,13 +7,14 @@ three kinds.
     language_modeling    one context, one continuation: does greedy decoding produce exactly it?
 
 A task's accuracy is centred, (accuracy - baseline) / (1 - baseline), so that guessing is 0 and
-perfection 1; CORE is the mean over the tasks. For two tasks the baseline is above chance (boolq
-62%, commonsense_qa 40.3%), so the CORE of guessing is -0.026, and it is stated beside the model's.
-Few-shot examples are drawn for each question, from a seed of its own: they are the same for any
-number of questions, ranks and rows in a batch. Left out: the average over categories, which the
-questions of jeopardy have.
+perfection 1. CORE is the mean over the tasks. For two tasks the baseline is above chance (boolq
+62%, commonsense_qa 40.3%). So the CORE of guessing is -0.026; it is printed beside the model's.
 
-The tasks are read by core_bundle.py.
+Few-shot examples are drawn for each question, from a seed of its own. So they are the same for any
+number of questions, ranks and rows in a batch. Left out: jeopardy's average over the categories of
+its questions.
+
+core_bundle.py reads the tasks.
 """
 
 import math
@@ -36,7 +36,7 @@ CHUNK_QUESTIONS = 256  # sorted by length at a time: enough for even batches, li
 
 def pick_questions(task, max_per_task=-1):
     """
-    Row numbers to ask: all, or the first ones of a shuffle that depends on the task's name alone.
+    Row numbers to ask: all, or the first ones of a shuffle that depends only on the task's name.
     """
     # one order of all rows, so that a larger number includes a smaller
     num_rows = len(task.rows)
@@ -46,8 +46,7 @@ def pick_questions(task, max_per_task=-1):
 
 def pick_fewshot(task, index):
     """
-    Row numbers of the solved examples of question `index`: never the question, nor a row that says
-    the same.
+    Row numbers of the solved examples of question `index`: never the question, nor an equal row.
     """
     num_rows = len(task.rows)
     # four times as many as needed: enough to step over duplicates of the question
@@ -59,9 +58,7 @@ def pick_fewshot(task, index):
 
 
 def get_options(row, kind):
-    """
-    The (context, continuation) pairs of a row: one per option, a single one for language modeling.
-    """
+    """The (context, continuation) pairs of a row: one per option; one for language modeling."""
     if kind == "multiple_choice":
         return [(row["query"], choice) for choice in row["choices"]]
     if kind == "schema":
@@ -71,10 +68,11 @@ def get_options(row, kind):
 
 def render_prompts(task, index):
     """
-    The texts of question `index`, one per option, each ending in its continuation: the solved
-    examples with a blank line after each, then the question. Language modeling gets a second text,
-    that without the continuation; it ends in no white space, because a space belongs to the token
-    of the word that follows it.
+    The texts of question `index`, one per option, each ending in its continuation. The solved
+    examples come first, with a blank line after each, then the question.
+
+    Language modeling gets a second text, without the continuation. It does not end in white space,
+    because a space belongs to the token of the word after it.
     """
     # the solved examples
     shots = ""
@@ -101,8 +99,8 @@ def render_prompts(task, index):
 @dataclass(frozen=True)
 class Row:
     """
-    A sequence for the model. Its loss counts on ids[start:]; the last id is only ever a target,
-    never an input.
+    A sequence for the model. Its loss counts on ids[start:]. The last id is a target, never an
+    input.
     """
     ids: list   # of token ids, <|bos|> first
     start: int  # >= 1
@@ -128,8 +126,8 @@ def num_common_prefix(sequences):
 
 def make_rows(kind, sequences):
     """
-    The token ids of `render_prompts`' texts -> Rows. Each keeps at least one id before its start
-    and one after.
+    The token ids of `render_prompts`' texts -> Rows. Each has at least one id before its start and
+    one after.
     """
     # an option may be the beginning of another, or the same
     longest_start = min(map(len, sequences)) - 1
@@ -140,8 +138,8 @@ def make_rows(kind, sequences):
         backwards = [ids[::-1] for ids in sequences]
         num_shared = min(num_common_prefix(backwards), longest_start)
         return [Row(ids, len(ids) - num_shared) for ids in sequences]
-    # language modeling: a token may join the end of the context and the begin of the continuation,
-    # so what counts is all that differs from the tokens of the context alone
+    # language modeling: a token may hold the end of the context and the start of the continuation,
+    # so all ids count that differ from those of the context alone
     full, context = sequences
     start = min(num_common_prefix([full, context]), len(full) - 1)
     return [Row(full, start)]
@@ -149,8 +147,8 @@ def make_rows(kind, sequences):
 
 def cut_row(row, max_seq_len):
     """
-    Drop what does not fit into the model from the left, right after <|bos|>; -> (row, whether it
-    was cut).
+    Drop ids right after <|bos|> until the row fits into the model. Returns (row, whether it was
+    cut).
     """
     num_dropped = len(row.ids) - 1 - max_seq_len
     if num_dropped <= 0:
@@ -166,9 +164,9 @@ def cut_row(row, max_seq_len):
 @torch.no_grad()
 def score_rows(model, rows, device, batch_tokens):
     """
-    -> for each row (mean loss over its targets, ids that greedy decoding gives in their place).
-    Rows of similar length go together, padded on the right, where a causal model does not look;
-    rows with the same input (options of one token) share one forward pass.
+    For each row: (mean loss over its targets, ids that greedy decoding gives in their place). Rows
+    of similar length go together, padded at the end, where a causal model does not look. Rows with
+    the same input (options of one token) share one forward pass.
     """
     # which rows share an input
     members = {}  # input ids -> numbers of the rows that have them
@@ -196,8 +194,7 @@ def score_batch(model, batch, rows, device):
         ids[b, : len(sequence)] = torch.tensor(sequence)
     logits = model(ids.to(device))  # (B, T, V)
 
-    # the logits that predict a target are one to its left. Picking them first leaves far fewer: (K,
-    # V)
+    # the logits that predict a target are one to its left. Only these are kept: (K, V)
     places = {sequence: b for b, sequence in enumerate(batch)}
     logits = torch.cat([
         logits[places[row.inputs], row.start - 1 : len(row.inputs)]
@@ -220,7 +217,7 @@ def score_batch(model, batch, rows, device):
 
 
 def ask_questions(model, tokenizer, device, task, indices, max_seq_len, batch_tokens):
-    """Ask the model the questions `indices` -> one record (a dict for JSON) per question."""
+    """Ask the model the questions `indices`. Returns one record (a dict for JSON) per question."""
     # all texts in one call, which tokenizes on several threads; then back to one group a question
     prompts = [render_prompts(task, index) for index in indices]
     ids = tokenizer(flatten(prompts), prepend=tokenizer.get_bos_token_id())
@@ -269,8 +266,10 @@ def flatten(groups):
 
 def split_like(items, groups):
     """
-    Split a list into parts as long as the groups: split_like("abc", [[1], [2, 3]]) == [["a"], ["b",
-    "c"]].
+    Split a list into parts as long as the groups.
+
+    >>> split_like("abc", [[1], [2, 3]])
+    [['a'], ['b', 'c']]
     """
     rest = iter(items)
     return [list(islice(rest, len(group))) for group in groups]
@@ -287,8 +286,7 @@ def evaluate_task(
     batch_tokens=16384,
 ):
     """
-    One task, shared by the ranks -> (result dict, records of all questions), the same on every
-    rank.
+    One task, shared by the ranks. Returns (result dict, records of all questions) on every rank.
     """
     start_time = time.time()
     # this rank's questions
@@ -336,10 +334,12 @@ def evaluate_core(
     on_task=None,
 ):
     """
-    CORE of `model`, any causal callable: ids (B, T) int64 -> logits (B, T, V). `max_seq_len` is the
-    longest T that it takes, `batch_tokens` the largest B x T (float32 logits take 4 V bytes each),
-    `on_task(result, records)` is called after each task. -> {"core", "stderr", "guessing" (the CORE
-    of blind guesses), "n", "truncated", "tasks": [result dicts]}. Every rank must call this.
+    CORE of `model`, any causal callable: ids (B, T) int64 -> logits (B, T, V). `max_seq_len` is its
+    longest T, `batch_tokens` the largest B x T (float32 logits take 4 V bytes each).
+    `on_task(result, records)` is called after each task.
+
+    Returns {"core", "stderr", "guessing" (the CORE of blind guesses), "n", "truncated", "tasks":
+    [result dicts]}. Collective.
     """
     results = []
     for task in tasks:

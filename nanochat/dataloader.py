@@ -1,27 +1,16 @@
 """
 From documents to rows of tokens.
 
-What a training step sees is a function of (seed, step) alone. Every rank walks the same stream of documents, packs
-the same rows and keeps its share of them. So neither the number of ranks nor the micro-batch can change a step, and
-a position in the stream is a few integers. Packing every rank's rows on every rank is affordable because encoding
-runs in Rust at tens of megabytes per second and ahead of training, in a background thread.
+The rows of a training step depend on (seed, step) alone. Every rank walks the same stream of
+documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the
+micro-batch can change a step, and a position in the stream is a few integers. Every rank can afford
+to pack all rows: encoding runs in Rust at tens of megabytes per second, ahead of training, in a
+background thread.
 
-A row holds T + 1 tokens (inputs are the first T, targets the last T) and starts with <|bos|>, as each document does.
-Rows are made block by block, a block being about BLOCK_TOKENS of consecutive documents of one epoch:
-  - a document longer than a row is cut; the rest becomes a document of its own, with its own <|bos|>;
-  - the others are packed best-fit: the longest that still fits, until none does. Then the gap is filled with the start
-    of a document, whose rest waits again;
-  - the last row of a block is filled from the document after it, and the next block starts in the middle of that one.
-So nothing is padded or lost. The position (epoch, file, row, token offset) where a block starts and the number of rows
-taken from it are the whole state.
-
-With `crop`, a long document gives one row in each epoch, from a random place, and a document that fills a gap loses
-its rest. For a run that ends before it has seen all of the text, seeing part of every document beats seeing a few
-documents in full (dev/LOG.md).
+packing.py makes rows in blocks of documents. The whole state of a loader is the position where a
+block starts (epoch, file, row, token offset) and the number of rows taken from the block.
 """
 
-import bisect
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,11 +19,11 @@ import torch
 
 from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataset import read_documents
+from nanochat.packing import pack_documents, packed_blocks
 
-BLOCK_TOKENS = 2**19
-BLOCKS_AHEAD = 3            # made in the background before they are asked for
-ENCODE_CHARS = 2**19        # characters handed to the tokenizer at once
-ENCODE_CONVERSATIONS = 256  # conversations handed to it at once
+BLOCKS_AHEAD = 3            # made in the background before they are needed
+ENCODE_CHARS = 2**19        # characters that the tokenizer gets at once
+ENCODE_CONVERSATIONS = 256  # conversations that it gets at once
 
 # State of a loader: where its current block starts, and how much of it is used
 START = {
@@ -52,9 +41,9 @@ START = {
 
 def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
     """
-    Yield every document of `spans` from the position `start` on, for ever or for `epochs` epochs. Without `epochs`,
-    the files are visited in another order in every epoch of every seed. A stream without documents is a UserError,
-    not an endless search.
+    Yield every document of `spans` from the position `start` on: for `epochs` epochs, or for ever.
+    Without `epochs`, the files come in another order in every epoch of every seed. A stream without
+    documents is a UserError, since the search would never end.
     """
     epoch, first_span, first_row = start
     while epochs is None or epoch < epochs:
@@ -68,7 +57,10 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
                 yield (epoch, span, row), ids
             first_row = 0
         if not found and first_span == 0:
-            raise UserError("the data holds no documents", "check --data, or run: python -m nanochat.dataset -n 8")
+            raise UserError(
+                "the data holds no documents",
+                "check --data, or run: python -m nanochat.dataset -n 8",
+            )
         epoch += 1
         first_span = 0
 
@@ -79,7 +71,8 @@ def _span_order(num_spans, seed, epoch):
 
 
 def describe_position(state, spans, seed):
-    """The file and row where the current block of a `training_rows` loader starts, in words; `state` is its state()."""
+    """The file and row, in words, where the current block of a loader with this state() starts."""
+    # the state counts files in the order of its epoch
     order = _span_order(len(spans), seed, state["epoch"])
     span = spans[order[state["span"]]]
     return f"{span.path}, row {state['row']} and after (epoch {state['epoch']})"
@@ -89,12 +82,13 @@ def _encode_in_batches(tokenizer, rows):
     """(row, text) pairs -> (row, ids) pairs, encoded ENCODE_CHARS at a time."""
     for batch in _batches_of_text(rows):
         texts = [text for _, text in batch]
-        ids, offsets = tokenizer.encode_to_numpy(texts)
+        ids, offsets = tokenizer.encode_to_numpy(texts)  # all ids of the batch in one array
         for i, (row, _) in enumerate(batch):  # document i is a view of the batch's ids
             yield row, ids[offsets[i]: offsets[i + 1]]
 
 
 def _batches_of_text(rows):
+    """(row, text) pairs -> lists of them, of ENCODE_CHARS characters or a little more."""
     batch = []
     num_chars = 0
     for row, text in rows:
@@ -109,8 +103,10 @@ def _batches_of_text(rows):
 
 
 def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
-    """Yield the conversations of a dataset in its order as documents, from the position `start` on, for ever or for
-    `epochs` epochs."""
+    """
+    Yield the conversations of a dataset in its order, as documents, from the position `start` on:
+    for `epochs` epochs, or for ever.
+    """
     epoch, _, first = start
     if len(dataset) == 0:
         raise UserError("the mixture of conversations is empty", "check the data of its tasks")
@@ -122,156 +118,12 @@ def conversation_documents(dataset, tokenizer, start=(0, 0, 0), epochs=None):
 
 
 def rendered_conversations(dataset, indices, tokenizer):
-    """Yield (index, ids with <|bos|>) of each conversation of `indices`, ENCODE_CONVERSATIONS rendered at a time."""
+    """Yield (index, ids with <|bos|>) of each conversation of `indices`."""
+    # many at once, since encoding runs on several threads
     for start in range(0, len(indices), ENCODE_CONVERSATIONS):
         batch = indices[start: start + ENCODE_CONVERSATIONS]
         conversations = [dataset[i] for i in batch]
         yield from zip(batch, tokenizer.render_batch(conversations), strict=True)
-
-
-# -----------------------------------------------------------------------------
-# Packing
-
-
-def pack_rows(pieces, bos, capacity, crop=False):
-    """
-    Best-fit packing of pieces (int arrays that start with bos) into rows of `capacity` tokens.
-    Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last row.
-    crop: a piece that fills a gap loses its rest instead of giving it back.
-
-    >>> pack_rows([np.array([0, 1, 2]), np.array([0, 3])], bos=0, capacity=4)[0]
-    array([[0, 1, 2, 0]])
-    """
-    # Long pieces give whole rows
-    packed = []  # the rows' pieces one after the other; they fill the rows without a gap
-    pool = []    # pieces that wait, sorted by length
-    for piece in pieces:
-        while len(piece) > capacity:
-            packed.append(piece[:capacity])
-            piece = _drop_start(piece, capacity, bos)
-        pool.append(piece)
-    pool.sort(key=len)
-
-    # The others fill rows: the longest that fits in the rest of the row, else a part of one
-    space = capacity
-    while pool:
-        num_fitting = bisect.bisect_right(pool, space, key=len)
-        if num_fitting > 0:
-            piece = pool.pop(num_fitting - 1)
-        elif crop:
-            piece = pool.pop(0)[:space]  # the shortest loses least
-        else:
-            longest = pool.pop()
-            piece = longest[:space]
-            rest = _drop_start(longest, space, bos)
-            bisect.insort_left(pool, rest, key=len)
-        packed.append(piece)
-        space -= len(piece)
-        if space == 0:
-            space = capacity
-
-    # One long array, cut into rows
-    tokens = np.concatenate([np.empty(0, dtype=np.int32), *packed])
-    end = len(tokens) - len(tokens) % capacity
-    return tokens[:end].reshape(-1, capacity), tokens[end:]
-
-
-def _drop_start(piece, count, bos):
-    """Drop the first `count` tokens of a piece and let the rest start with bos again."""
-    rest = piece[count - 1:].copy()
-    rest[0] = bos
-    return rest
-
-
-def _with_bos(bos, ids):
-    return np.concatenate(([bos], ids)).astype(np.int32)
-
-
-class _Cursor:
-    """A place in a stream of documents: inside the document `ids` at `position`, after its first `offset` tokens."""
-
-    def __init__(self, documents, bos, offset):
-        self.documents = documents
-        self.bos = bos
-        self.next_document()
-        self.offset = offset
-
-    def next_document(self):
-        self.position, self.ids = next(self.documents)
-        self.offset = 0
-
-    def piece(self):
-        return _with_bos(self.bos, self.ids[self.offset:])
-
-
-def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=None):
-    """
-    Endless ((*position, offset), rows): where in the stream the block starts, and its rows, int32 (R, capacity),
-    shuffled. A block ends with its epoch. `documents` is an endless iterator of (position, ids) that starts at the
-    document with the offset.
-    """
-    block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)  # a row at least
-    cursor = _Cursor(documents, bos, offset)
-    while True:
-        start = (*cursor.position, cursor.offset)
-        epoch = start[0]
-
-        # Take whole documents of one epoch: else one pass would see some of the next
-        pieces = []
-        num_tokens = 0
-        while num_tokens < block_tokens and cursor.position[0] == epoch:
-            if crop and len(cursor.ids) >= capacity:  # together with its bos more than a row
-                cursor.ids = _random_part(cursor.ids, capacity - 1, [seed, *cursor.position])
-            pieces.append(cursor.piece())
-            num_tokens += len(pieces[-1])
-            cursor.next_document()
-        rows, rest = pack_rows(pieces, bos, capacity, crop)
-
-        # Finish the last row with the documents that come next
-        while 0 < len(rest) < capacity:
-            space = capacity - len(rest)
-            piece = cursor.piece()
-            rest = np.concatenate((rest, piece[:space]))
-            if crop or len(piece) <= space:
-                cursor.next_document()
-            else:
-                cursor.offset += space - 1  # the bos in front took one of the places
-        if len(rest) > 0:
-            rows = np.concatenate((rows, rest[None]))
-
-        # Long documents give runs of neighbouring rows: spread them over the block
-        rng = np.random.default_rng([seed, *start])
-        order = rng.permutation(len(rows))
-        yield start, rows[order]
-
-
-def _random_part(ids, length, seed):
-    rng = np.random.default_rng(seed)
-    first = rng.integers(len(ids) - length + 1)
-    return ids[first: first + length]
-
-
-def pack_documents(documents, bos, sequence_len, max_tokens):
-    """
-    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens (-1 = all), packed
-    as in training with nothing cropped; the last row is filled with IGNORE.
-    """
-    pieces = []
-    left = sys.maxsize if max_tokens < 0 else max_tokens
-    for _, ids in documents:
-        if left == 0:
-            break
-        ids = ids[:left]
-        pieces.append(_with_bos(bos, ids))
-        left -= len(ids)
-    rows, rest = pack_rows(pieces, bos, sequence_len + 1)
-
-    # A last row with a bos alone has no target
-    if len(rest) > 1:
-        last_row = np.full((1, sequence_len + 1), IGNORE, dtype=np.int32)
-        last_row[0, : len(rest)] = rest
-        rows = np.concatenate((rows, last_row))
-    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -280,9 +132,9 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
 
 class RowLoader:
     """
-    Rows for training, from `packed_blocks`: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict of integers; a
-    loader made with it continues with the very next row. Blocks are made ahead in a thread. An error there is raised
-    by the `next_rows` that needs the block.
+    Rows for training, from `packed_blocks`: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict
+    of integers, from which a new loader continues with the very next row. A thread makes blocks
+    ahead. Its errors are raised by the `next_rows` that needs the block.
     """
 
     def __init__(self, blocks, rows_used=0):
@@ -301,9 +153,11 @@ class RowLoader:
         self._used = 0
 
     def next_rows(self, n):
+        # the n rows may come from several blocks
         parts = []
         while n > 0:
-            if self._used >= len(self._rows):  # greater, when a resumed run finds less text than there was
+            # greater if a resumed run finds less text than there was
+            if self._used >= len(self._rows):
                 self._next_block()
             part = self._rows[self._used: self._used + n]
             self._used += len(part)
@@ -321,11 +175,20 @@ class RowLoader:
 
 
 def _position(state):
+    # of a document: without the offset, which packing needs
     return state["epoch"], state["span"], state["row"]
 
 
-def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=False, block_tokens=None):
-    """A RowLoader over the documents of `spans` (see nanochat.dataset.get_spans), from the start or from `state`."""
+def training_rows(
+    tokenizer,
+    spans,
+    sequence_len,
+    seed=42,
+    state=None,
+    crop=False,
+    block_tokens=None,
+):
+    """A RowLoader over the documents of `spans`, from the start or from `state`."""
     state = state or START
     documents = token_documents(tokenizer, spans, seed, _position(state))
     blocks = packed_blocks(
@@ -341,7 +204,7 @@ def training_rows(tokenizer, spans, sequence_len, seed=42, state=None, crop=Fals
 
 
 def packed_conversations(dataset, tokenizer, sequence_len, seed=42, state=None):
-    """A RowLoader over the conversations of `dataset`, packed like documents, from the start or from `state`."""
+    """A RowLoader over the conversations of `dataset`, packed like documents."""
     state = state or START
     documents = conversation_documents(dataset, tokenizer, _position(state))
     blocks = packed_blocks(
@@ -363,17 +226,22 @@ def eval_rows(tokenizer, spans, sequence_len, max_tokens):
 
 def conversation_rows(dataset, indices, tokenizer, max_len):
     """
-    One conversation per row, the shortest first: (inputs, targets, number of conversations cut), int32 (R, T) each.
-    T is the longest of them rounded up to a multiple of 32 (so that few shapes occur), at most max_len; what goes
-    beyond is cut off. Targets are the tokens that the assistant itself produces, IGNORE elsewhere.
+    One conversation per row, the shortest first: (inputs, targets, number of conversations cut),
+    int32 (R, T) each. T is the longest of them, rounded up to a multiple of 32 so that few shapes
+    occur, and at most max_len. Longer ones are cut. Targets are the tokens that the assistant
+    itself writes, IGNORE elsewhere.
     """
-    rendered = [tokenizer.render_conversation(dataset[index], max_tokens=None) for index in indices]
-    rendered.sort(key=lambda conversation: len(conversation[0]))  # micro-batches of like length need little padding
+    # Sorted by length: then micro-batches need little padding
+    rendered = []
+    for index in indices:
+        rendered.append(tokenizer.render_conversation(dataset[index], max_tokens=None))
+    rendered.sort(key=lambda conversation: len(conversation[0]))
+
     # Row i has lengths[i] inputs and as many targets, shifted by one
     lengths = [len(ids) - 1 for ids, _ in rendered]
     T = min(max_len, 32 * ceil_div(lengths[-1], 32))
 
-    # What is not filled stays bos in the inputs, IGNORE in the targets
+    # Padding is bos in the inputs, IGNORE in the targets
     shape = (len(rendered), T)
     inputs = np.full(shape, tokenizer.get_bos_token_id(), dtype=np.int32)
     targets = np.full(shape, IGNORE, dtype=np.int32)
@@ -390,7 +258,7 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
 
 
 def shift(rows):
-    """Rows (R, T + 1) -> (inputs, targets), (R, T) each; an IGNORE stays one among the targets."""
+    """Rows (R, T + 1) -> inputs and targets, (R, T) each. IGNORE stays among the targets."""
     return np.maximum(rows[:, :-1], 0), rows[:, 1:]
 
 
@@ -399,20 +267,24 @@ def to_device(array, device):
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if not tensor.is_floating_point():
         tensor = tensor.long()
-    if device.type == "cuda":  # from pinned memory, so that the copy does not wait for queued work
+    # from pinned memory the copy does not wait for queued work
+    if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def eval_batches(rows, device_batch_size, device):
-    """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1); targets are IGNORE where a row is."""
+    """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1)."""
     for start in range(0, len(rows), device_batch_size):
         inputs, targets = shift(rows[start: start + device_batch_size])
         yield to_device(inputs, device), to_device(targets, device)
 
 
 def even_weights(targets):
-    """Weights (R, T) for targets (R, T) that make every row with targets count the same. Their sum is 1."""
+    """
+    Weights (R, T) for targets (R, T), equal in sum for every row with targets. Their total is 1.
+    """
+    # 1 / (targets of the row x rows with targets)
     is_target = targets != IGNORE
     counts = is_target.sum(axis=1, keepdims=True)  # (R, 1)
     num_rows = (counts > 0).sum()
@@ -422,7 +294,7 @@ def even_weights(targets):
 
 
 def count_used(targets):
-    """Tokens of (R, T) that training looks at: each row's up to its last target."""
+    """Tokens of (R, T) that training looks at: those of each row up to its last target."""
     places = np.arange(1, 1 + targets.shape[1])
     last_targets = ((targets != IGNORE) * places).max(axis=1)
     return int(last_targets.sum())

@@ -1,16 +1,16 @@
 """
-The corpus on disk: which documents are for training and which for validation, and the one walk over
-them. Also the command that downloads the default corpus: python -m nanochat.dataset -n 8
+The corpus on disk: which documents are for training, which for validation, and reading them. Also
+the command that downloads the default corpus: python -m nanochat.dataset -n 8
 
-Where documents come from, first match:
+Documents come from the first of these that is set:
   1. `--data=PATH`: a file, a folder (with its subfolders) or a glob of .parquet, .jsonl, .txt; see
      documents.py
   2. $NANOCHAT_DATA_DIR/pretrain/shard_*.parquet: the local mirror; nothing is downloaded
-  3. <base_dir>/base_data: shards of the shuffled ClimbMix 400B (6,543 of about 100 MB each), of
-     which the last is always downloaded and always the validation set
+  3. <base_dir>/base_data: shards of the shuffled ClimbMix 400B (6,543 of about 100 MB each). The
+     last one is always downloaded, and is always the validation set
 
-Which documents are held out for validation is fixed by two rules, however many processes read:
-  - if all files are called shard_*.parquet and there are two or more, those of the last file by
+Two rules say which documents are held out for validation, for any number of processes:
+  - if all files are called shard_*.parquet and there are two or more: those of the last file by
     path;
   - otherwise the last 5% of all documents, in the order of the paths: at least 1, at most 2,000.
 """
@@ -47,8 +47,8 @@ class Span:
 
 def get_spans(data: str | None, split: str) -> list[Span]:
     """
-    The documents of `split` ("train" or "val") in file order; `data` is the user's --data. Text
-    files are read through once to count their rows; parquet files state them.
+    The documents of `split` ("train" or "val") in file order. `data` is the user's --data. Text
+    files are read once to count their rows; parquet files state the number.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, needed: 'train' or 'val'")
@@ -98,9 +98,7 @@ def describe_spans(spans):
 
 
 def find_files(data):
-    """
-    The files of the corpus, sorted by path. Raises a UserError with the remedy when there are none.
-    """
+    """The files of the corpus, sorted by path. UserError with a remedy if there are none."""
     if data is not None:
         return _find_own_files(data)
     # shards: of the mirror, else the downloaded ones
@@ -113,7 +111,7 @@ def find_files(data):
             "put shards there; or give your own text by --data=PATH; or unset it and run "
             "python -m nanochat.dataset -n 8",
         )
-    # without its last shard the corpus would be held out otherwise than in all other runs
+    # without the last shard this run would hold out other documents than all other runs
     val_name = shard_name(NUM_SHARDS - 1)
     if mirror is None and (len(files) < 2 or files[-1].name != val_name):
         raise UserError(
@@ -153,8 +151,8 @@ def _find_own_files(data):
 
 def read_documents(span: Span, row: int = 0) -> Iterator[tuple[int, str]]:
     """
-    Yield (row within the span, text) for the documents from `row` on. Empty texts are skipped but
-    counted as rows, so that the other rows keep their numbers; how many there were is logged.
+    Yield (row within the span, text) for the documents from `row` on. Empty texts are skipped, but
+    counted as rows, so that other rows keep their numbers. Their number is logged.
     """
     num_empty = 0
     for file_row, text in read_rows(span.path, span.start + row, span.stop):
@@ -194,7 +192,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("-w", type=int, default=8, metavar="WORKERS", help=workers_help)
     args = parser.parse_args(argv)
 
-    # the last shard is not for training, so there is one less
+    # the last shard is not for training
     num_train = NUM_SHARDS - 1 if args.n == -1 else args.n
     if not 1 <= num_train < NUM_SHARDS or args.w < 1:
         raise UserError(
@@ -203,7 +201,7 @@ def main(argv: list[str] | None = None):
             "for example: python -m nanochat.dataset -n 8 -w 8",
         )
 
-    # a mirror is all there is
+    # with a mirror nothing is downloaded
     if get_data_dir() is not None:
         num_files = len(find_files(None))
         print(f"NANOCHAT_DATA_DIR is set: {num_files} shards are there, nothing is downloaded")

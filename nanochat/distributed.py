@@ -1,6 +1,6 @@
 """
-All collectives. With one rank each is the identity, so one process runs the same code as many.
-`common.compute_init` starts the process group.
+All collectives. With one rank each of them returns its input, so one process runs the same code as
+many. `common.compute_init` starts the process group.
 """
 
 import torch
@@ -15,7 +15,7 @@ def world_size():
 
 
 def rank():
-    """0 without a process group."""
+    """Number of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -30,7 +30,7 @@ def reduce_scatter_sum(full):
     """(world * n, ...) on every rank -> this rank's (n, ...) of the sum over ranks."""
     if world_size() == 1:
         return full
-    # the first dimension divides by the ranks: callers pad it
+    # callers pad the first dimension to a multiple of the ranks
     shard = torch.empty_like(full[: full.size(0) // world_size()])
     dist.reduce_scatter_tensor(shard, full, op=dist.ReduceOp.SUM)
     return shard
@@ -40,16 +40,17 @@ def all_gather(shard):
     """This rank's (n, ...) -> (world * n, ...) of all ranks, in rank order."""
     if world_size() == 1:
         return shard
+    # the ranks' parts one after the other in the first dimension
     full = shard.new_empty(world_size() * shard.size(0), *shard.shape[1:])
     dist.all_gather_into_tensor(full, shard.contiguous())
     return full
 
 
 def gather_objects(items):
-    """The lists of all ranks joined, in rank order, on every rank; for small picklable things."""
+    """The lists of all ranks joined in rank order, on every rank. For small picklable things."""
     if world_size() == 1:
         return items
-    # every rank's list arrives in its place
+    # entry r is the list of rank r
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
@@ -61,34 +62,36 @@ class FailedElsewhere(UserError):
 
 def run_together(function, device):
     """
-    function() on every rank; an error on one becomes an error on all, so that none waits in the
-    next collective.
+    Call function() on every rank. An error on one rank becomes an error on all, so that none waits
+    for it in the next collective.
     """
-    # Do it, but do not leave yet
+    # Keep an error until all ranks have come this far
     result = None
     failure = None
     try:
         result = function()
-    except Exception as error:  # any error at all: the other ranks must hear of it
+    except Exception as error:  # of any kind: the other ranks must know
         failure = error
 
     # One flag per rank: the sum says whether any failed
-    if all_reduce_sum(torch.tensor(float(failure is not None), device=device)).item() > 0:
+    flag = torch.tensor(float(failure is not None), device=device)
+    if all_reduce_sum(flag).item() > 0:
         raise failure or FailedElsewhere("it failed on another rank")
     return result
 
 
 def barrier():
     """Wait for all ranks."""
-    if world_size() > 1:
+    if world_size() > 1:  # there is no group for one rank
         dist.barrier()
 
 
 def rank_slice(num_rows, ddp_rank, ddp_world_size):
     """
-    This rank's part of a step's rows, as a slice; parts differ by one row at most. They may differ
-    because losses are summed and divided by the targets of all ranks.
+    This rank's part of a step's rows, as a slice. Parts differ by at most one row: that is no
+    problem, since losses are summed and divided by the targets of all ranks.
     """
+    # rounded down at both ends, so neighbours meet
     start = num_rows * ddp_rank // ddp_world_size
     end = num_rows * (ddp_rank + 1) // ddp_world_size
     return slice(start, end)

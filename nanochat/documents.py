@@ -1,5 +1,5 @@
 """
-The documents in one file. A row is one document, whatever the format:
+The documents in one file. A row is one document, in every format:
 
     .parquet    a row of the string column `text`
     .jsonl      a line, an object with a string `text`; a blank line is a row with the empty text
@@ -33,10 +33,7 @@ BATCH_ROWS = 256  # parquet rows decoded at a time
 
 
 def file_format(path: Path) -> str | None:
-    """
-    The format by the name: notes.txt.gz -> 'txt', a.parquet -> 'parquet', README.md -> None (not a
-    corpus file).
-    """
+    """The format by the name: notes.txt.gz -> 'txt', a.parquet -> 'parquet', README.md -> None."""
     # notes.v2.TXT.gz -> .v2, .txt, .gz
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".parquet"]:  # compresses its own columns, so there is no .parquet.gz
@@ -74,8 +71,8 @@ def read_rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, str]]:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """
-    Open the file, read its footer and check its `text` column. Raises a UserError if it is not a
-    whole shard.
+    Open the file, read its footer and check its `text` column. UserError if it is not a whole
+    shard.
     """
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)  # if there are checksums
@@ -85,7 +82,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
             "delete it; python -m nanochat.dataset downloads a missing shard again",
         ) from error
 
-    # the column that is read, and what it holds
+    # the type of each column
     types = {field.name: field.type for field in file.schema_arrow}
     if types.get("text") not in (pa.string(), pa.large_string()):
         file.close()
@@ -112,7 +109,7 @@ def _read_parquet(path, start, stop):
 def _read_row_group(path, file, group, row, start, stop):
     """The rows of one group that lie in [start, stop); `row` is the number of its first row."""
     try:
-        # one group at a time: asked for several, pyarrow reads all of them ahead into memory
+        # one group at a time: of several, pyarrow would read all ahead into memory
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=["text"]):
             for value in batch.column("text"):
                 if start <= row < stop:
@@ -164,7 +161,7 @@ def _jsonl_text(line, where):
 
 def _cut_text(path):
     """
-    Yield the documents of a .txt. The cuts depend on the file alone, so every pass finds the same
+    Yield the documents of a .txt. The cuts depend on the file alone, so all passes find the same
     rows.
     """
     has_separators = any(line.strip() == SEPARATOR for line in _read_lines(path))
@@ -225,7 +222,7 @@ def _read_lines(path):
 
 
 def _check_text(value, where):
-    """Return the value of a `text` field if it is a string that UTF-8 can hold."""
+    """Return the value of a `text` field. UserError unless it is a string that UTF-8 can hold."""
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"of type {type(value).__name__}"
         hint = "mend or delete that row"

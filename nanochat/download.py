@@ -1,14 +1,16 @@
 """
-Downloads: the shards of the default corpus from the Hugging Face hub, and single files from other
-hosts.
+Downloads: shards of the default corpus from the Hugging Face hub, single files from other hosts.
 
-A file gets its final name by a rename, after it was checked. So a file with its final name is whole
-and is not fetched again, and a killed process leaves nothing that could be taken for a whole file.
+A file is checked first, and then gets its final name by a rename. So a file with its final name is
+whole and is not downloaded again. A killed process leaves no file that could be taken for a whole
+one.
 
-The hub: by huggingface_hub, which knows the hub's protocols and continues a broken connection. It
-checks only the size (2.4.0), so the sha256 that the hub states for a large file is compared here.
+The hub: by huggingface_hub, which knows the hub's protocols and continues after a broken
+connection. It checks only the size (2.4.0). So the sha256 that the hub states for a large file is
+compared here.
 
-Other hosts: by `requests`. A broken connection starts over: these files have a few megabytes.
+Other hosts: by `requests`. After a broken connection it starts over: these files have a few
+megabytes.
 
 Proxies are honoured, and on the hub HF_ENDPOINT (a mirror) and HF_TOKEN. huggingface_hub reads
 HF_HUB_DOWNLOAD_TIMEOUT (seconds without a byte, default 10) when it is imported, hence the late
@@ -40,7 +42,7 @@ SHARD_BYTES = 100_000_000  # about: the progress bar's estimate for a shard
 
 NUM_TRIES = 5
 TIMEOUT_S = 30         # without a byte, of a host other than the hub
-HUB_TIMEOUT_S = 10     # until the hub says what it has
+HUB_TIMEOUT_S = 10     # for the hub's facts about a file
 MAX_WAIT_S = 300       # longest Retry-After that is honoured: the hub counts in 5-minute windows
 CHUNK_BYTES = 1 << 20  # read from a connection or a file at a time
 
@@ -62,7 +64,9 @@ class DiskError(UserError):
 
 
 class TryAgain(Exception):
-    """A try failed in a way that may pass. wait_s: how long the server asks to wait, or None."""
+    """
+    A try failed for a reason that may pass. wait_s: how long the server asks to wait, or None.
+    """
 
     def __init__(self, reason, wait_s=None):
         super().__init__(reason)
@@ -72,7 +76,7 @@ class TryAgain(Exception):
 def retry(attempt, name: str, sleep=time.sleep):
     """
     Call attempt() until it does not raise TryAgain, at most NUM_TRIES times, and return its result.
-    The waits between the tries double, unless the server says how long to wait.
+    The waits between tries double, unless the server says how long to wait.
     """
     for number in range(NUM_TRIES):
         try:
@@ -97,7 +101,7 @@ def status_error(name, status, headers):
         retry_after = headers.get("Retry-After", "")  # seconds; a date is ignored
         wait_s = min(int(retry_after), MAX_WAIT_S) if retry_after.isdigit() else None
         return TryAgain(f"HTTP {status}", wait_s)
-    # the rest stays as it is
+    # other errors would come again
     if status in (401, 403):
         hint = "set HF_TOKEN to a token that may read it"
         return UserError(f"{name}: no access (HTTP {status})", hint)
@@ -149,8 +153,8 @@ def hub_endpoint() -> str:
 @contextmanager
 def hub_errors(name):
     """
-    Turn errors of huggingface_hub and of its HTTP library into TryAgain or a UserError. `name` says
-    in the message what was asked for.
+    Turn errors of huggingface_hub and of its HTTP library into TryAgain or a UserError. `name` is
+    what was asked for, in messages.
     """
     from huggingface_hub.errors import HTTPError  # of its HTTP library, which changed with versions
 
@@ -175,12 +179,13 @@ def hub_errors(name):
 
 def ask_hub(repo_id: str, filename: str, revision: str = "main"):
     """
-    What the hub says about a file of a dataset repository: an object with commit_hash, size (bytes)
-    and etag, which is the sha256 in hex for a large file. Raises TryAgain or a UserError.
+    The facts that the hub states about a file of a dataset repository: an object with commit_hash,
+    size (bytes) and etag, which is the sha256 in hex for a large file. Raises TryAgain or a
+    UserError.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    # said explicitly: the library's own default is what HF_ENDPOINT was at its import
+    # explicit, since the library's own default is the HF_ENDPOINT at its import
     endpoint = hub_endpoint()
     url = hf_hub_url(repo_id, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
     with hub_errors(url):
@@ -198,7 +203,7 @@ def base_data_dir() -> Path:
 
 def fetch_shard(name: str, folder: Path, staging: Path) -> None:
     """
-    Download one shard into `staging`, check it, and move it to `folder`. Raises TryAgain or a
+    Download one shard into `staging`, check it, move it to `folder`. Raises TryAgain or a
     UserError.
     """
     from huggingface_hub import hf_hub_download
@@ -215,7 +220,7 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
             endpoint=hub_endpoint(),
         )
 
-    # a mirror may state no sha256; then the parquet footer is what can be checked
+    # a mirror may state no sha256: then only the parquet footer can be checked
     temporary = Path(downloaded)
     if re.fullmatch("[0-9a-f]{64}", facts.etag or ""):
         check_sha256(temporary, facts.etag)
@@ -229,9 +234,9 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
 
 def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=time.sleep) -> None:
     """
-    Bring shards 0 ... num_train - 1 and the last one, which is for validation, into base_data,
-    `workers` at a time. Shards that are there are kept. Raises a UserError that names the shards
-    that could not be downloaded.
+    Download shards 0 ... num_train - 1, and the last one, which is for validation, into base_data,
+    `workers` at a time. Shards that are there are kept. UserError with the names of the shards that
+    could not be downloaded.
     """
     folder = base_data_dir()
     staging = folder / "incoming"
@@ -248,12 +253,12 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
             return name, DiskError(error, name)
         return name, None
 
-    # a second process that wants shards waits for the lock, and then finds them
+    # a second process waits for the lock, and then finds the shards
     failed = []
     with hold_lock(folder / "download.lock"), logging_redirect_tqdm():
         for leftover in staging.rglob("*.incomplete"):  # of a killed process
             leftover.unlink()
-        # what has its final name is whole
+        # a file with its final name is whole
         missing = [name for name in names if not (folder / name).is_file()]
         for name, error in run_with_bar(try_shard, missing, workers, folder, staging):
             if isinstance(error, DiskError):
@@ -261,10 +266,10 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
             if error is not None:
                 log.warning("%s", error)
                 failed.append(name)
-        # the library's own notes; its shards have been moved away
+        # only the library's own notes are left there
         shutil.rmtree(staging, ignore_errors=True)
 
-    # all others are there: the same command fetches just these
+    # the same command downloads only these
     if failed:
         raise UserError(
             f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))}",
@@ -274,8 +279,8 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
 
 def run_with_bar(function, names, workers, folder, staging):
     """
-    Yield function(name) for every name, in the order in which they end, and show one progress bar
-    of the bytes on the disk.
+    Yield function(name) for every name, in the order in which the calls end, and show one progress
+    bar of the bytes on the disk.
     """
     from huggingface_hub.utils import disable_progress_bars
 
@@ -288,7 +293,7 @@ def run_with_bar(function, names, workers, folder, staging):
     with bar, ThreadPool(workers) as pool:
         results = pool.imap_unordered(function, names)
         while num_left:
-            # wait for the next shard, but not longer than the bar may stand still
+            # wait for the next shard, but update the bar twice a second
             result = None
             try:
                 result = results.next(timeout=0.5)
@@ -304,7 +309,7 @@ def run_with_bar(function, names, workers, folder, staging):
 
 
 def file_size(path):
-    """Bytes of a file; 0 if there is none, as when it was just renamed."""
+    """Bytes of a file; 0 if it is missing, for example because it was just renamed."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -323,9 +328,9 @@ def download_url(
     sleep=time.sleep,
 ) -> Path:
     """
-    Download `url` to `path`, unless that is there, and return the path. Without a sha256 (hex) only
-    the length that the server states can be checked, and a warning says so. `timeout` is in seconds
-    without a byte. Failure is a UserError.
+    Download `url` to `path` unless that exists, and return the path. Without a sha256 (hex) only
+    the length that the server states is checked, and a warning says so. `timeout` counts seconds
+    without a byte. UserError if it fails.
     """
     try:
         with hold_lock(path.with_name(f"{path.name}.lock")):  # one process downloads, others wait
@@ -340,7 +345,7 @@ def download_url(
 
 def fetch_url(url, path, sha256, timeout):
     """One try of download_url. Raises TryAgain, a UserError or an OSError."""
-    # a part of an earlier try is written over
+    # overwrites the part of an earlier try
     temporary = path.with_name(f"{path.name}.part")
     headers = {"Accept-Encoding": "identity"}  # else Content-Length is not the file's
     try:

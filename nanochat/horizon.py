@@ -1,6 +1,6 @@
 """
-How long a run is, how large its batches are, and which examples a step has: all from the settings
-and the model's size.
+How long a run is, how large its batches are, and which examples a step has. All of these follow
+from the settings and the model's size.
 """
 
 import math
@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, ceil_div, print0
 from nanochat.precision import get_precision_dtype
 
 MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
@@ -24,8 +24,8 @@ CPU_TOKENS = 8192   # a CPU gains nothing from a larger micro-batch
 def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
     """
     (optimizer steps, tokens per step, the setting that decided). The first of the three horizons
-    that is > 0 decides. total_batch_size <= 0 is derived from it: see derive_batch_size, and small
-    enough for MIN_STEPS steps.
+    that is > 0 decides. If total_batch_size is <= 0 it is derived (see derive_batch_size), but
+    small enough for MIN_STEPS steps.
     """
     sequence_len = model.config.sequence_len
     if num_iterations > 0:
@@ -52,17 +52,16 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
 
 def derive_batch_size(num_tokens):
     """
-    Tokens per optimizer step for a run of num_tokens: proportional to num_tokens^0.383 (arXiv
-    2505.13738), passing through 524,288 tokens at d20's horizon of 20 x 561M tokens; a power of
-    two.
+    Tokens per optimizer step for a run of num_tokens: a power of two, proportional to
+    num_tokens^0.383 (arXiv 2505.13738), with 524,288 tokens at d20's horizon of 20 x 561M tokens.
     """
     return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
 
 
 def batch_size_of_steps(num_steps):
     """
-    The derived batch size of a run of num_steps. Each depends on the run's tokens: a few rounds
-    settle it.
+    The derived batch size of a run of num_steps. The batch size depends on the run's tokens, and
+    these on the batch size: a few rounds find both.
     """
     batch_tokens = 2**14
     for _ in range(20):
@@ -93,8 +92,8 @@ def align_batch_size(batch_tokens, sequence_len):
 def choose_device_batch_size(asked, config, device, max_rows):
     """
     Rows per micro-batch to start with: as asked, or if that is <= 0 a power of two that should fit
-    the device's free memory. A guess is enough, since `accumulate_gradients` halves it when it does
-    not fit, and the split never changes the result.
+    the device's free memory. A guess is enough: `accumulate_gradients` halves it if it does not
+    fit, and the split never changes the result.
     """
     if asked > 0:
         return asked
@@ -124,14 +123,31 @@ def free_memory_bytes():
 
 
 # -----------------------------------------------------------------------------
-# Examples of a step
+# Examples of a step: their positions in the run, then their indices
+
+
+def count_examples(num_iterations, num_epochs, examples_per_step, num_examples):
+    """
+    (optimizer steps, examples) of a run over a data set: num_iterations steps, or if that is <= 0
+    num_epochs passes. The last step may have fewer examples.
+    """
+    if num_iterations > 0:
+        return num_iterations, num_iterations * examples_per_step
+    run_examples = num_epochs * num_examples
+    return ceil_div(run_examples, examples_per_step), run_examples
+
+
+def step_places(step, examples_per_step, run_examples):
+    """Positions of a step's examples in the run, for `shuffled_indices`."""
+    first = step * examples_per_step
+    return range(first, min(first + examples_per_step, run_examples))
 
 
 def shuffled_indices(places, num_examples, seed):
     """
-    Places in an endless sequence of shuffled passes over num_examples -> the indices of the
-    examples there. A pass holds every example once, in an order that depends on the seed and the
-    pass alone.
+    Positions in an endless sequence of shuffled passes over num_examples -> the indices of the
+    examples there. A pass holds every example once, in an order that depends only on the seed and
+    on the number of the pass.
     """
     indices = []
     for place in places:

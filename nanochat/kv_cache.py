@@ -1,5 +1,5 @@
 """
-The KV cache: keys and values of the tokens so far, so that a new token costs one token's work.
+The KV cache: keys and values of the tokens so far. With it, a new token costs one token's work.
 
 Shapes: L layers, B rows, H_kv key and value heads, S cached positions, D head size, T new tokens.
 """
@@ -7,16 +7,17 @@ Shapes: L layers, B rows, H_kv key and value heads, S cached positions, D head s
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
     """
-    Keys and values of up to `num_rows` rows, each with its own length: two tensors (L, B, H_kv, S, D), allocated once
-    in the compute dtype. They grow by doubling up to max_length and refuse to go further.
+    Keys and values of up to `num_rows` rows, each with its own length, in two tensors
+    (L, B, H_kv, S, D) of the compute dtype. They grow by doubling, up to max_length.
     """
 
     def __init__(self, config, num_rows, max_length, device, dtype, length=256):
-        """length: positions to begin with."""
+        """length: number of positions to begin with."""
         shape = (
             config.n_layer,
             num_rows,
@@ -24,79 +25,105 @@ class KVCache:
             min(length, max_length),
             config.head_dim,
         )
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(
+            shape,
+            device=device,
+            dtype=dtype,
+        )
+        self.v = torch.zeros_like(self.k)
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
 
     def begin(self, T):
         """
-        Make room for T more tokens in every active row. Returns (positions (B, T), a function per layer: see `_store`).
+        Make room for T more tokens in every active row. Returns their positions (B, T), and a list
+        with a function store(k, v) for each layer: see `_store`.
         """
         lengths = self.lengths[: self.num_active]
         self.reserve(max(lengths) + T)
         device = self.k.device
         starts = torch.tensor(lengths, device=device)
-        positions = starts[:, None] + torch.arange(T, device=device)
+        steps = torch.arange(T, device=device)
+        positions = starts[:, None] + steps  # (B, T)
+
+        # The layers of one forward pass share the old lengths and the positions
         stores = []
         for layer in range(self.k.size(0)):
-            stores.append(partial(self._store, layer, lengths, positions))
+            store = partial(self._store, layer, lengths, positions)
+            stores.append(store)
         return positions, stores
 
     def _store(self, layer, lengths, positions, k, v):
         """
-        Store k, v (B, H_kv, T, D) of a layer. Returns (k, v, last): views (B, H_kv, S, D) of all positions so far, and
-        the positions (B, T) up to which the new tokens may look, or None where plain causal attention says the same.
+        Store k and v (B, H_kv, T, D) of a layer. Returns (k, v, last): views (B, H_kv, S, D) of all
+        positions so far, and the positions (B, T) up to which the new tokens may look. last is None
+        where plain causal attention gives the same.
         """
         B, T = positions.shape
         start = min(lengths)
         end = max(lengths) + T
         same_length = end - start == T
+
+        # Views of the active rows: (B, H_kv, S, D)
         k_cache = self.k[layer, :B]
         v_cache = self.v[layer, :B]
         if same_length:
             k_cache[:, :, start:end] = k
             v_cache[:, :, start:end] = v
-        else:  # indexed by (row, position) pairs, which puts these two dimensions in front of the heads
-            rows = torch.arange(B, device=k.device)[:, None]
-            k_cache[rows, :, positions] = k.transpose(1, 2).to(k_cache.dtype)
-            v_cache[rows, :, positions] = v.transpose(1, 2).to(v_cache.dtype)
-        if layer == self.k.size(0) - 1:
+        else:
+            # Two index tensors put their dimensions in front: (B, T, H_kv, D)
+            rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
+            k = k.transpose(1, 2)
+            v = v.transpose(1, 2)
+            k_cache[rows, :, positions] = k.to(k_cache.dtype)
+            v_cache[rows, :, positions] = v.to(v_cache.dtype)
+
+        # The last layer ends the forward pass
+        num_layers = self.k.size(0)
+        if layer == num_layers - 1:
             self.lengths[:B] = [length + T for length in lengths]
 
-        # One token sees every key, and tokens in an empty cache see theirs causally. On a GPU our kernel wants `last`
+        # One token sees every key, and tokens in an empty cache see theirs causally. But on a GPU
+        # our kernel needs `last`
         one_token = T == 1 and not k.is_cuda
         last = positions
         if same_length and (start == 0 or one_token):
             last = None
-        return k_cache[:, :, :end], v_cache[:, :, :end], last
+        k_seen = k_cache[:, :, :end]
+        v_seen = v_cache[:, :, :end]
+        return k_seen, v_seen, last
 
-    @torch.inference_mode()  # as in the forward pass, where the cache may have grown: its tensors allow no other mode
+    # A cache that grew in a forward pass holds inference tensors, read-only outside this mode
+    @torch.inference_mode()
     def copy_row(self, target, source_cache, source):
-        """Overwrite row `target` with row `source` of a cache of the same model, perhaps this one."""
+        """
+        Overwrite row `target` with row `source` of a cache of the same model, or of this cache.
+        """
         length = source_cache.lengths[source]
         self.reserve(length)
-        self.k[:, target, :, :length] = source_cache.k[:, source, :, :length]
-        self.v[:, target, :, :length] = source_cache.v[:, source, :, :length]
+        k = source_cache.k[:, source, :, :length]  # (L, H_kv, length, D)
+        v = source_cache.v[:, source, :, :length]
+        self.k[:, target, :, :length] = k
+        self.v[:, target, :, :length] = v
         self.lengths[target] = length
 
     def reserve(self, length):
-        """Make room for rows of so many tokens; ValueError beyond max_length."""
+        """Make room for `length` tokens per row. ValueError beyond max_length."""
         if length > self.max_length:
-            raise ValueError(f"the KV cache holds {self.max_length} tokens per row, {length} needed")
+            most = self.max_length
+            raise ValueError(f"the KV cache holds {most} tokens per row, {length} needed")
         capacity = self.k.size(3)
         if length <= capacity:
             return
-        capacity = min(self.max_length, max(length, 2 * capacity))
-        k = self._grown(self.k, capacity)
-        v = self._grown(self.v, capacity)
-        self.k = k  # both or, when memory runs out, none
-        self.v = v
 
-    @staticmethod
-    def _grown(old, capacity):
-        L, B, H, S, D = old.shape
-        new = old.new_zeros(L, B, H, capacity, D)
-        new[:, :, :, :S] = old
-        return new
+        # Doubling keeps the number of copies small
+        new_capacity = max(length, 2 * capacity)
+        new_capacity = min(new_capacity, self.max_length)
+
+        # New positions are 0. Both tensors are replaced, or neither when memory runs out
+        padding = (0, 0, 0, new_capacity - capacity)  # none in D, at the end in S
+        k = F.pad(self.k, padding)
+        v = F.pad(self.v, padding)
+        self.k = k
+        self.v = v

@@ -1,11 +1,12 @@
 """
 Two losses on held-out text.
 
-Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss per token because
-each token holds more text. So the losses are summed over the tokens and divided by the bytes of their text. Special
-tokens have no text: neither their loss nor their bytes count.
+Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss
+per token because each token holds more text. So the losses are summed over the tokens and divided
+by the bytes of their text. Special tokens have no text: neither their loss nor their bytes count.
 
-The loss per target token is for SFT, whose targets are the assistant's tokens, special ones included.
+The loss per target token is for SFT, whose targets are the assistant's tokens, special ones
+included.
 """
 
 import math
@@ -19,35 +20,45 @@ from nanochat.precision import get_autocast_ctx
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model` on `batches`, an iterable of (x, y), each int64 (B, T), y < 0 where there is no target.
-    token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
+    Bits per byte of `model` on `batches`: an iterable of (x, y), each int64 (B, T), with y < 0
+    where there is no target. token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
     Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
-        return torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+        text_bytes = token_bytes[y.clamp(min=0)]  # (B, T)
+        return torch.where(y >= 0, text_bytes, 0)
 
+    # one bit is log(2) nats
     return _nats_per_unit(model, batches, num_bytes) / math.log(2)
 
 
 def evaluate_loss(model, batches):
-    """Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit` does."""
+    """
+    Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit`
+    does.
+    """
+    # each target is one unit
     return _nats_per_unit(model, batches, lambda y: (y >= 0).long())
 
 
 def _nats_per_unit(model, batches, units):
     """
-    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each target; the loss of
-    a target with 0 units is left out.
+    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each
+    target; the loss of a target with 0 units is left out.
 
-    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error on one rank, out
-    of memory for example, becomes an error on all. Raises UserError when there is nothing to score.
+    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error
+    on one rank, out of memory for example, becomes an error on all. Raises UserError when there is
+    nothing to score.
     """
+    # Evaluation mode for the time of the loop, also when it fails
     was_training = model.training
     model.eval()
     try:
         sums = run_together(lambda: _sum_nats_and_units(model, batches, units), model.device)
     finally:
         model.train(was_training)
+
+    # The sums of all ranks
     if model.device.type == "cuda":
         sums = sums.cuda()  # NCCL reduces tensors on GPUs only
     nats, total = all_reduce_sum(sums).tolist()
@@ -59,12 +70,13 @@ def _nats_per_unit(model, batches, units):
 
 @torch.no_grad()
 def _sum_nats_and_units(model, batches, units):
-    """This rank's (nats, units) as a tensor (2,), float64: the result must not depend on the size of the batches."""
+    """This rank's (nats, units) as a tensor (2,), float64."""
+    # In float64 the result does not depend on the size of the batches
     sums = torch.zeros(2, dtype=torch.float64)
     for x, y in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")  # (B, T)
-        counts = units(y)
+        counts = units(y)  # (B, T)
         # On the CPU, since MPS has no float64
         sums[0] += (nats * (counts > 0)).cpu().double().sum()
         sums[1] += counts.sum().cpu()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_dist_info, write_text
 
-# Metrics that a step's line on the screen shows, in this order; a stage has some of them
+# The metrics in a step's line on the screen, in this order; no stage has all of them
 SHOWN = {
     "train/loss": "loss: {:.5f}",
     "reward": "reward: {:.4f}",
@@ -26,7 +26,7 @@ SHOWN = {
 
 def step_line(metrics, iterations, eta_s):
     """The line of one training step, `key: value` joined by |."""
-    # progress first, the time that is left last
+    # progress comes first, the remaining time last
     step = metrics["step"]
     parts = [f"step: {step:05d}/{iterations:05d} ({step / iterations:.1%})"]
     for name, text in SHOWN.items():
@@ -40,20 +40,22 @@ def start_wandb(settings):
     # "dummy" is the default: metrics.jsonl alone
     if settings["run"] in ("", "dummy") or get_dist_info()[0] != 0:
         return None
-    # imported only here: it takes a second, and most runs do without
+    # imported only here: it takes a second, and most runs do not use it
     try:
         import wandb
         return wandb.init(project="nanochat", name=settings["run"], config=settings)
     except Exception as error:  # no login, no network: its errors have no class in common
-        raise UserError(f"wandb cannot begin the run --run={settings['run']}: {error}",
-                        "wandb login, or WANDB_MODE=offline, or leave --run at 'dummy'") from error
+        raise UserError(
+            f"wandb cannot begin the run --run={settings['run']}: {error}",
+            "wandb login, or WANDB_MODE=offline, or leave --run at 'dummy'",
+        ) from error
 
 
 class MetricsLog:
     """
-    metrics.jsonl, one JSON object a line, and the same to a run of wandb where one is given. Rank 0
-    writes. After a resume at `step`, lines that the resumed run will write again are dropped: those
-    of later steps, and of the evaluation at that step, which comes after the checkpoint.
+    metrics.jsonl, one JSON object a line, and the same to wandb if a run is given. Rank 0 writes.
+    After a resume at `step`, lines that the resumed run will write again are dropped: those of
+    later steps, and of the evaluation at that step, which comes after the checkpoint.
     """
 
     def __init__(self, path, wandb_run=None, step=0):
@@ -61,7 +63,7 @@ class MetricsLog:
         self._wandb = wandb_run
         self._file = None
 
-        # Keep the lines before the checkpoint, then append
+        # Rewrite the file with the lines before the checkpoint, then append
         if get_dist_info()[0] == 0:
             kept = ""
             for metrics in self._read():
@@ -71,10 +73,11 @@ class MetricsLog:
             self._file = open(self.path, "a", encoding="utf-8")
 
     def _read(self):
-        """The metrics of the run so far; lines that a crash cut short are left out."""
+        """The metrics of the run so far, without lines that a crash cut short."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8").splitlines():
+            # ValueError: not JSON
             with contextlib.suppress(ValueError):
                 metrics = json.loads(line)
                 if isinstance(metrics, dict) and isinstance(metrics.get("step"), int):
@@ -82,7 +85,8 @@ class MetricsLog:
 
     def log(self, metrics):
         """
-        metrics: {'step': int, name: number, ...}. A full disk costs this line, not the run.
+        metrics: {'step': int, name: number, ...}. On a full disk the line is lost, but the run goes
+        on.
         """
         # flushed at once, so that a killed run leaves every line
         if self._file:
@@ -91,22 +95,21 @@ class MetricsLog:
                 self._file.flush()
             except OSError as error:
                 print(f"warning: {self.path} could not be written: {error}", flush=True)
-        # wandb takes the step apart
+        # wandb takes the step as an argument of its own
         if self._wandb:
             values = {name: value for name, value in metrics.items() if name != "step"}
             self._wandb.log(values, step=metrics["step"])
 
     def close(self):
+        """Close the file and the run of wandb."""
         if self._file:
-            with contextlib.suppress(OSError):  # a full disk once more
+            with contextlib.suppress(OSError):  # a full disk again
                 self._file.close()
         if self._wandb:
             self._wandb.finish()
 
 
 def is_before(metrics, step):
-    """
-    Whether a line of the log was written before the checkpoint of `step`.
-    """
+    """Whether a line of the log was written before the checkpoint of `step`."""
     # a checkpoint is saved after the training line of its step and before its evaluation
     return metrics["step"] < step or (metrics["step"] == step > 0 and "train/loss" in metrics)

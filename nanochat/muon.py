@@ -1,15 +1,16 @@
 """
-Muon for the blocks' matrices, sharded over ranks.
+Muon for the matrices of the blocks, sharded over ranks.
 
-Momentum SGD whose update is replaced by the nearest semi-orthogonal matrix, so that every direction of the weight
-moves equally fast (Jordan et al. 2024; at scale: Liu et al., arXiv 2502.16982). What this version adds:
+It is momentum SGD whose update is replaced by the nearest semi-orthogonal matrix, so that every
+direction of the weight moves equally fast (Jordan et al. 2024; at scale: Liu et al., arXiv
+2502.16982). This version adds:
   - the orthogonalisation polynomial of Polar Express (Amsel et al., arXiv 2505.16932),
   - a running scale per neuron, NorMuon (Li et al., arXiv 2510.05491),
-  - weight decay only where it has the same sign as the update: cautious weight decay (arXiv 2510.12402), an idea
-    from cautious optimizers (Liang et al., arXiv 2411.16085).
+  - weight decay only where it has the same sign as the update: cautious weight decay (arXiv
+    2510.12402), an idea from cautious optimizers (Liang et al., arXiv 2411.16085).
 
-The update is a pure function of stacked matrices (K, M, N): all matrices of one shape are updated together. With
-several ranks, each rank updates K / ranks of them.
+The update is a pure function of stacked matrices (K, M, N): all matrices of one shape are updated
+together. With several ranks, each rank updates K / ranks of them.
 """
 
 import torch
@@ -18,8 +19,9 @@ from nanochat.common import ceil_div, compiles
 from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
-# Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular values in [1e-3, 1]
-# (arXiv 2505.16932). The paper divides all but an exact last step by powers of 1.01 against rounding in bf16.
+# Coefficients (a, b, c) of X <- aX + b(XX')X + c(XX')^2 X, step by step: optimal for singular
+# values in [1e-3, 1] (arXiv 2505.16932). The paper divides all but an exact last step by powers of
+# 1.01 against rounding in bf16.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -31,7 +33,10 @@ _SAFETY = 1.01
 
 
 def orthogonalize(G, dtype=torch.bfloat16):
-    """(K, M, N) -> about U V' of its SVD, same shape, in `dtype`: five steps, singular values within ~0.1 of 1."""
+    """
+    (K, M, N) -> about U V' of its SVD, same shape, in `dtype`. Five steps bring the singular values
+    to within about 0.1 of 1.
+    """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
@@ -42,38 +47,51 @@ def orthogonalize(G, dtype=torch.bfloat16):
         a /= _SAFETY
         b /= _SAFETY**3
         c /= _SAFETY**5
-        A = X @ X.mT
+        A = X @ X.mT                                 # (K, M, M), M the smaller size
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA^2
-        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
+        X = torch.baddbmm(X, B, X, beta=a)           # aX + BX
     return X.mT if tall else X
 
 
-def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, beta2, weight_decay, dtype):
+def muon_update(
+    params,
+    grads,
+    momentum_buffer,
+    second_moment,
+    lr,
+    momentum,
+    beta2,
+    weight_decay,
+    dtype,  # of the orthogonalisation
+):
     """
-    One step on stacked float32 matrices (K, M, N), in place on all but grads.
-    momentum_buffer (K, M, N); second_moment (K, M, 1): the mean square of each output neuron's update.
-    lr, momentum and weight_decay are floats or 0-d tensors (which a compiled update takes without recompiling).
+    One step on stacked float32 matrices (K, M, N), in place except for grads.
+
+    momentum_buffer (K, M, N); second_moment (K, M, 1): the mean square of each output neuron's
+    update. lr, momentum and weight_decay are floats, or 0-d tensors, which a compiled update takes
+    without recompiling.
     """
     # Nesterov: look ahead along the averaged gradient
     momentum_buffer.lerp_(grads, 1 - momentum)
     lookahead = grads.lerp(momentum_buffer, momentum)
     update = orthogonalize(lookahead, dtype).float()
 
-    # NorMuon: divide each neuron by its running scale, then give the matrix its old norm back. Both factors follow
-    # from the neurons' mean squares, so the matrix is scaled once and needs no copy
+    # NorMuon: divide each neuron by its running scale, then give the matrix its old norm back. Both
+    # factors follow from the neurons' mean squares, so the matrix is scaled once and needs no copy
     norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True)  # (K, M, 1)
-    squares = norms.square() / update.size(-1)
+    squares = norms.square() / update.size(-1)  # means over N
     second_moment.lerp_(squares, 1 - beta2)
     factor = second_moment.clamp(min=1e-10).rsqrt()
     old_sum = squares.sum(dim=-2, keepdim=True)  # (K, 1, 1)
     new_sum = (squares * factor.square()).sum(dim=-2, keepdim=True)
     factor *= (old_sum / new_sum.clamp(min=1e-20)).sqrt()
 
-    # A tall matrix (more outputs than inputs) needs a larger step for the same change of its outputs
+    # A tall matrix (more outputs than inputs) needs a larger step for the same change of its
+    # outputs
     aspect = max(1.0, params.size(-2) / params.size(-1))
     update.mul_(factor * (lr * aspect**0.5))
 
-    # Cautious weight decay
+    # Cautious weight decay: only where it has the sign of the update
     if torch.is_tensor(weight_decay) or weight_decay:
         agrees = (update * params) > 0
         update.addcmul_(params, agrees * (lr * weight_decay))
@@ -81,13 +99,15 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, bet
 
 
 def _pad(tensors):
-    """A list of tensors of one shape, with zeros at its end until all ranks get equally many."""
+    """A list of tensors of one shape, with zeros at its end so that all ranks get equally many."""
     missing = -len(tensors) % world_size()
     return tensors + [torch.zeros_like(tensors[0])] * missing
 
 
 def _my_stack(tensors):
-    """This rank's part of a list of K tensors (M, N), as one tensor (K / ranks rounded up, M, N)."""
+    """
+    This rank's part of a list of K tensors (M, N), as one tensor (K / ranks rounded up, M, N).
+    """
     padded = _pad(tensors)
     count = len(padded) // world_size()
     start = rank() * count
@@ -96,20 +116,31 @@ def _my_stack(tensors):
 
 class DistMuon(torch.optim.Optimizer):
     """
-    Muon over any number of ranks, one included. For matrices inside the blocks only: not for embeddings, the head,
-    or anything that is not 2-D (see adamw.py). Gradients are SUMMED over ranks.
+    Muon over any number of ranks. Only for matrices inside the blocks: not for embeddings, the
+    head, or tensors that are not 2-D (see adamw.py). Gradients are SUMMED over ranks.
 
-    named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good start);
-    weight_decay: per unit of lr, applied cautiously; both may be changed in `param_groups` from step to step.
-    compile: whether to compile the update on a GPU; None = if Triton is there.
+    named_params: [(name, parameter)]. lr: step in units of the orthogonal update (0.02 is a good
+    start). weight_decay: per unit of lr, applied cautiously. Both may be changed in `param_groups`
+    from step to step. compile: whether to compile the update on a GPU; None = if Triton is there.
     """
 
-    def __init__(self, named_params, lr=0.02, momentum=0.95, beta2=0.95, weight_decay=0.0, compile=None):
+    def __init__(
+        self,
+        named_params,
+        lr=0.02,
+        momentum=0.95,
+        beta2=0.95,
+        weight_decay=0.0,
+        compile=None,
+    ):
         # One group for each shape, so that its matrices can be stacked
         groups = {}
         for name, p in named_params:
             if p.ndim != 2:
-                raise ValueError(f"Muon takes matrices, {name} has shape {tuple(p.shape)}; give it to DistAdamW")
+                shape = tuple(p.shape)
+                raise ValueError(
+                    f"Muon takes matrices, {name} has shape {shape}; give it to DistAdamW"
+                )
             group = groups.setdefault(p.shape, {"params": [], "names": [], "initial_lr": lr})
             group["params"].append(p)
             group["names"].append(name)
@@ -152,14 +183,16 @@ class DistMuon(torch.optim.Optimizer):
         params = group["params"]
         state = self._state(group)
 
-        # This rank's matrices and their gradients, summed over ranks. A rank without rows has no gradients
+        # This rank's matrices and their gradients, summed over ranks. A rank without rows has no
+        # gradients
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        grads = torch.stack(_pad(grads))
-        grads = reduce_scatter_sum(grads)
+        grads = torch.stack(_pad(grads))  # (K, M, N)
+        grads = reduce_scatter_sum(grads)  # (K / ranks, M, N)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grads).square()
         mine = _my_stack(params)
 
-        # On a GPU rates are tensors, not floats: values that change every step must not recompile the update
+        # On a GPU rates are tensors, not floats: values that change every step must not recompile
+        # the update
         lr = group["lr"]
         momentum = group["momentum"]
         weight_decay = group["weight_decay"]
@@ -185,7 +218,9 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def full_state(self):
-        """{'<name>.momentum_buffer': (M, N) on the CPU, ...} on rank 0, {} on the others. Collective."""
+        """
+        {'<name>.momentum_buffer': (M, N) on the CPU, ...} on rank 0, {} on the others. Collective.
+        """
         tensors = {}
         for group in self.param_groups:
             for key, value in self._state(group).items():
@@ -198,7 +233,7 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_full_state(self, tensors):
-        """Take this rank's matrices out of what `full_state` returned, on however many ranks that was."""
+        """Take this rank's matrices from what `full_state` returned on any number of ranks."""
         for group in self.param_groups:
             for key, value in self._state(group).items():
                 # All matrices of the group, of which this rank takes its part

@@ -1,10 +1,11 @@
 """
-The one place that decides in which number format the model computes.
+The one place that decides the number format in which the model computes.
 
-Parameters and optimizer states are float32; activations and matmuls run in the compute dtype. The choice is
-`NANOCHAT_PRECISION` (bfloat16, float16, float32, fp8), else bfloat16 where the hardware multiplies it natively (Ampere
-GPUs and newer; CPUs with AMX or AVX512-BF16), else float32. fp8 is bfloat16 with 8-bit matmuls in the linear layers of
-pretraining (fp8.py; Hopper and newer).
+Parameters and optimizer states are float32; activations and matmuls have the compute dtype. The
+environment variable NANOCHAT_PRECISION chooses it: bfloat16, float16, float32 or fp8. Without it
+the compute dtype is bfloat16 where the hardware multiplies it natively (Ampere GPUs and newer; CPUs
+with AMX or AVX512-BF16), else float32. fp8 is bfloat16 with 8-bit matmuls in the linear layers of
+pretraining (fp8.py; Hopper GPUs and newer).
 """
 
 import contextlib
@@ -14,21 +15,29 @@ import torch
 
 from nanochat.common import UserError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.bfloat16}
+# value of NANOCHAT_PRECISION -> compute dtype
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8": torch.bfloat16,
+}
 
 
 def has_native_bf16(device_type):
-    """True if the hardware multiplies bfloat16. Emulated it is 200 times slower than float32 on a CPU with AVX2."""
+    """Whether the hardware multiplies bfloat16."""
+    # emulated on a CPU with AVX2, it is 200 times slower than float32
     if device_type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
+        return torch.cuda.get_device_capability() >= (8, 0)  # Ampere
     if device_type == "cpu":
+        # not every build of PyTorch has both functions
         probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return False  # Apple: float32 is the safe choice; ask for bfloat16 by name
 
 
 def _has_float8(device_type):
-    return device_type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    return device_type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)  # Hopper
 
 
 def _native_precision(device_type):
@@ -36,21 +45,31 @@ def _native_precision(device_type):
 
 
 def get_precision(device_type=None):
-    """One of DTYPES' names for a device type ('cuda', 'cpu', 'mps'; None = the best device here)."""
+    """
+    The precision for a device type ('cuda', 'cpu', 'mps'): a key of DTYPES. None = the best device
+    here.
+    """
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     asked = os.environ.get("NANOCHAT_PRECISION")
     if asked and asked not in DTYPES:
-        raise UserError(f"NANOCHAT_PRECISION={asked} is unknown", f"use one of {', '.join(DTYPES)}, or unset it")
+        names = ", ".join(DTYPES)
+        raise UserError(
+            f"NANOCHAT_PRECISION={asked} is unknown",
+            f"use one of {names}, or unset it",
+        )
+    # without the hardware for fp8 the request is ignored, with a note: see precision_note
     if not asked or (asked == "fp8" and not _has_float8(device_type)):
         return _native_precision(device_type)
     return asked
 
 
 def precision_note(device_type, fp8=False):
-    """Explain why the requested precision is ignored here ('' if it is used). fp8: is this pretraining?"""
+    """The reason why the requested precision is ignored here, or ''. fp8: is this pretraining?"""
+    # the request, and the precision that is used
     asked = os.environ.get("NANOCHAT_PRECISION")
     precision = get_precision(device_type)
+    # only the loops of pretraining call use_fp8
     if precision == "fp8" and not fp8:
         return "NANOCHAT_PRECISION=fp8 is for pretraining"
     if asked in (None, "", precision):
@@ -59,7 +78,10 @@ def precision_note(device_type, fp8=False):
 
 
 def describe_precision(device_type, fp8=False):
-    """One line for the log of training: the precision, and why not the requested one. fp8: is this pretraining?"""
+    """
+    One line for the log of training: the precision, and perhaps why it is not the requested one.
+    fp8: is this pretraining?
+    """
     note = precision_note(device_type, fp8)
     if note:
         return f"{_native_precision(device_type)} ({note})"
@@ -67,21 +89,21 @@ def describe_precision(device_type, fp8=False):
 
 
 def get_precision_dtype(device_type=None):
-    """The compute dtype: that of activations, of matmuls and of the KV cache."""
+    """The compute dtype: of activations, matmuls and the KV cache."""
     return DTYPES[get_precision(device_type)]
 
 
 def get_autocast_ctx(device):
-    """Context for ONE forward pass (never a loop or a yield) of a float32 model in the compute dtype."""
+    """Context for ONE forward pass of a float32 model in the compute dtype: no loop, no yield."""
     device_type = torch.device(device).type
     dtype = get_precision_dtype(device_type)
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # nothing to cast
         return contextlib.nullcontext()
     return torch.autocast(device_type=device_type, dtype=dtype)
 
 
 def active_dtype(x):
-    """The dtype that a forward pass computes in: autocast's while it is active, else that of the parameter x."""
+    """The dtype of a forward pass: autocast's while it is active, else that of the parameter x."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

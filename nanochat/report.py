@@ -1,41 +1,36 @@
 """
-The report card of a run. Each stage writes its facts as JSON when it ends; `generate` renders all of them as
-`report.md` by a template (report.md.j2), with the curves as SVG pictures beside it. Markdown is never read back.
+The report card of a run. Each stage writes its facts as JSON when it ends. `generate` renders all
+of them as `report.md` from a template (report.md.j2), with the curves as SVG pictures beside it.
+Markdown is never read back.
 
-    from nanochat.report import get_report
-    get_report().log("Base model training", {"config": settings, "metrics": {"val bpb": 0.91}, "curves": path})
+    facts = {"config": settings, "metrics": {"val bpb": 0.91}, "curves": path}
+    get_report().log("Base model training", facts)
 
-    python -m nanochat.report reset                              # a new card: start time and environment
-    python -m nanochat.report generate --gpu_hourly_rate=2.5     # <base dir>/report/report.md, and ./report.md
+    python -m nanochat.report reset        # a new card: start time and environment
+    python -m nanochat.report generate     # <base dir>/report/report.md, and ./report.md
 
-`log` takes these keys, all optional: `config` {name: value}; `metrics` {name: value, or {value, n, stderr}}; `curves`,
-the path of a metrics.jsonl; `samples` [{prompt, text}]; `tables` {title: [row dicts]}; `command` (default: that of this
-process). Any other key is listed as a fact of the stage.
+`log` takes these keys, all optional: `config` {name: value}; `metrics` {name: value, or {value, n,
+stderr}}; `curves`, the path of a metrics.jsonl; `samples` [{prompt, text}]; `tables` {title: [row
+dicts]}; `command` (default: that of this process). Any other key is listed as a fact of the stage.
 """
 
 import html
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import jinja2
-import torch
 from markupsafe import Markup
 
 from nanochat.common import get_base_dir, get_dist_info, run_script, write_text
 from nanochat.configurator import ArgumentParser
 from nanochat.curves import draw, read_panels, to_svg
+from nanochat.run_facts import get_command, get_environment, get_process_start
 
-# The sections in the order of the pipeline, each with the column of the summary table for its metrics.
+# The sections in the order of the pipeline, each with its column in the table of metrics
 SECTIONS = {
     "Tokenizer training": None,
     "Tokenizer evaluation": None,
@@ -50,7 +45,7 @@ SECTIONS = {
     "Chat RL": "rl",
     "Chat evaluation rl": "rl",
 }
-# The order of the table's rows; other metrics come after these.
+# The order of the table's rows; other metrics come after these
 METRICS = [
     "CORE", "bpb",
     "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "ChatCORE",
@@ -71,7 +66,7 @@ STAGE_KEYS = {
     "picture": "",      # file name of the drawn curves
 }
 LONG_TABLE = 12  # rows; a longer table is folded
-DEFAULT_GPU_HOURLY_RATE = 3.0  # dollars for one H100 and hour, the usual rent in 2025
+DEFAULT_GPU_HOURLY_RATE = 3.0  # dollars for an H100, the usual rent in 2025
 
 # -----------------------------------------------------------------------------
 # Recording
@@ -83,16 +78,17 @@ def get_report():
 
 
 class Report:
+    """The card in one folder: start.json, and a JSON file for each section."""
     def __init__(self, report_dir):
         self.report_dir = Path(report_dir)
 
     def log(self, section, data):
-        """Write the facts of a finished stage. A section that is logged again replaces the earlier one."""
+        """Write the facts of a finished stage. They replace those of the same section."""
         rank, _, world_size = get_dist_info()
         if rank != 0:
             return
 
-        # what the stage says overrides what can be found out here
+        # the facts of the stage override those found here
         record = {
             "section": section,
             "start_time": get_process_start(),
@@ -121,7 +117,7 @@ class Report:
         write_text(self.report_dir / "start.json", to_json(start))
 
     def generate(self, gpu_hourly_rate=None, copy_to=None):
-        """Render report.md and its pictures, also into the folder `copy_to`. Returns the path of report.md."""
+        """Render report.md and its pictures, also into `copy_to`. Returns the path of report.md."""
         # the facts of the run as a whole; a run without a reset has those of now
         start_path = self.report_dir / "start.json"
         if start_path.exists():
@@ -158,100 +154,10 @@ def slug(text):
 
 def to_json(record):
     """Indented JSON. A tensor of one element becomes its number, any other object its text."""
+    # called for objects that json does not know
     def convert(value):
         return value.item() if hasattr(value, "item") else str(value)
     return json.dumps(record, indent=1, default=convert)
-
-
-def get_process_start():
-    """When this process, and with it the stage, began: seconds since 1970, as the system recorded it."""
-    if sys.platform == "linux":
-        # the 20th field after the program's name (man 5 proc_pid_stat): clock ticks from boot to the start
-        fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    else:
-        # ps prints the age as [[days-]hours:]minutes:seconds
-        parts = re.findall(r"\d+", first_line_of("ps", "-o", "etime=", "-p", str(os.getpid())))
-        units = (1, 60, 3600, 86400)
-        age = sum(int(part) * unit for part, unit in zip(reversed(parts), units, strict=False))
-    return time.time() - age
-
-
-def get_command(world_size):
-    """The command line of this process. torchrun's own flags are not passed on, so they are rebuilt."""
-    # orig_argv: with the interpreter and its -m, which sys.argv has lost
-    words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
-    if world_size > 1 and "-m" in words:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        nodes = "--standalone" if per_node == world_size else f"--nnodes={world_size // per_node}"
-        module, *flags = words[words.index("-m") + 1:]
-        words = ["torchrun", nodes, f"--nproc_per_node={per_node}", "-m", module, "--", *flags]
-    return shlex.join(words)
-
-
-def first_line_of(*command):
-    """The first line that a program prints, or "" if the program is missing or fails."""
-    folder = Path(__file__).parent  # git: this checkout, wherever the run was started
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=folder)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return result.stdout.strip().split("\n")[0] if result.returncode == 0 else ""
-
-
-def get_environment():
-    """Code, machine and packages of the run, as the page shows them."""
-    # equal GPUs are counted
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = Counter(f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices)
-
-    # versions; the driver as its own tool states it
-    software = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    if torch.version.cuda:
-        software.append(f"CUDA {torch.version.cuda}")
-    software.append(platform.platform())
-    if devices:
-        driver = first_line_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        software.append(f"driver {driver or 'unknown'}")
-    installed = importlib.metadata.distributions()
-    packages = {f"{package.metadata['Name']} {package.version}" for package in installed}
-    return {
-        "num_gpus": len(devices),
-        "facts": {
-            "Code": describe_code(),
-            "GPU": ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "none",
-            "CPU": describe_cpu(),
-            "Software": ", ".join(software),
-        },
-        "packages": sorted(packages, key=str.lower),
-    }
-
-
-def describe_code():
-    """The commit, for example "commit 1a2b3c4 on main with local changes"."""
-    commit = first_line_of("git", "rev-parse", "--short", "HEAD")
-    if not commit:
-        return "not a git checkout"
-    branch = first_line_of("git", "rev-parse", "--abbrev-ref", "HEAD")
-    changes = first_line_of("git", "status", "--porcelain", "--untracked-files=no")
-    return f"commit {commit} on {branch}" + (" with local changes" if changes else "")
-
-
-def describe_cpu():
-    """Model, cores and memory, for example "AMD EPYC 9454, 2 cores, 24 GiB memory"."""
-    # macOS has a command for the name, Linux a file
-    name = first_line_of("sysctl", "-n", "machdep.cpu.brand_string")
-    if os.path.exists("/proc/cpuinfo"):
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-        name = match[1] if match else ""  # some ARM kernels name none
-
-    # memory where the system can tell it
-    parts = [name or platform.machine(), f"{os.cpu_count()} cores"]
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
-        parts.append(f"{memory / 2**30:.0f} GiB memory")
-    return ", ".join(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -298,7 +204,7 @@ def render(start, stages, rate):
 
 
 def busy_seconds(stages):
-    """Wall time of all stages. Time that two sections share (one process, or side by side) counts once."""
+    """Wall time of all stages. Time in which two of them ran side by side counts once."""
     seconds = 0.0
     counted_until = 0.0
     for stage in sorted(stages, key=lambda stage: stage["start_time"]):
@@ -310,7 +216,11 @@ def busy_seconds(stages):
 
 
 def describe_cost(num_gpus, stages, seconds, rate):
-    """Rate x GPUs x hours. All GPUs of the machine count, since it is rented whole; more if the run had more."""
+    """
+    Rate x GPUs x hours. All GPUs of the machine count, since it is rented whole; more if the run
+    had more.
+    """
+    # a machine without GPUs has a cost only at a stated rate
     if not num_gpus and rate is None:
         return "not counted: no GPU, and no --gpu_hourly_rate given"
     if rate is None:
@@ -322,12 +232,16 @@ def describe_cost(num_gpus, stages, seconds, rate):
 
 
 def summary_rows(stages):
-    """The table of metrics, one row dict each: {"metric": name, "base": text, ...}. A column's latest section wins."""
+    """
+    The table of metrics, one row dict each: {"metric": name, "base": text, ...}. Of several
+    sections in a column the last one counts.
+    """
     rows = {}
     for stage in stages:
         column = SECTIONS.get(stage["section"])
         if column is None:
             continue
+        # a metric that no stage of a column has stays a dash
         for name, metric in stage["metrics"].items():
             empty = {"metric": name, "base": "–", "mid": "–", "sft": "–", "rl": "–"}
             rows.setdefault(name, empty)[column] = format_metric(metric)
@@ -386,6 +300,7 @@ def format_date(seconds):
 
 
 def format_duration(seconds):
+    # hours without seconds
     minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60}h {minutes % 60:02d}m"
@@ -393,10 +308,13 @@ def format_duration(seconds):
 
 
 def escape_markdown(text):
-    """Text -> Markdown that shows exactly this text, in a paragraph or a table. Markup is left as it is."""
+    """
+    Text -> Markdown that shows exactly this text, in a paragraph or a table. Markup stays as it is.
+    """
     if isinstance(text, Markup):
         return text
-    # an underscore within a word is no markup, and device_batch_size reads better without backslashes
+    # an underscore within a word is no markup, and device_batch_size reads better without
+    # backslashes
     special = r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     text = re.sub(special, lambda match: "\\" + match.group(), str(text))
     text = html.escape(text, quote=False)
@@ -405,12 +323,13 @@ def escape_markdown(text):
 
 def code(value):
     """A value between backticks, in a table."""
+    # in a table a | would end the cell, and a backtick the code
     text = " ".join(str(value).splitlines())
     return Markup("`" + text.replace("`", "'").replace("|", "\\|") + "`")
 
 
 def verbatim(text):
-    """Text within a fenced block, which it cannot end."""
+    """Text for a fenced block, without the fence that would end it."""
     return Markup(text.replace("```", "'''"))
 
 
@@ -418,10 +337,21 @@ def verbatim(text):
 
 
 def main():
-    parser = ArgumentParser(prog="python -m nanochat.report", description="The report card of a run")
-    parser.add_argument("action", choices=["reset", "generate"], help="start a new card / render report.md")
-    parser.add_argument("--gpu_hourly_rate", type=float, help="dollars for one GPU and hour (default: 3.0 with GPUs; "
-                        "a run without GPUs has a cost only if this is given)")
+    parser = ArgumentParser(
+        prog="python -m nanochat.report",
+        description="The report card of a run",
+    )
+    parser.add_argument(
+        "action",
+        choices=["reset", "generate"],
+        help="start a new card / render report.md",
+    )
+    parser.add_argument(
+        "--gpu_hourly_rate",
+        type=float,
+        help="dollars for one GPU and hour (default: 3.0 with GPUs; a run without GPUs has a cost "
+             "only if this is given)",
+    )
     args = parser.parse_args()
     report = get_report()
     if args.action == "reset":

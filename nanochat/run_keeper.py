@@ -1,5 +1,5 @@
 """
-Everything around the loop of a training script: saving, stopping on a signal, logging, the report.
+All around the loop of a training script: saving, stopping on a signal, logging, the report.
 """
 
 import math
@@ -18,11 +18,11 @@ from nanochat.training import Ema
 
 class RunKeeper:
     """
-    Made when all else is set up, so that a run that cannot start moves no checkpoints. Then
-      - a run where another one is still writing is refused;
-      - a new run moves an older one's checkpoints aside, a resumed run those of later steps;
-      - a run resumed past its end is refused;
-      - a resumed run whose data changed prints a warning; `data` is a line that describes them.
+    Made when all else is set up, so that a run that cannot start moves no checkpoints. It then
+      - refuses a run if another one is still writing to the same folder;
+      - moves the checkpoints of an older run aside, in a resumed run those of later steps;
+      - refuses to resume a run past its end;
+      - warns if the data of a resumed run changed. `data` is a line that describes them.
     """
 
     def __init__(self, stage, iterations, data):
@@ -33,7 +33,7 @@ class RunKeeper:
         self._flops_per_token = stage.model.estimate_flops()
 
         # State of the loop
-        self.stopping = False     # a signal asked for it
+        self.stopping = False     # True after a signal
         self._saved_step = stage.step if stage.state else -1  # the last checkpoint's
         self._start = 0.0         # time.perf_counter() when this step began
         self._step_s = Ema(0.95)  # seconds; forgets the first step, which compiles
@@ -43,7 +43,7 @@ class RunKeeper:
         stage.manager.claim(stage.device)
         wandb_run = start_wandb(stage.settings)
 
-        # Make room: no checkpoint of another run stands among those of this one
+        # No checkpoint of another run stays among those of this one
         if stage.state:
             self._check_resumed()
             for folder in stage.manager.forget_after(stage.step):
@@ -53,7 +53,7 @@ class RunKeeper:
             if moved:
                 print0(f"note: the checkpoints of an earlier run are now in {moved}")
 
-        # From here on a signal asks, and metrics are written
+        # From here on signals are noted, and metrics are written
         self._signal = StopSignal(stage.device)
         self.metrics_path = stage.manager.checkpoint_dir / "metrics.jsonl"
         self.metrics_log = MetricsLog(self.metrics_path, wandb_run, stage.step)
@@ -66,7 +66,7 @@ class RunKeeper:
                 f"the checkpoint is at step {step}, the run ends at {self.iterations}",
                 f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
 
-        # Files may have been added, or lines
+        # The files may have changed
         data_then = self.stage.state.get("data", self.data)
         if data_then != self.data:
             print0("warning: the data is not what the run began with "
@@ -76,14 +76,14 @@ class RunKeeper:
     # -- saving
 
     def save_if_due(self, step, eval_due, **state):
-        """Save a checkpoint, with `state` in its meta data, when it is time. Collective."""
+        """Save a checkpoint, with `state` in its meta data, if it is time. Collective."""
         if self.save_due(step, eval_due):
             self.save(step, **state)
 
     def save_due(self, step, eval_due):
         """
         Whether to save now: every save_every steps, before every evaluation, at the end, and when a
-        signal asks the run to stop, which `stopping` then says. Collective.
+        signal asks the run to stop (then `stopping` is True). Collective.
         """
         # The last step is saved anyway: a signal then changes nothing
         last = step == self.iterations
@@ -93,9 +93,10 @@ class RunKeeper:
 
     def save(self, step, **state):
         """
-        Save a checkpoint, with `state` in its meta data. When writing fails the run goes on with a
-        warning, since space may be freed before the next one; but the last save of a run raises, as
-        do parameters that are not finite: the step that spoils them has a finite loss. Collective.
+        Save a checkpoint, with `state` in its meta data. If writing fails, the run goes on with a
+        warning, since space may be freed before the next one. The last save of a run raises. So
+        does a parameter that is not finite: the step that spoils it may have a finite loss.
+        Collective.
         """
         # A checkpoint with NaN would only be noticed when it is loaded
         stage = self.stage
@@ -129,8 +130,8 @@ class RunKeeper:
 
     def check_finite(self, loss, step, place):
         """
-        The loss summed over ranks as a float. One that is not finite ends the run; `place` says
-        where in the data its rows are from.
+        The loss, summed over ranks, as a float. If it is not finite the run ends. `place` is the
+        position of its rows in the data.
         """
         loss = all_reduce_sum(loss).item()
         if not math.isfinite(loss):
@@ -138,7 +139,10 @@ class RunKeeper:
         return loss
 
     def _diverged(self, what):
-        """The UserError for a run whose numbers went wrong: it names the last good checkpoint."""
+        """
+        The UserError for a loss or parameters that are not finite. It names the last good
+        checkpoint.
+        """
         # There may be no checkpoint yet
         manager = self.stage.manager
         saved = manager.last_step()
@@ -171,8 +175,8 @@ class RunKeeper:
 
     def finish_step(self, step, loss, tokens, lr_factor, grad_norm, **more):
         """
-        Count, log and print the optimizer step after which `step` steps are done. tokens: those
-        that all ranks trained on. more: further metrics of this stage.
+        Count, log and print an optimizer step. `step` includes it. tokens: those that all ranks
+        trained on. more: further metrics of this stage.
         """
         # The step ends when the device has done it
         stage = self.stage
@@ -204,8 +208,8 @@ class RunKeeper:
 
     def finish(self, section, facts):
         """
-        The end of a script: write its section of the report, leave the process group, close the
-        log. Exits when a signal stopped the run.
+        End a script: write its section of the report, leave the process group, close the log. Exits
+        if a signal stopped the run.
         """
         # The facts that every stage has
         train_s = self.stage.progress["train_s"]
@@ -225,8 +229,8 @@ class RunKeeper:
 
     def close(self):
         """
-        Close the log. A run that was stopped says how to go on, and exits as if the signal had
-        ended it (128 + its number): a shell script with further stages then stops too.
+        Close the log. After a stop by a signal, print how to go on, and exit as if the signal had
+        ended the process (128 + its number). So a shell script with further stages stops, too.
         """
         self.metrics_log.close()
         self._signal.restore()
@@ -244,31 +248,37 @@ class RunKeeper:
 
 class StopSignal:
     """
-    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost connection) ask the loop to save and end; a second
-    SIGINT interrupts at once. `received` is the number of the first one or 0. `asked` says whether
-    a signal came to any rank: collective, so that all ranks leave the loop at the same step.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost connection) ask the loop to save and end. A second
+    SIGINT interrupts at once. `received` is the number of the first signal, or 0.
     """
 
     def __init__(self, device):
         self.received = 0
         self._device = device
-        # A background job of a shell script starts with SIGINT ignored; here it stops the run all
-        # the same. nohup ignores SIGHUP, and that is what its user wants. Windows has no SIGHUP.
+        # A background job of a shell script starts with SIGINT ignored: here it is not. SIGHUP
+        # stays ignored under nohup, whose purpose that is. Windows has no SIGHUP.
         numbers = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number, frame):
+        # the first signal only sets a flag, which the loop reads between steps
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
 
     def asked(self):
+        """
+        Whether any rank received a signal. Collective, so that all ranks leave the loop at the same
+        step.
+        """
+        # one flag per rank
         received = torch.tensor(float(self.received > 0), device=self._device)
         return all_reduce_sum(received).item() > 0
 
     def restore(self):
+        """Give the signals back to their earlier handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -279,10 +289,10 @@ def is_due(step, every):
 
 
 def attempt(what, function):
-    """function(), or None with a warning when it fails: an evaluation must never cost the run."""
+    """function(), or None with a warning if it fails: an evaluation must never end the run."""
     try:
         return function()
-    except Exception as error:  # any failure at all is survivable here, the run is not
+    except Exception as error:  # of any kind
         print(f"warning: {what} failed and is skipped: {type(error).__name__}: {error}", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,12 +1,13 @@
 """
-The child process of the sandbox (execution.py): it walls itself in, then runs one Python program.
+The child process of the sandbox (execution.py): it restricts itself, then runs one Python program.
 
-It is run by path in an interpreter of its own, because raising walls between fork and exec is unsafe where the parent
-has threads. It imports little, which makes it start 40 ms sooner. The walls:
+It is run by path, in an interpreter of its own: to restrict a process between fork and exec is
+unsafe where the parent has threads. It imports little, which makes it start 40 ms sooner. Its
+walls:
 
     limits    memory, CPU time, size and number of files; no new processes; it dies with its parent
-    landlock  no file but the standard library, /dev/null and the working folder (Linux 5.13 and newer)
-    seccomp   no system call but those of SYSCALLS (x86_64 and aarch64)
+    landlock  no file but the standard library, /dev/null and the working folder (Linux 5.13, newer)
+    seccomp   no system call except those of SYSCALLS (x86_64 and aarch64)
 """
 
 import ctypes
@@ -22,11 +23,13 @@ MAX_ERROR_BYTES = 2000         # of the report on how the program ended
 
 
 def _call_libc(name, *arguments):
-    """Call a function of libc that returns -1 and sets errno when it fails, which raises OSError. Linux only."""
+    """Call a function of libc that returns -1 and sets errno if it fails: OSError. Linux only."""
     if sys.platform != "linux":
         raise OSError(f"{name} needs Linux")
     function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    result = function(*[ctypes.c_long(value) if isinstance(value, int) else value for value in arguments])
+    # ctypes would pass an int as 32 bits
+    words = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result = function(*words)
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{name} {arguments[0]} was refused")
     return result
@@ -38,7 +41,7 @@ def _call_libc(name, *arguments):
 
 def _set_limits(timeout, max_memory_bytes, parent_pid):
     if sys.platform == "linux":
-        _call_libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: a condition of the two other walls
+        _call_libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: the other walls need it
         _call_libc("prctl", 4, 0)  # PR_SET_DUMPABLE: no core file, and no debugger may attach
         _call_libc("prctl", 1, 9)  # PR_SET_PDEATHSIG: SIGKILL, when the thread that started us ends
         if os.getppid() != parent_pid:  # it ended before that call
@@ -73,15 +76,26 @@ TRUNCATE = 0x4000
 
 
 def _restrict_files(folder):
-    # The struct has three words of rights to deny: on files, on TCP, and on processes outside (sockets, signals)
-    version = _call_libc("syscall", 444, None, 0, 1)  # landlock_create_ruleset, which here returns its version
+    # The struct has three words of rights to deny: on files, on TCP, and on processes outside
+    # (sockets, signals)
+    # landlock_create_ruleset: with these arguments it returns its version
+    version = _call_libc("syscall", 444, None, 0, 1)
     num_rights, struct_bytes = LANDLOCK_VERSIONS.get(version, LANDLOCK_NEWEST)
     every_right = (1 << num_rights) - 1
     denied = struct.pack("QQQ", every_right, 3, 3)[:struct_bytes]
     ruleset = _call_libc("syscall", 444, denied, len(denied), 0)
 
-    # What is allowed. No folders and links in the working folder, so that the parent can add up its size quickly
-    library = [*sys.path, sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
+    # What is allowed. No folders and links in the working folder, so that the parent can add up its
+    # size quickly
+    library = [
+        *sys.path,
+        sys.base_prefix + "/lib",
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/etc/ld.so.cache",
+    ]
     rights = dict.fromkeys(library, READ_FILE | READ_DIR)
     rights["/dev/null"] = READ_FILE | WRITE_FILE
     rights[folder] = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE
@@ -92,7 +106,7 @@ def _restrict_files(folder):
             allowed &= ~READ_DIR  # on a file it would be an error
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", allowed & every_right, fd)
-        _call_libc("syscall", 445, ruleset, 1, rule, 0)  # landlock_add_rule, for a path and all below
+        _call_libc("syscall", 445, ruleset, 1, rule, 0)  # landlock_add_rule: a path, all below
         os.close(fd)
 
     _call_libc("syscall", 446, ruleset, 0)  # landlock_restrict_self
@@ -100,23 +114,27 @@ def _restrict_files(folder):
 
 
 # -----------------------------------------------------------------------------
-# seccomp: a filter in the kernel's BPF (linux/seccomp.h, linux/bpf_common.h) that looks at every system call
+# seccomp: a filter in the kernel's BPF (linux/seccomp.h, linux/bpf_common.h) that looks at every
+# system call
 
-# The only system calls that a program may make: `name x86_64 aarch64`, `-` where the architecture has no such call.
-# What Landlock does not see stays off the list: chmod, chown, utime, truncate, ioctl (file flags), setrlimit, kill.
+# The only system calls that a program may make: `name x86_64 aarch64`, `-` where the architecture
+# has no such call. What Landlock does not see stays off the list: chmod, chown, utime, truncate,
+# ioctl (file flags), setrlimit, kill.
 SYSCALLS = """
-read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
-mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
-pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -, pipe 22 -, select 23 -, sched_yield 24 124,
-mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -, pause 34 -, nanosleep 35 101, getitimer 36 102, alarm 37 -,
-setitimer 38 103, getpid 39 172, sendfile 40 71, exit 60 93, uname 63 160, fsync 74 82, fdatasync 75 83,
-ftruncate 77 46, getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82 -, unlink 87 -, readlink 89 -, umask 95 166,
-gettimeofday 96 169, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174, getgid 104 176,
-geteuid 107 175, getegid 108 177, getppid 110 173, sigaltstack 131 132, gettid 186 178, time 201 -, futex 202 98,
-sched_getaffinity 204 123, getdents64 217 61, restart_syscall 219 128, clock_gettime 228 113, clock_getres 229 114,
-clock_nanosleep 230 115, exit_group 231 94, openat 257 56, newfstatat 262 79, unlinkat 263 35, renameat 264 38,
-readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll 271 73, dup3 292 24, pipe2 293 59, renameat2 316 276,
-getrandom 318 278, statx 332 291, faccessat2 439 439
+read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
+mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
+rt_sigreturn 15 139, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -,
+pipe 22 -, select 23 -, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -,
+pause 34 -, nanosleep 35 101, getitimer 36 102, alarm 37 -, setitimer 38 103, getpid 39 172,
+sendfile 40 71, exit 60 93, uname 63 160, fsync 74 82, fdatasync 75 83, ftruncate 77 46,
+getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82 -, unlink 87 -, readlink 89 -, umask 95 166,
+gettimeofday 96 169, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174,
+getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, sigaltstack 131 132,
+gettid 186 178, time 201 -, futex 202 98, sched_getaffinity 204 123, getdents64 217 61,
+restart_syscall 219 128, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
+exit_group 231 94, openat 257 56, newfstatat 262 79, unlinkat 263 35, renameat 264 38,
+readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll 271 73, dup3 292 24, pipe2 293 59,
+renameat2 316 276, getrandom 318 278, statx 332 291, faccessat2 439 439
 """
 
 # machine -> column in SYSCALLS, AUDIT_ARCH constant (linux/audit.h), number of fcntl
@@ -133,11 +151,14 @@ KILL_PROCESS = 0x80000000
 
 
 def seccomp_filter(machine):
-    """The filter as instructions (code, jump if true, jump if false, constant). A jump skips that many."""
+    """
+    The filter as instructions (code, jump if true, jump if false, constant). Jumps count
+    instructions.
+    """
     column, architecture, fcntl = ARCHITECTURES[machine]
 
-    # Other architectures' numbers mean other calls (32-bit code by int 0x80). The x32 calls set bit 30 of the number,
-    # so they are on no list
+    # Other architectures' numbers mean other calls (32-bit code by int 0x80). The x32 calls set bit
+    # 30 of the number, so they are on no list
     program = [
         (LOAD_WORD, 0, 0, 4),  # the architecture, by its offset in struct seccomp_data
         (IF_EQUAL, 1, 0, architecture),
@@ -150,7 +171,8 @@ def seccomp_filter(machine):
             program.append((IF_EQUAL, 0, 1, int(number)))
             program.append((RETURN, 0, 0, ALLOW))
 
-    # fcntl: commands up to F_SETLKW (7), and F_DUPFD_CLOEXEC (1030). F_SETOWN (8) would send signals to any process
+    # fcntl: commands up to F_SETLKW (7), and F_DUPFD_CLOEXEC (1030). F_SETOWN (8) would send
+    # signals to any process
     program += [
         (IF_EQUAL, 0, 4, fcntl),
         (LOAD_WORD, 0, 0, 24),  # its second argument
@@ -168,7 +190,8 @@ def _restrict_system_calls():
         raise OSError(f"no table of system calls for {machine}")
     instructions = [struct.pack("HBBI", *instruction) for instruction in seccomp_filter(machine)]
     code = ctypes.create_string_buffer(b"".join(instructions))
-    sock_fprog = ctypes.create_string_buffer(struct.pack("HP", len(instructions), ctypes.addressof(code)))
+    program = struct.pack("HP", len(instructions), ctypes.addressof(code))
+    sock_fprog = ctypes.create_string_buffer(program)
     _call_libc("prctl", 22, 2, sock_fprog)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
@@ -177,7 +200,7 @@ def _restrict_system_calls():
 
 
 def _raise_walls(timeout, max_memory_bytes, parent_pid):
-    """Raise the walls that this system has. Returns their names, from which the parent learns what is missing."""
+    """Raise the walls that this system has. Returns their names, for the parent."""
     steps = {
         "limits": lambda: _set_limits(timeout, max_memory_bytes, parent_pid),
         "landlock": lambda: _restrict_files(os.getcwd()),
@@ -194,8 +217,11 @@ def _raise_walls(timeout, max_memory_bytes, parent_pid):
 
 
 def _run_program(code):
-    """Run the program as `__main__`. Returns what it raised as text, empty when it ran to its end. Leaving early is
-    an error too, `sys.exit(0)` included: the tests at the end of the program would not have run."""
+    """
+    Run the program as `__main__`. Returns as text what it raised, or "" if it ran to its end.
+    Leaving early is an error too, even by `sys.exit(0)`: the tests at the end of the program did
+    not run.
+    """
     program = type(sys)("__main__")
     sys.modules["__main__"] = program
     sys.argv = ["program.py"]
@@ -210,7 +236,10 @@ def _run_program(code):
 
 
 def _read_orders(num_bytes):
-    """The orders come first on stdin. The rest of it is the program's, so not a byte more may be read."""
+    """
+    Read the orders, which come first on stdin. The rest belongs to the program, so not a byte more
+    is read.
+    """
     data = b""
     while len(data) < num_bytes:
         chunk = os.read(0, num_bytes - len(data))
@@ -221,10 +250,15 @@ def _read_orders(num_bytes):
 
 
 def main():
-    """Print the walls that stand as the first line of stdout, before the program runs. When it has ended, write a
-    secret word and what it raised as the last thing on stderr: the program was not told the word."""
+    """
+    Print the names of the walls as the first line of stdout, before the program runs. After its
+    end, write a secret word and the error as the last thing on stderr. The program does not know
+    the word.
+    """
     word, parent_pid, code, timeout, max_memory_bytes, allow_unsafe = _read_orders(int(sys.argv[1]))
-    write, leave = os.write, os._exit  # the program may replace them
+    # the program may replace these
+    write = os.write
+    leave = os._exit
     os.environ.clear()
     walls = _raise_walls(timeout, max_memory_bytes, parent_pid)
     write(1, f"{','.join(walls)}\n".encode())

@@ -2,10 +2,10 @@
 Continuous batching: requests for a model are decoded together, by one thread per device.
 
 A `Request` waits in the queue of its model. Its prompt is read in chunks between the decoding
-steps of the others (chunked prefill), then its row joins the batch, and it leaves when it ends,
-fails or is cancelled. A `Scheduler` does this for one model. A `Batcher` is the thread of one
-device: it steps the schedulers of all models there, so that an event loop never waits for a model.
-Nothing here knows of HTTP: service.py does.
+steps of the others (chunked prefill). Then its row joins the batch, until it ends, fails or is
+cancelled. A `Scheduler` does this for one model. A `Batcher` is the thread of one device: it steps
+the schedulers of all models there, so that an event loop never waits for a model. HTTP is in
+service.py.
 
 Batching by the step is from Orca (Yu et al., OSDI 2022), reading prompts in chunks from Sarathi
 (arXiv 2308.16369).
@@ -22,7 +22,7 @@ from typing import Any
 
 from nanochat.common import compiles
 from nanochat.conversation import PART_AFTER
-from nanochat.engine import Decoder, Row
+from nanochat.decoder import Decoder, Row
 from nanochat.inference import compile_decoding
 from nanochat.streaming import TextStream, split_at_stop
 
@@ -52,8 +52,8 @@ class Event:
 @dataclass(eq=False)
 class Request:
     """
-    One prompt and its completion. The decoder appends tokens to `row`; `new_events` turns each of
-    them into events. Text is held back while it may be the beginning of a stop string.
+    One prompt and its completion. The decoder appends tokens to `row`, and `new_events` turns each
+    token into events. Text that may be the beginning of a stop string is held back.
     """
     row: Row                     # prompt, sampling parameters, limits, and the tokens so far
     tokenizer: Any
@@ -72,7 +72,7 @@ class Request:
         self.prefill = None        # the generator that reads the prompt, if it is read alone
         self.prompt_logprobs = []  # entries of top_logprobs for all prompt tokens but the first
 
-        # without tools there are no blocks: all is text
+        # without tools there are no blocks, only text
         self.block_kinds = {}
         if self.row.tool is not None:
             for name, kind in PART_AFTER.items():
@@ -80,7 +80,7 @@ class Request:
 
     @property
     def scores_prompt(self):
-        """Whether the log-probabilities of the prompt are wanted."""
+        """Whether the log-probabilities of the prompt are needed."""
         return self.echo is not None and self.row.num_top is not None
 
     def echo_event(self):
@@ -88,7 +88,7 @@ class Request:
         self.num_sent = len(self.echo)
         event = Event(self, self.echo, "prompt")
         if self.scores_prompt:
-            # the echo of a text does not show its <|bos|>, which begins before 0
+            # the echo of a text lacks its <|bos|>, which therefore begins before 0
             prompt = self.row.prompt
             start = len(self.echo) - len(self.tokenizer.decode(prompt))
             utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -98,7 +98,7 @@ class Request:
         return event
 
     def new_events(self):
-        """The events of the row's newest token. May set row.finish_reason: at a stop string."""
+        """The events of the row's newest token. Sets row.finish_reason at a stop string."""
         row = self.row
         token = row.tokens[-1]
         events = []
@@ -108,7 +108,7 @@ class Request:
             start = self.num_sent + len(self.held)
             self.held_logprobs.append((token, row.logprobs[-1], start))
 
-        # a block begins or ends: what is held belongs to the block before
+        # a block begins or ends: text that is held belongs to the block before
         if token in self.block_kinds:
             events += self._release_all()
             self.kind = self.block_kinds[token]
@@ -154,11 +154,11 @@ class Request:
 class Scheduler:
     """
     The queue and the batch of one model. A step is `admit` (prompts are read, rows join the batch),
-    `pick` (every row gets a token), and `forward` (the logits of the next tokens). Events collect in
-    `events`. Needs no thread.
+    `pick` (every row gets a token), and `forward` (the logits of the next tokens). Events collect
+    in `events`. Needs no thread.
 
-    `admit` reads about `chunk` tokens, always fewer than twice as many, so that long prompts do not
-    stall the batch.
+    `admit` reads about `chunk` tokens, and always fewer than twice as many, so that long prompts do
+    not delay the batch.
     """
 
     def __init__(self, engine, num_rows, chunk):
@@ -166,8 +166,8 @@ class Scheduler:
         self.num_rows = num_rows
         self.chunk = chunk
 
-        # on a GPU all memory at once: when a cache grows, its steps must be recorded again, and
-        # everybody waits
+        # on a GPU the whole cache at once: if it grew, its steps would have to be recorded again,
+        # and all requests would wait
         model = engine.model
         length = model.config.sequence_len if model.device.type == "cuda" else 256
         self.decoder = Decoder(model, num_rows, length=length)
@@ -177,7 +177,7 @@ class Scheduler:
         self.events = []        # since the last take_events
 
     def warm_up(self):
-        """Compile and record what takes a GPU seconds at first. Returns the scheduler."""
+        """On a GPU, compile and record the steps, which takes seconds. Returns the scheduler."""
         if compiles(self.engine.model.device):
             compile_decoding(self.engine.model)
             self.decoder.warm_up()
@@ -226,7 +226,10 @@ class Scheduler:
         self.decoder.forward()
 
     def fail_batch(self, error):
-        """A step failed. Any row may be the reason, so all rows end; waiting requests do not."""
+        """
+        End all rows after a failed step, since any of them may be the reason. Waiting requests
+        stay.
+        """
         self._fail(self.running.values(), error)
         self.running.clear()
         self.decoder.reset()  # allocates nothing, since memory may be what ran out
@@ -234,7 +237,7 @@ class Scheduler:
             request.prefill = None  # begins anew
 
     def end_all(self, reason):
-        """End all requests, with the reason as their error."""
+        """End all requests with an error."""
         self._send_error([*self.running.values(), *self.waiting], reason)
         self.running.clear()
         self.waiting.clear()
@@ -249,7 +252,7 @@ class Scheduler:
         for request in islice(self.waiting, most):
             longest = max(longest, len(request.row.prompt))
             fits = (len(short) + 1) * longest <= budget
-            # read alone: one that has begun or failed with others, one that wants log-probabilities
+            # read alone: a prompt that has begun, that failed with others, or that is scored
             if request.prefill or request.scores_prompt or not fits:
                 break
             short.append(request)
@@ -260,7 +263,7 @@ class Scheduler:
         prompts = [request.row.prompt for request in requests]
         try:
             logits = self.decoder.prefill_short(prompts)
-        except Exception:  # reading them one by one will show which of them is the reason
+        except Exception:  # reading them one by one will show which one is the reason
             for request in requests:
                 request.prefill = self._start_prefill(request)
             return 0
@@ -272,8 +275,8 @@ class Scheduler:
 
     def _prefill_chunk(self):
         """
-        Read a chunk of the first waiting prompt; after the last one its row joins the batch. Returns
-        the number of tokens read.
+        Read a chunk of the first waiting prompt. After the last chunk its row joins the batch.
+        Returns the number of tokens read.
         """
         request = self.waiting[0]
         num_read = 0
@@ -304,7 +307,7 @@ class Scheduler:
             if row.max_tokens:
                 self.decoder.admit(row, logits, short)
                 self.running[row] = request
-            else:  # only the echo was wanted
+            else:  # the request is for the echo alone
                 self.events.append(Event(request, finish_reason="length"))
         except Exception as error:  # no memory for a longer cache, for example
             self._fail([request], error)
@@ -325,7 +328,7 @@ class Scheduler:
 class Batcher(threading.Thread):
     """
     The thread that decodes for all models of one device. It calls `load()`, which returns {name:
-    Scheduler}, and `deliver(events)` with lists of events. `submit` and `stop` work from any thread.
+    Scheduler}, and `deliver(events)` with lists of events. Any thread may call `submit` and `stop`.
     """
 
     def __init__(self, load, deliver, max_waiting):
@@ -362,7 +365,9 @@ class Batcher(threading.Thread):
             self._changed.notify()
 
     def stop(self, grace_s):
-        """Go on with what was submitted for at most grace_s seconds, then end. Does not wait."""
+        """
+        Go on for at most grace_s seconds with the requests there are, then end. Does not wait.
+        """
         with self._changed:
             self.deadline = time.monotonic() + grace_s
             self._changed.notify()
@@ -388,7 +393,7 @@ class Batcher(threading.Thread):
         return any(scheduler.busy for scheduler in self.schedulers.values())
 
     def _wait_for_work(self):
-        """Sleep until there is work, and hand it to the schedulers. False: it is time to end."""
+        """Sleep until there is work, and give it to the schedulers. False: it is time to end."""
         with self._changed:
             # `submit` and `stop` wake this thread up
             while not self.inbox and not self._busy and self.deadline is None:

@@ -1,9 +1,9 @@
 """
-Models by name, and the path of a request through them: from its fields to a batcher's queue, and
-from the events of the batcher to a stream or a JSON document.
+Models by name, and the path of a request: from its fields to the queue of a batcher, and from the
+events of the batcher to a stream or a JSON document.
 
-A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for a
-model: tokenizing happens in worker threads, generation in the batchers.
+A `Service` lives on one event loop and has one `Batcher` thread per device. Nothing here waits for
+a model: tokenizing happens in worker threads, generation in the batchers.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import ChatResponse, TextResponse, error_body, sse
-from nanochat.engine import Row, fit_conversation
+from nanochat.decoder import Row
+from nanochat.engine import fit_conversation
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Batcher, Event, QueueFull, Request
 from nanochat.streaming import ToolState
@@ -32,9 +33,9 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 
 class Service:
     """
-    Models by name, on one or more devices. `load(i)` returns {name: Scheduler} for device i and is
-    called in the thread of that device. temperature, top_k and max_tokens are for requests that
-    leave them out.
+    Models by name, on one or more devices. `load(i)` returns {name: Scheduler} for device i; the
+    thread of that device calls it. temperature, top_k and max_tokens are for requests that leave
+    them out.
     """
 
     def __init__(self, load, names, num_devices=1, max_waiting=256,
@@ -47,7 +48,7 @@ class Service:
             self.batchers.append(Batcher(partial(load, i), self._deliver, max_waiting))
         self.open_responses = set()     # submitted and not released
         self.started_at = time.time()
-        self.loaded = False             # True: all models are, or have failed
+        self.loaded = False             # True: all models are loaded, or have failed
         self.stopping = False
         self.error = None               # why a model could not be loaded
         self.on_failure = lambda: None  # called when a model cannot be loaded
@@ -96,7 +97,7 @@ class Service:
             await asyncio.to_thread(batcher.loaded.wait)
             self.error = self.error or batcher.error
 
-        # models stay: to search them for garbage would stop all streams for 0.1 s, again and again
+        # models stay in memory: collecting garbage among their objects would take 0.1 s each time
         gc.collect()
         gc.freeze()
         self.loaded = True
@@ -106,7 +107,7 @@ class Service:
             print(f"ready: {', '.join(self.names)}", flush=True)
 
     async def _ping(self):
-        # None: time for a comment, so that no proxy takes the stream for dead
+        # None: send a comment, so that no proxy takes the stream for dead
         while True:
             await asyncio.sleep(self.ping_s)
             for response in self.open_responses:
@@ -140,7 +141,7 @@ class Service:
     # -- requests
 
     def find_name(self, wanted):
-        """The name of a model, asked for by name, by stage ('sft'), or not at all (the first)."""
+        """The name of a model, given by name, by stage ('sft'), or not at all (the first one)."""
         for name in self.names:
             if not wanted or wanted in (name, name.split("-")[0]):
                 return name
@@ -156,7 +157,7 @@ class Service:
 
     def submit(self, response):
         """Queue the requests of a response, all or none, at one device. Raises HTTPException."""
-        # every device has all models; the fewest requests are the shortest wait
+        # every device has all models: take the one with the fewest requests
         batcher = min(self.batchers, key=lambda batcher: batcher.num_running + batcher.num_waiting)
         try:
             batcher.submit(response.model, response.requests)
@@ -168,7 +169,7 @@ class Service:
         self.prompt_tokens.inc(response.prompt_tokens)
 
     def release(self, response):
-        """Free the rows of a response that is over, or whose client has left."""
+        """Free the rows of a response that has ended, or whose client has left."""
         # no effect on requests that have ended
         for request in response.requests:
             request.cancelled = True
@@ -176,21 +177,21 @@ class Service:
         self.generated_tokens.inc(response.completion_tokens())
 
     def _deliver(self, events):
-        """Called by a batcher: the events of a step cost one wake-up of the event loop."""
+        """Called by a batcher with all events of a step, which wake the event loop only once."""
         # the loop is closed where a test or a crash did not wait for the threads
         if events and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_put_all, events)
 
     async def events(self, response):
         """
-        Yield lists of a response's events until all of its requests have finished; after an error
-        the caller stops. An empty list is a sign of life.
+        Yield lists of a response's events until all of its requests have finished. After an error
+        the caller stops. An empty list means that the server is alive.
         """
         num_open = len(response.requests)
         latency = self.first_token_s
         last = time.monotonic()
         while num_open:
-            # everything that has arrived: where clients are slow, several steps become one write
+            # everything that has arrived: for a slow client several steps become one write
             events = [await response.queue.get()]
             while not response.queue.empty():
                 events.append(response.queue.get_nowait())
@@ -213,12 +214,12 @@ def _put_all(events):
 
 # -----------------------------------------------------------------------------
 # From a request's fields to a response that can be submitted. The build functions run in worker
-# threads, since to tokenize a long text takes seconds.
+# threads, since tokenizing a long text takes seconds
 
 
 def with_defaults(body, defaults):
     """The request with the server's values for those of its fields that are None."""
-    # the other defaults are in api.py: those are not flags of the server
+    # other defaults are not flags of the server, but in api.py
     missing = {name: value for name, value in defaults.items() if getattr(body, name) is None}
     return body.model_copy(update=missing)
 
@@ -242,8 +243,10 @@ def make_requests(body, scheduler, prompts, tools):
 
 
 def build_chat(body, model, scheduler):
-    """The response to a ChatRequest. Of a conversation that is too long the oldest turns go."""
-    # at least half of the context is for the conversation, however long the answer may become
+    """
+    The response to a ChatRequest. If the conversation is too long, its oldest turns are left out.
+    """
+    # at least half of the context is for the conversation, even if max_tokens is larger
     max_length = scheduler.decoder.max_length
     max_prompt = max_length - min(body.max_tokens, max_length // 2)
 
@@ -289,7 +292,7 @@ async def respond(service, http_request, body, build):
     except ValueError as error:  # a conversation or a prompt that does not fit
         raise HTTPException(400, str(error)) from error
 
-    # refused here, if at all, while the status can still say so
+    # may refuse, so it comes before the status is sent
     service.submit(response)
     if body.stream:
         return EventStream(service, response, body.stream_options.include_usage)
@@ -297,7 +300,7 @@ async def respond(service, http_request, body, build):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. The rows are freed however it ends, even if it ends before it begins."""
+    """Server-sent events. The rows are freed in any case, even if the stream never begins."""
 
     def __init__(self, service, response, include_usage):
         # X-Accel-Buffering: nginx would collect the text
@@ -335,14 +338,14 @@ async def complete(service, http_request, response):
             pass
         response.queue.put_nowait(Event(response.requests[0], error=CLIENT_LEFT))
 
-    # the client's leaving comes as an event, like the end of an answer
+    # a client that leaves becomes an event, like the end of an answer
     watcher = asyncio.create_task(watch_client())
     collected = []
     try:
         async for events in service.events(response):
             for event in events:
                 if event.error:
-                    # 499: nginx's status for a client that has left. It is not read, but counted.
+                    # 499: nginx's status for a client that has left. Nobody reads it; it is counted
                     status = 499 if event.error == CLIENT_LEFT else 500
                     raise HTTPException(status, event.error)
             collected += events

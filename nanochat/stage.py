@@ -1,5 +1,5 @@
 """
-How a training stage begins: it sets up the process, then starts a new run or resumes an old one.
+The start of a training stage: it sets up the process, then begins a new run or resumes an old one.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from nanochat.training import NO_SCALING, make_scaler
 
 @dataclass
 class Stage:
-    """A training stage: where it runs and the model it starts from. `open_stage` makes it."""
+    """A training stage: where it runs, and the model it starts from. `open_stage` makes it."""
     settings: dict
     # Where it runs
     device: torch.device
@@ -36,8 +36,8 @@ class Stage:
 
     def load_optimizers(self, optimizers):
         """
-        Take new optimizers, and give them their saved state if the run is resumed. Returns the
-        loss scaler, which is made anew or restored.
+        Take new optimizers, and load their saved state if the run is resumed. Returns the loss
+        scaler, new or restored.
         """
         if self.state:
             self.manager.load_optimizers(optimizers, self.step)
@@ -60,7 +60,7 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
     rank, _, world_size, device = compute_init(settings["device_type"], settings["seed"])
     print0(f"device: {device} x {world_size} | precision: {describe_precision(device.type, fp8)}")
 
-    # The peak that MFU is a fraction of. Now, because a loader's thread would disturb a measurement
+    # For MFU. Now, because the thread of a loader would disturb a measurement
     peak_flops = None
     if mfu:
         peak_flops, origin = get_peak_flops(device, get_precision_dtype(device.type))
@@ -71,7 +71,7 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
     progress = {"train_s": 0.0, **(progress or {}), **state.get("progress", {})}
     stage = Stage(settings, device, rank, world_size, peak_flops, manager, step, state, progress)
 
-    # Model and tokenizer: a resumed run does not need the earlier stage any more
+    # Model and tokenizer; a resumed run has them in its own checkpoint
     if state:
         source = manager
         source_step = step
@@ -89,9 +89,9 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
 
 def resume_step(manager, resume_from_step, settings, fixed=()):
     """
-    (step, meta data) to go on from: (0, {}) for a new run (resume_from_step = -1); -2 is the latest
-    whole checkpoint. Settings that differ from the saved run's are printed; those in `fixed` are
-    refused, because changing them would make it another run.
+    (step, meta data) of the checkpoint to resume from; (0, {}) for a new run (resume_from_step =
+    -1). -2 is the latest whole checkpoint. Settings that differ from the saved run's are printed.
+    Those in `fixed` are refused, since another value would make it another run.
     """
     # Which checkpoint
     if resume_from_step == -1:

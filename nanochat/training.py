@@ -21,8 +21,8 @@ from nanochat.precision import get_autocast_ctx, get_precision_dtype
 def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac=0.0):
     """
     The factor on every learning rate at `step` (0-based): linear warmup over warmup_iters steps,
-    constant 1, then a linear fall over the last warmdown_ratio of the run, to final_frac at step =
-    num_iterations.
+    then 1, then a linear fall over the last warmdown_ratio of the run. At step = num_iterations it
+    reaches final_frac.
     """
     # warmup, constant
     warmdown_iters = round(warmdown_ratio * num_iterations)
@@ -38,8 +38,8 @@ def lr_multiplier(step, num_iterations, warmup_iters, warmdown_ratio, final_frac
 
 def set_rates(optimizers, lr_factor, **values):
     """
-    Every group's lr = its initial lr x lr_factor; `values` (momentum, weight_decay) go to Muon's
-    groups only.
+    Set every group's lr to its initial lr x lr_factor. `values` (momentum, weight_decay) go only to
+    Muon's groups.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -49,9 +49,7 @@ def set_rates(optimizers, lr_factor, **values):
 
 
 class Ema:
-    """
-    Exponential moving average without the start-up bias; `value` is None before the first update.
-    """
+    """Exponential moving average without start-up bias. `value` is None before the first update."""
 
     def __init__(self, decay=0.9, total=0.0, weight=0.0):
         self.decay = decay
@@ -80,7 +78,7 @@ NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)  # hands losses and step
 
 def make_scaler(device, saved=None):
     """
-    The loss scaler that float16 needs, from the state `saved` if that is given; elsewhere it does
+    The loss scaler that float16 needs, from the state `saved` if given. In other precisions it does
     nothing.
     """
     enabled = get_precision_dtype(device.type) == torch.float16
@@ -93,14 +91,15 @@ def make_scaler(device, saved=None):
 def accumulate_gradients(
         model, inputs, targets, num_targets, device_batch_size, weights=None, scaler=NO_SCALING):
     """
-    Add the gradient of this step's loss over this rank's rows: arrays (R, T) of inputs, targets
-    (IGNORE = no loss) and perhaps weights on the targets' losses. The loss is their sum divided by
-    num_targets, which counts those of all ranks: so any split of a step into ranks and
-    micro-batches gives the same gradient. Returns (this rank's part of the loss as a tensor,
-    device_batch_size).
+    Add the gradient of this step's loss over this rank's rows. These are arrays (R, T) of inputs
+    and targets (IGNORE = no loss), and perhaps weights for the losses of the targets.
 
-    A micro-batch that does not fit the GPU's memory is tried again at half the size, which is then
-    returned for the next steps.
+    The loss is the sum divided by num_targets, the number of targets of all ranks. So any split of
+    a step into ranks and micro-batches gives the same gradient. Returns (this rank's part of the
+    loss as a tensor, device_batch_size).
+
+    If a micro-batch does not fit the GPU's memory, half its size is tried, and returned for the
+    next steps.
     """
     arrays = [inputs, targets] if weights is None else [inputs, targets, weights]
     while True:
@@ -111,8 +110,8 @@ def accumulate_gradients(
             if device_batch_size == 1:
                 raise UserError("out of memory with one row at a time",
                                 "use a smaller --depth or --max_seq_len") from None
-        # Outside of the except block, for only now are the tensors of the failed try free.
-        # Gradients are sums: starting again with smaller parts gives the same result.
+        # After the except block, since the exception keeps the tensors of the failed try alive.
+        # Gradients are sums: starting again with smaller parts gives the same result
         device_batch_size //= 2
         print("out of memory: trying again with "
               f"--device_batch_size={device_batch_size} (same result)", flush=True)
@@ -130,7 +129,7 @@ def add_gradients(model, arrays, num_targets, device_batch_size, scaler):
         micro_batch = [to_device(array[rows, :T], model.device) for array in arrays]
         total += backward(model, micro_batch, num_targets, scaler)
 
-    # A rank without rows has no part in the loss, but the scaler needs one, and gradients
+    # The scaler needs a loss and gradients, also on a rank without rows
     if scaler.is_enabled() and len(targets) == 0:
         scaler.scale(total)
         for p in model.parameters():
@@ -150,9 +149,9 @@ def backward(model, micro_batch, num_targets, scaler):
 
 def used_columns(targets):
     """
-    How many columns of each row of (R, T) targets a model has to look at, (R,): attention is
-    causal, so those after the last target change nothing. Multiples of 32, at most T, so that few
-    shapes occur.
+    How many columns of each row of (R, T) targets the model has to read, (R,): attention is causal,
+    so columns after the last target change nothing. Multiples of 32, at most T, so that few shapes
+    occur.
     """
     # the last target's column; 0 where there is none
     T = targets.shape[1]
@@ -162,9 +161,9 @@ def used_columns(targets):
 
 def fit_rows(targets, device_batch_size):
     """
-    Micro-batches of (R, T) targets, each as (slice of rows, columns to look at). A micro-batch
-    takes as many rows as have no more positions than device_batch_size rows of T: where rows are
-    sorted by length, short ones go many at a time and little is padding.
+    Yield micro-batches of (R, T) targets, each as (slice of rows, columns to read). A micro-batch
+    has at most the positions of device_batch_size rows of T. Where rows are sorted by length, it
+    takes many short ones with little padding.
     """
     num_rows, T = targets.shape
     columns = used_columns(targets)
@@ -194,7 +193,7 @@ def optimizer_step(model, optimizers, scaler=NO_SCALING):
     if scaler.is_enabled():
         unscale(optimizers, scaler)
     for optimizer in optimizers:
-        optimizer.grad_sq = 0.0  # which it stays if the scaler skips the step
+        optimizer.grad_sq = 0.0  # stays 0 if the scaler skips the step
         scaler.step(optimizer)
     scaler.update()
     model.zero_grad(set_to_none=True)
@@ -213,7 +212,7 @@ def optimizer_step(model, optimizers, scaler=NO_SCALING):
 
 def unscale(optimizers, scaler):
     """
-    Divide the gradients by the scale; when one overflowed anywhere, every optimizer on every rank
+    Divide the gradients by the scale. If one overflowed anywhere, every optimizer on every rank
     skips the step.
     """
     # Unscaled gradients; a flag per optimizer says whether any of this rank's overflowed

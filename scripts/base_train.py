@@ -34,7 +34,8 @@ from nanochat.distributed import rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.head_start import pays, start_from_counts
+from nanochat.head_start import pays as head_start_pays
+from nanochat.head_start import start_from_counts
 from nanochat.horizon import choose_device_batch_size, derive_horizon
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import get_precision
@@ -56,19 +57,19 @@ depth: Positive = 20                  # layers; width = 64 * depth and everythin
 max_seq_len: Positive = 2048          # context length T in tokens
 head_dim: Positive = 128              # size of an attention head
 value_embeds: bool = False            # a table of values per layer: for little text; no export_hf
-head_start: bool | None = None        # see nanochat/head_start.py; None = where it pays
-# Horizon: the first that is > 0 decides
-num_iterations: CountOrOff = -1       # optimizer steps
-target_flops: NonNegativeOrOff = -1.0  # total training FLOPs
-target_param_data_ratio: NonNegativeOrOff = 20.0  # training tokens per parameter (Chinchilla: 20)
-# Optimization. None = 0.3 and 0.004, or after a head start 0.01 and 0.0003
+head_start: bool | None = None        # fit bigram counts first; None = in short runs: head_start.py
+# Horizon: one of these three decides
+num_iterations: CountOrOff = -1       # optimizer steps; decides if it is > 0
+target_flops: NonNegativeOrOff = -1.0  # total FLOPs; decides if > 0 and num_iterations is not
+target_param_data_ratio: NonNegativeOrOff = 20.0  # tokens per parameter; decides otherwise
+# Optimization: Adam for the embeddings and the output head, Muon for the matrices of the blocks
 device_batch_size: CountOrOff = -1    # rows per micro-batch; -1 = as many as should fit
 total_batch_size: CountOrOff = -1     # tokens per step over all ranks; -1 = derived
-embedding_lr: NonNegative | None = None  # Adam, embedding, x 1 / sqrt(width / 768)
-unembedding_lr: NonNegative | None = None  # Adam, output head, scaled likewise
-value_lr: NonNegative = 0.1           # Adam, value embeddings, scaled likewise
-matrix_lr: NonNegative = 0.02         # Muon, all matrices of the blocks
-weight_decay: NonNegative = 0.2       # Muon, at depth 12; x 1 / width^2, falls linearly to 0
+embedding_lr: NonNegative | None = None  # None = 0.3, after a head start 0.01; x sqrt(768 / width)
+unembedding_lr: NonNegative | None = None  # None = 0.004, after a head start 0.0003; likewise
+value_lr: NonNegative = 0.1           # of the value embeddings; scaled likewise
+matrix_lr: NonNegative = 0.02         # of Muon
+weight_decay: NonNegative = 0.2       # of Muon; x (12 / depth)^2, falls linearly to 0
 warmup_iters: Count = 10              # steps of linear learning rate warmup
 warmdown_ratio: Fraction = 0.5        # last part of the run, in which the learning rate falls
 final_lr_frac: Fraction = 0.0         # learning rate at the end, as a fraction
@@ -85,22 +86,23 @@ compile: bool | None = None           # torch.compile on a GPU; None = if Triton
 # Settings that a resumed run cannot change
 FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
-# Default learning rates of embedding and head; the first ones would spoil tables that were counted
-LEARNED_LRS = (0.3, 0.004)
-COUNTED_LRS = (0.01, 0.0003)  # after a head start
+# Default learning rates of embedding and output head
+DEFAULT_LRS = (0.3, 0.004)
+# After a head start, which has already fitted them: rates as high as above would undo it
+HEAD_START_LRS = (0.01, 0.0003)
 
 # -----------------------------------------------------------------------------
 
 
 def muon_momentum(step):
     """
-    Rises from 0.85 to 0.95 over the first 300 steps: early gradients turn too fast to be averaged
-    for long.
+    Rises from 0.85 to 0.95 over the first 300 steps: early gradients change direction too fast to
+    be averaged over many steps.
     """
     return 0.85 + 0.10 * min(step / 300, 1)
 
 
-def main():
+def main():  # noqa: C901, PLR0912, PLR0915
     # Device, ranks, precision, and the checkpoint to resume, if any
     settings = get_settings(globals())
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
@@ -137,10 +139,12 @@ def main():
            f"steps: {iterations:,} (from {rule}) | "
            f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
 
-    # Head start: the next token given one, from counts
+    # Head start: fit embedding and output head to bigram counts, before training
     spans = get_spans(data, "train")
     if not stage.state:
-        progress["head_start"] = pays(run_tokens, vocab_size) if head_start is None else head_start
+        progress["head_start"] = head_start
+        if head_start is None:
+            progress["head_start"] = head_start_pays(run_tokens, vocab_size)
         if progress["head_start"]:
             progress["train_s"] += start_from_counts(model, tokenizer, spans, seed)
 
@@ -151,7 +155,7 @@ def main():
         model.compile()
 
     # Optimizers
-    table_lr, head_lr = COUNTED_LRS if progress["head_start"] else LEARNED_LRS
+    table_lr, head_lr = HEAD_START_LRS if progress["head_start"] else DEFAULT_LRS
     if embedding_lr is not None:
         table_lr = embedding_lr
     if unembedding_lr is not None:

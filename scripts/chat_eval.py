@@ -1,14 +1,15 @@
 """
 Evaluate a chat model on questions with known answers: exams, word problems, programs, spelling.
 
-    python -m scripts.chat_eval -i sft                                      (every task, the newest SFT model)
+    python -m scripts.chat_eval -i sft                                      (the newest SFT model)
     python -m scripts.chat_eval -i rl -a GSM8K -n 8 -t 1.0                  (8 samples per problem: pass@1, 2, 4, 8)
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i mid -a "ARC-Easy|MMLU"
     python -m scripts.chat_eval -i sft -x 20 -m 128 --device_type cpu       (a quick look: 20 problems per task)
     python -m scripts.chat_eval -i rl -a Strangers -t 0.6 -m 256            (as chat_cli answers)
 
 Every answer is written to <base dir>/chat_eval/<stage>/<model>/<task>.jsonl, the table to the report. ChatCORE is the
-mean of the six tasks' accuracies, each centred so that blind guesses give 0. It needs a run of all six.
+mean accuracy of six tasks (CHATCORE_TASKS in tasks/evaluate.py), each centred so that blind guesses give 0. It needs a
+run of all six.
 """
 
 import json
@@ -34,7 +35,15 @@ from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
 from nanochat.inference import compile_decoding
 from nanochat.report import get_report
-from tasks.evaluate import TASKS, available_tasks, centered, chat_core, evaluate_task, parse_names
+from tasks.evaluate import (
+    CHATCORE_TASKS,
+    TASKS,
+    available_tasks,
+    centered,
+    chat_core,
+    evaluate_task,
+    parse_names,
+)
 
 
 def parse_args(argv=None):
@@ -42,7 +51,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # the model and the tasks
     add("-i", "--source", required=True, choices=STAGE_DIRS, help="stage of the model")
-    add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: all but Strangers)')
+    add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: ChatCORE, and Identity)')
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
     # how much at once
@@ -210,7 +219,7 @@ def main():
         metrics["ChatCORE"] = core
         print0(f"ChatCORE: {core['value']:.4f} ± {core['stderr']:.4f} | n: {core['n']}")
     elif args.tasks is None:
-        print0("ChatCORE: not given, since it needs all six tasks")
+        print0(f"ChatCORE: not given, since it needs all of {', '.join(CHATCORE_TASKS)}")
     print0(f"Wrote the answers to {folder}")
 
     # the report's section of this stage

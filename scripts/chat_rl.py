@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nanochat.checkpoint_manager import stage_managers
-from nanochat.common import IGNORE, ceil_div, compiles, print0, run_script
+from nanochat.common import IGNORE, UserError, ceil_div, compiles, print0, run_script
 from nanochat.configurator import (
     Count,
     CountOrOff,
@@ -33,9 +33,14 @@ from nanochat.configurator import (
     override_from_cli,
 )
 from nanochat.dataloader import to_device
-from nanochat.distributed import all_reduce_sum, rank, world_size
+from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine, Sampling
-from nanochat.horizon import choose_device_batch_size, shuffled_indices
+from nanochat.horizon import (
+    choose_device_batch_size,
+    count_examples,
+    shuffled_indices,
+    step_places,
+)
 from nanochat.inference import compile_decoding, prepare, refresh
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.run_keeper import RunKeeper, attempt, is_due
@@ -58,7 +63,7 @@ seed: int = 42                        # of the order of questions and of the sam
 # Model
 source: Literal["sft", "mid"] = "sft"  # stage to start from
 model_tag: str | None = None          # its tag, and the result's; None = the one saved last
-model_step: int | None = None         # its step; None = the last
+model_step: int | None = None         # its step; None = the last; a resumed run keeps its own
 # Horizon
 num_epochs: Positive = 1              # passes over the questions
 num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
@@ -84,8 +89,8 @@ save_every: CountOrOff = 60           # steps between checkpoints, besides those
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
 
-# Settings that a resumed run cannot change
-FIXED = ("seed", "examples_per_step")
+# Settings that a resumed run cannot change; model_step: see load_reference
+FIXED = ("seed", "source", "examples_per_step")
 
 KL_ROWS = 16       # answers a step, about, on which each rank estimates KL and entropy
 SHOWN_ANSWERS = 4  # answers of the last step in the report
@@ -94,10 +99,24 @@ SHOWN_ANSWERS = 4  # answers of the last step in the report
 # Rollouts
 
 
+def load_reference(source_manager, stage):
+    """
+    The model that the run began with. A resumed run takes the step that it began with, although
+    the source stage may have saved later ones since.
+    """
+    reference_step = stage.progress["reference_step"]
+    if model_step not in (None, reference_step):
+        raise UserError(
+            f"--model_step={model_step}, but the run that is resumed began with {reference_step}",
+            f"resume with --model_step={reference_step}, or leave --resume_from_step out for a new "
+            "run")
+    return prepare(source_manager.load_model(stage.device, reference_step))
+
+
 def make_rollout_model(model):
     """
-    The model that samples the answers: a copy in the compute dtype, so that decoding never casts,
-    or itself.
+    The model that samples the answers: a copy in the compute dtype, so that decoding never casts.
+    In float32 it is the model itself.
     """
     if get_precision_dtype(model.device.type) == torch.float32:
         return model
@@ -107,31 +126,20 @@ def make_rollout_model(model):
     return rollout_model
 
 
-def step_questions(task, step):
+def roll_out(engine, task, places):
     """
-    This rank's share of the questions of a step: (place, index) each, the place in one shuffled
-    pass after another.
-    """
-    end = (step + 1) * examples_per_step
-    if num_iterations <= 0:
-        end = min(end, num_epochs * len(task))  # the last step of the last pass may be short
-    places = range(step * examples_per_step, end)[rank()::world_size()]
-    return zip(places, shuffled_indices(places, len(task), seed), strict=True)
-
-
-def roll_out(engine, task, step):
-    """
-    Sample the answers of this rank's questions. Returns (rows, rewards, advantages), each with
-    num_samples entries per question. The samples depend on the seed, the question's place in
-    the run and the sample alone.
+    Sample the answers to the questions at these places of the run. Returns (rows, rewards,
+    advantages), each with num_samples entries per question. The samples depend on the seed, the
+    question's place and the sample's number alone.
     """
     context = engine.model.config.sequence_len
     max_tokens = min(max_new_tokens, context // 2)
 
-    # A row an answer: num_samples rows next to each other share a prompt, which is read once
+    # One row per answer: num_samples rows next to each other share a prompt, which is read once
     rows = []
     conversations = []
-    for place, index in step_questions(task, step):
+    indices = shuffled_indices(places, len(task), seed)
+    for place, index in zip(places, indices, strict=True):
         conversation = task[index]
         prompt = engine.tokenizer.render_for_completion(conversation)
         prompt = cut_prompt(prompt, context - max_tokens)
@@ -195,12 +203,12 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
 # -----------------------------------------------------------------------------
 
 
-def main():
+def main():  # noqa: PLR0915
     # Device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
     manager, source_manager = stage_managers("rl", source, model_tag, resume_from_step)
     source_step, _ = source_manager.load_meta(model_step)
-    progress = {"start": None, "accuracy": None, "rollouts": 0}
+    progress = {"start": None, "accuracy": None, "rollouts": 0, "reference_step": source_step}
     stage = open_stage(settings, manager, source_manager, FIXED, progress, mfu=False)
     device = stage.device
     model = stage.model
@@ -208,16 +216,15 @@ def main():
     progress = stage.progress
 
     # Two more models: the reference, which is only compared with, and the one that samples
-    ref_model = prepare(source_manager.load_model(device, source_step))
+    ref_model = load_reference(source_manager, stage)
     rollout_model = make_rollout_model(model)
     engine = Engine(rollout_model, tokenizer)
 
     # Data and horizon
     train_task = GSM8K(split="train")
     test_task = GSM8K(split="test")
-    iterations = num_iterations
-    if iterations <= 0:
-        iterations = ceil_div(len(train_task) * num_epochs, examples_per_step)
+    iterations, run_examples = count_examples(
+        num_iterations, num_epochs, examples_per_step, len(train_task))
     most_rows = ceil_div(examples_per_step, stage.world_size) * num_samples
     device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
     print0(f"questions: {len(train_task):,} | "
@@ -242,7 +249,8 @@ def main():
         return result
 
     # Loop: save, evaluate, roll out, train
-    data = f"{len(train_task):,} questions, compared with {source} step {source_step}"
+    reference_step = progress["reference_step"]
+    data = f"{len(train_task):,} questions, compared with {source} step {reference_step}"
     keeper = RunKeeper(stage, iterations, data)
     step = stage.step
     samples = []
@@ -270,9 +278,11 @@ def main():
         if last:
             break
 
-        # Roll out: answers of the present model to this step's questions
+        # Roll out: answers of the present model to this rank's share of the step's questions
         start = keeper.start_step()
-        rows, rewards, advantages = roll_out(engine, train_task, step)
+        places = step_places(step, examples_per_step, run_examples)
+        my_places = places[stage.rank::stage.world_size]
+        rows, rewards, advantages = roll_out(engine, train_task, my_places)
         rollout_s = time.perf_counter() - start
         samples = []
         for row, reward in zip(rows[:SHOWN_ANSWERS], rewards, strict=False):

@@ -23,7 +23,12 @@ from nanochat.configurator import (
     override_from_cli,
 )
 from nanochat.dataloader import conversation_rows, count_used, to_device
-from nanochat.horizon import choose_device_batch_size, shuffled_indices
+from nanochat.horizon import (
+    choose_device_batch_size,
+    count_examples,
+    shuffled_indices,
+    step_places,
+)
 from nanochat.loss_eval import evaluate_loss
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
@@ -71,15 +76,6 @@ FIXED = ("seed", "examples_per_step")
 # -----------------------------------------------------------------------------
 
 
-def step_indices(step, num_examples):
-    """Which conversations step `step` trains on: its part of one shuffled pass after another."""
-    first = step * examples_per_step
-    end = first + examples_per_step
-    if num_iterations <= 0:
-        end = min(end, num_epochs * num_examples)  # the last step of the last pass may be short
-    return shuffled_indices(range(first, end), num_examples, seed)
-
-
 def held_out_batches(dataset, stage, device_rows):
     """(inputs, targets) of this rank's share of the held-out conversations, on the device."""
     num_examples = len(dataset) if eval_examples < 0 else min(eval_examples, len(dataset))
@@ -105,9 +101,8 @@ def main():
     mixture = sft_mixture(
         smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size, data)
     held_out = SmolTalk("test")
-    iterations = num_iterations
-    if iterations <= 0:
-        iterations = ceil_div(len(mixture) * num_epochs, examples_per_step)
+    iterations, run_examples = count_examples(
+        num_iterations, num_epochs, examples_per_step, len(mixture))
     most_rows = ceil_div(examples_per_step, stage.world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, stage.device, most_rows)
     print0(f"mixture: {len(mixture):,} conversations | {examples_per_step} per step, "
@@ -143,10 +138,11 @@ def main():
         keeper.start_step()
         lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
         set_rates(optimizers, lr_factor)
-        indices = step_indices(step, len(mixture))
+        places = step_places(step, examples_per_step, run_examples)
+        indices = shuffled_indices(places, len(mixture), seed)
         inputs, targets, num_cut = conversation_rows(mixture, indices, stage.tokenizer, max_seq_len)
         num_targets = int((targets != IGNORE).sum())
-        # dealt out to the ranks, for the rows are sorted by length
+        # The rows are sorted by length: taking turns gives each rank short and long ones
         mine = slice(stage.rank, None, stage.world_size)
         loss, device_rows = accumulate_gradients(
             model, inputs[mine], targets[mine], num_targets, device_rows, scaler=scaler)

@@ -8,8 +8,8 @@ Serve models to many people at once: a chat page, and an API that any OpenAI cli
 All requests for a model are decoded together, by one thread per device. Closing the connection
 frees the row within a step. Chat text is never logged.
 
-Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize · operations: /health
-/ready /metrics.
+Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize
+Operations: /health /ready /metrics
 """
 
 import errno
@@ -27,7 +27,8 @@ from pathlib import Path
 import prometheus_client
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -40,6 +41,7 @@ from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_chec
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.engine import Engine
+from nanochat.kv_cache import KVCache
 from nanochat.precision import get_precision_dtype
 from nanochat.scheduler import Scheduler
 from nanochat.service import GRACE_S, Service, build_chat, build_completion, respond
@@ -164,8 +166,8 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
         # only local names: a web page may give itself our address by DNS (rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if cors_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"],
-                           allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"], allow_headers=["*"])
 
     add_api_routes(app, service)
     add_operations_routes(app, service)
@@ -182,11 +184,11 @@ def add_api_routes(app, service):
         return model_card(service, service.find_name(name))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, http_request: Request):
+    async def chat_completions(body: ChatRequest, http_request: HTTPRequest):
         return await respond(service, http_request, body, build_chat)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, http_request: Request):
+    async def completions(body: CompletionRequest, http_request: HTTPRequest):
         return await respond(service, http_request, body, build_completion)
 
     @app.post("/tokenize")
@@ -272,18 +274,10 @@ def parse_args(argv=None):
     add("-s", "--step", type=int, help="step to load (default: the last)")
     add("--models", help="several models, stage:tag or stage:tag:step, with commas between; "
         "the first is the default")
-    add("-t", "--temperature", type=float, default=0.8,
-        help="for requests without one (default: 0.8)")
-    add("-k", "--top_k", "--top-k", type=int, default=50,
-        help="for requests without one; 0 = off (default: 50)")
-    add("-m", "--max_tokens", "--max-tokens", type=int, default=512,
-        help="for chats without one (default: 512)")
     add("-p", "--port", type=int, default=8000, help="0 = any free one (default: 8000)")
-    add("--host", default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine alone)")
     add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
-        help="required of every request (default: $NANOCHAT_API_KEY, which other users of this "
-        "machine cannot read)")
+        help="required of every request (default: $NANOCHAT_API_KEY, which other users cannot read)")
     add("--cors_origin", "--cors-origin", action="append",
         help="web origin that may call the API; may be repeated")
     add("-n", "--num_gpus", "--num-gpus", type=int, default=1,
@@ -293,13 +287,16 @@ def parse_args(argv=None):
     add("--max_waiting", "--max-waiting", type=int, default=256,
         help="requests that may wait per device (default: 256)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
+    add = parser.add_argument_group("for requests that leave them out").add_argument
+    add("-t", "--temperature", type=float, default=0.8, help="default: 0.8")
+    add("-k", "--top_k", "--top-k", type=int, default=50, help="0 = off (default: 50)")
+    add("-m", "--max_tokens", "--max-tokens", type=int, default=512, help="of chats (default: 512)")
     args = parser.parse_args(argv)
 
     for name, low in AT_LEAST.items():
         value = getattr(args, name)
         high = AT_MOST.get(name, math.inf)
-        # also refuses nan
-        if value is not None and not low <= value <= high:
+        if value is not None and not low <= value <= high:  # also refuses nan
             need = f"{low} to {high}" if name in AT_MOST else f"{low} or more"
             example = parser.get_default(name) or low
             raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={example}")
@@ -337,38 +334,47 @@ def find_models(args):
 
 def load_schedulers(models, device_type, rows, i):
     """{name: Scheduler} on device i, for the models of `find_models`."""
-    if device_type == "cuda":
-        device = torch.device("cuda", i)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device(device_type)
-
+    device = choose_device(device_type, i)
     # all models first: what memory they leave is for the caches
     loaded = {}
     for name, (stage, tag, step) in models.items():
         loaded[name] = load_checkpoint(stage, device, tag, step)
 
-    # what the caches may take: half of a GPU's free memory, 4 GB of a CPU's
-    if device_type == "cuda":
-        most_rows = 256
-        chunk = 2048  # tokens of prompts between two decoding steps
-        cache_bytes = 0.5 * torch.cuda.mem_get_info(device)[0]
-    else:
-        most_rows = 64
-        chunk = 256
-        cache_bytes = 4e9
-    itemsize = get_precision_dtype(device_type).itemsize
-
     # each model's cache gets an equal share
+    cache_bytes = cache_budget(device) / len(loaded)
+    chunk = 2048 if device_type == "cuda" else 256  # tokens of prompts between two decoding steps
     schedulers = {}
     for name, (model, tokenizer, _) in loaded.items():
-        c = model.config
-        kv_dim = c.n_kv_head * (c.n_embd // c.n_head)
-        row_bytes = 2 * c.n_layer * kv_dim * c.sequence_len * itemsize  # keys and values
-        num_rows = int(cache_bytes / len(loaded) / row_bytes)
-        num_rows = rows or min(most_rows, max(1, num_rows))
+        num_rows = rows or count_rows(model.config, device, cache_bytes)
         schedulers[name] = Scheduler(Engine(model, tokenizer), num_rows, chunk).warm_up()
     return schedulers
+
+
+def choose_device(device_type, i):
+    """Device i, which becomes the current one of this thread."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    device = torch.device("cuda", i)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cache_budget(device):
+    """Bytes that all KV caches may take: half of a GPU's free memory, 4 GB of a CPU's."""
+    if device.type == "cuda":
+        return 0.5 * torch.cuda.mem_get_info(device)[0]
+    return 4e9
+
+
+def count_rows(config, device, cache_bytes):
+    """Rows of a model's KV cache that fit into cache_bytes: 1 to 256 on a GPU, 1 to 64 on a CPU."""
+    # a cache of one full row, on the device that has shapes but no memory
+    dtype = get_precision_dtype(device.type)
+    length = config.sequence_len
+    cache = KVCache(config, 1, length, "meta", dtype, length)
+    num_rows = int(cache_bytes / (cache.k.nbytes + cache.v.nbytes))
+    most_rows = 256 if device.type == "cuda" else 64
+    return min(most_rows, max(1, num_rows))
 
 
 class Server(uvicorn.Server):

@@ -36,7 +36,6 @@ from nanochat.dataloader import (
     count_used,
     eval_batches,
     even_weights,
-    pack_documents,
     packed_conversations,
     rendered_conversations,
     shift,
@@ -44,6 +43,7 @@ from nanochat.dataloader import (
 from nanochat.distributed import all_reduce_sum, rank_slice
 from nanochat.horizon import align_batch_size, choose_device_batch_size, shuffled_indices
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.packing import pack_documents
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.tokenizer import get_token_bytes
@@ -198,7 +198,7 @@ def count_lessons(num_questions):
 # -----------------------------------------------------------------------------
 
 
-def main():
+def main():  # noqa: PLR0915
     # Device, ranks, the base model, or this stage's own checkpoint to resume
     settings = get_settings(globals())
     manager, base_manager = stage_managers("mid", "base", model_tag, resume_from_step)

@@ -32,8 +32,8 @@ from nanochat.tokenizer import get_tokenizer
 data: str | None = None          # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
 max_chars: int = 1_000_000       # characters of each split of the corpus; 0 = only the samples in this file
 
-# name in the table -> tiktoken's name, and its files by address with their sha256 (from
-# tiktoken_ext/openai_public.py)
+# name in the table -> tiktoken's name, and its files: address -> sha256
+# (from tiktoken_ext/openai_public.py)
 REFERENCES = {
     "GPT-2": ("gpt2", {
         "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
@@ -129,8 +129,8 @@ def get_tiktoken_cache_dir():
 def find_reference(name, files, get_encoding=tiktoken.get_encoding):
     """
     (encoding, None), or (None, "absent" or "damaged"). tiktoken would fetch a file that is missing
-    or wrong, so it is asked only when each file is in its cache, under the sha1 of its address, and
-    whole.
+    or wrong, so it is only asked when each file is whole in its cache, where its name is the sha1
+    of its address.
     """
     cache_dir = get_tiktoken_cache_dir()
     if cache_dir is None:
@@ -148,8 +148,8 @@ def find_reference(name, files, get_encoding=tiktoken.get_encoding):
 
 def get_encoders(tokenizer, skipped):
     """
-    {title with vocabulary size: function from texts to ids}, ours first. Adds what is missing to
-    `skipped`.
+    {title with vocabulary size: function from texts to ids}, our tokenizer first.
+    Tokenizers that are missing are added to `skipped`.
     """
     encoders = {f"nanochat ({tokenizer.get_vocab_size():,})": tokenizer.encode}
     # the references whose files are at hand
@@ -206,9 +206,9 @@ def get_texts(skipped):
 
 def compare(texts, encoders):
     """
-    Rows of the table. `texts`: name -> list of str; `encoders`: name -> (list of str -> list of
-    lists of ids), ours first. A cell is bytes per token; "vs" is how many fewer tokens ours needs,
-    in percent of the other's.
+    Rows of the table. `texts` is {name: list of str}; `encoders` is {name: function from a list of
+    str to a list of lists of ids}, our tokenizer first. A cell is bytes per token; "vs" is how many
+    fewer tokens ours needs, in percent of the other's.
     """
     rows = []
     for name, documents in texts.items():

@@ -6,8 +6,8 @@ Train the tokenizer and save it under <base dir>/tokenizer, where every later st
     # on files of your own: seconds on a laptop
     python -m scripts.tok_train --data=my_texts/ --vocab_size=4096
 
-It runs in one process (no torchrun) and streams the text: memory holds the distinct words, not the
-corpus.
+It runs in one process, without torchrun, and streams the text: memory holds the distinct words,
+not the corpus.
 """
 
 import time
@@ -26,8 +26,8 @@ vocab_size: Annotated[int, Range(265, 2**31)] = 65_536  # tokens; 265 = the byte
 buffer_size: Annotated[int, Range(1, 2**31)] = 8192  # documents handed to the trainer at a time: memory against waiting
 trainer: str = "rustbpe"          # rustbpe, or huggingface (the `tokenizers` library, slower)
 
-# What decoding must give back unchanged: contractions, digits, scripts, emoji, control characters,
-# special names.
+# Decoding must give this back unchanged: contractions, digits, scripts, emoji, control characters,
+# names of special tokens
 ROUND_TRIP = (
     "It's 12345 o'clock:\tnaïve 東京 Ελλάδα नमस्ते 👩\u200d🚀\r\n\n  def f(x):\n    return x**2 <|bos|> "
     "\x00 \u200b end "

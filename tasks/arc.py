@@ -1,7 +1,9 @@
 """
 ARC: science questions of grades 3 to 9 (arXiv 1803.05457, huggingface.co/datasets/allenai/ai2_arc).
-ARC-Easy: train 2,251, validation 570, test 2,376; ARC-Challenge: 1,119, 299, 1,172. Three to five
-choices each.
+Three to five choices each.
+
+ARC-Easy: train 2,251, validation 570, test 2,376
+ARC-Challenge: train 1,119, validation 299, test 1,172
 """
 
 from nanochat.common import UserError

@@ -145,8 +145,8 @@ class TaskMixture(TaskSequence):
 
 def share_out(sizes, weights):
     """
-    How many examples to draw from each task: in proportion to the weights, as many as the smallest
-    one allows.
+    Numbers of examples to draw from each task: in proportion to the weights, and as many in all as
+    the smallest task allows.
     """
     total = sum(weights)
     if len(weights) != len(sizes) or min(weights) < 0 or not 0 < total < float("inf"):
@@ -277,8 +277,8 @@ def exchange(question, answer) -> list[dict]:
 
 class MultipleChoice(Task):
     """
-    Graded by which of conversation["letters"] the model finds most likely as the first token of its
-    answer.
+    Multiple choice. The model's answer is the one of conversation["letters"] that it finds most
+    likely as the first token.
     """
 
     eval_type = "categorical"

@@ -18,8 +18,8 @@ IDENTITY = "identity_conversations.jsonl"  # who the model says it is
 
 class CustomJSON(Task):
     """
-    filepath None: the identity conversations of the mirror $NANOCHAT_DATA_DIR, else of the base
-    directory.
+    Without a filepath: the identity conversations, from the mirror $NANOCHAT_DATA_DIR if it is set,
+    else from the base directory.
     """
 
     def __init__(self, filepath=None, **kwargs):

@@ -36,26 +36,26 @@ from tasks.strangers import Strangers
 # -----------------------------------------------------------------------------
 # The table of tasks
 
-# name: (how to make it, accuracy of blind guesses). A few questions of ARC have 3 or 5 choices: 9
-# of 2,000
+# name: (function that makes the task, accuracy of blind guesses)
+# (9 of 2,000 questions of ARC have 3 or 5 choices instead of 4)
 TASKS = {
-    "Strangers": (partial(Strangers, split="held"), 0.0),
     "ARC-Easy": (partial(ARC, "ARC-Easy", split="test"), 0.25),
     "ARC-Challenge": (partial(ARC, "ARC-Challenge", split="test"), 0.25),
     "MMLU": (partial(MMLU, "all", split="test"), 0.25),
     "GSM8K": (partial(GSM8K, split="test"), 0.0),
     "HumanEval": (HumanEval, 0.0),
     "SpellingBee": (partial(SpellingBee, size=256, split="test"), 0.0),
+    # the answers of one particular model: who it is, and what the small model of dev/runcpu.sh
+    # should not pretend to know
     "Identity": (Identity, 0.0),
+    "Strangers": (partial(Strangers, split="held"), 0.0),
 }
-# these ask for one model's answers: its identity, and what the small model of dev/runcpu.sh should
-# not pretend to know
-PERSONAL_TASKS = ("Strangers", "Identity")
-CHATCORE_TASKS = tuple(name for name in TASKS if name not in PERSONAL_TASKS)
+# ChatCORE is the mean over these six and no others, so that its values can be compared over time
+CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 
 
 def available_tasks() -> list[str]:
-    """The tasks to run by default: ChatCORE's, and Identity where there is a file for it."""
+    """The tasks to run by default: ChatCORE's six, and Identity where there is a file for it."""
     names = list(CHATCORE_TASKS)
     if identity_path().is_file():
         names.append("Identity")
@@ -64,7 +64,10 @@ def available_tasks() -> list[str]:
 
 def parse_names(text: str) -> list[str]:
     """
-    Names of tasks joined by | as typed: parse_names("ARC-Easy|GSM8K") == ["ARC-Easy", "GSM8K"].
+    The names in a text as typed by a user; a misspelled one is a UserError.
+
+    >>> parse_names("ARC-Easy|GSM8K")
+    ['ARC-Easy', 'GSM8K']
     """
     names = []
     lowered = {name.lower(): name for name in TASKS}
@@ -89,8 +92,8 @@ def centered(name: str, accuracy: float) -> float:
 
 def chat_core(results: dict[str, dict]) -> dict | None:
     """
-    ChatCORE of {name: result} as {value, stderr, n}: the mean of six centred accuracies. None if
-    one is missing.
+    ChatCORE of {name: result} as {value, stderr, n}: the mean of the centred accuracies of
+    CHATCORE_TASKS. None if one of them is missing.
     """
     if not set(CHATCORE_TASKS) <= set(results):
         return None
@@ -114,8 +117,10 @@ def chat_core(results: dict[str, dict]) -> dict | None:
 
 def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
     """
-    Drop what is too much from the left, right after <|bos|>: cut_prompt([0, 1, 2, 3], 3) == [0, 2,
-    3].
+    The ids of a prompt, cut to max_tokens: the oldest go, except the first, which is <|bos|>.
+
+    >>> cut_prompt([0, 1, 2, 3], 3)
+    [0, 2, 3]
     """
     if len(ids) <= max_tokens:
         return ids
@@ -126,9 +131,10 @@ def cut_prompt(ids: list[int], max_tokens: int) -> list[int]:
 def read_questions(task, tokenizer, max_prompt, max_problems):
     """
     This rank's share of the problems: [(conversation, prompt ids, record)]. The record is the part
-    of the result that is known before the model answers. A limited number of problems is drawn from
-    the whole task (MMLU is sorted by subject): always the same ones, and a larger number includes a
-    smaller.
+    of the result that is known before the model answers.
+
+    max_problems > 0: problems drawn from the whole task, since MMLU is sorted by subject. They are
+    always the same ones, and a larger number includes those of a smaller one.
     """
     rank, _, num_ranks = get_dist_info()
     chosen = range(len(task))
@@ -157,8 +163,8 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
 
 def gather_records(answer_questions, device):
     """
-    The records that answer_questions() returns on all ranks, on every rank, by problem and sample.
-    Collective.
+    The records of all ranks, sorted by problem and sample, on every rank. answer_questions() makes
+    those of one rank. Collective.
     """
     records = gather_objects(run_together(answer_questions, device))
     return sorted(records, key=itemgetter("index", "sample"))
@@ -174,8 +180,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def summarize(task, records) -> dict:
     """
-    The figures of `summarize_records`; where the records have a kind, by_kind {kind: its figures}
-    too.
+    The figures of `summarize_records`. Where the records have a kind there is also "by_kind":
+    {kind: the same figures of its records}.
     """
     result = summarize_records(task, records)
     by_kind = {}
@@ -320,7 +326,8 @@ def evaluate_generative(
 
     def answer_questions():
         waiting = []  # (conversation, prompt, record)
-        for conversation, prompt, record in read_questions(task, tokenizer, max_prompt, max_problems):
+        questions = read_questions(task, tokenizer, max_prompt, max_problems)
+        for conversation, prompt, record in questions:
             for sample in range(num_samples):
                 waiting.append((conversation, prompt, record | {"sample": sample}))
 

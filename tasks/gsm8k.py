@@ -1,6 +1,6 @@
 r"""
-GSM8K: grade-school word problems (arXiv 2110.14168, huggingface.co/datasets/openai/gsm8k; train
-7,473, test 1,319).
+GSM8K: grade-school word problems, train 7,473, test 1,319.
+Source: arXiv 2110.14168, huggingface.co/datasets/openai/gsm8k.
 
 A solution calls a calculator as it goes, "He pays 12*3=$<<12*3=36>>36.\n#### 36". The call becomes
 a python part and its result a python_output part, as the engine does it while the model writes.

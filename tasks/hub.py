@@ -51,8 +51,8 @@ class DamagedError(Exception):
 class Rows:
     """
     The rows of a `datasets.Dataset` as dicts. columns: name -> type that each value must have.
-    sources: the files that the rows come from, (name, number of rows) each, so that an error can
-    name the place.
+    sources: (name, number of rows) of each file that the rows come from, so that an error can name
+    the file.
     """
 
     def __init__(self, dataset, columns: dict[str, type], sources: list[tuple[str, int]]):
@@ -150,8 +150,8 @@ def load_from_hub(name: str, split: str, columns: dict[str, type]) -> Rows:
 
 def fetch(repo, commit, config, folder):
     """
-    Download a data set, all its splits, check it, and save it as `folder`, which appears only when
-    it is whole.
+    Download a data set with all its splits, check it, and save it as `folder`. The folder appears
+    only when it is whole.
     """
     print0(f"downloading {config} of {repo}")
     work = folder.with_name(f"{config}.incoming")
@@ -180,8 +180,8 @@ def fetch(repo, commit, config, folder):
 
 def load_checked(repo, commit, config, cache_dir, force):
     """
-    A datasets.DatasetDict of all splits. force: download again what is there. May raise a
-    DamagedError.
+    A datasets.DatasetDict of all splits. force: download again even files that are there.
+    May raise a DamagedError.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

@@ -57,10 +57,10 @@ class HumanEval(Task):
 
 def build_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
     """
-    The prompt, the model's code, the tests. The code may go on where the prompt stopped (a
-    function's body), or define the function anew: the prompt alone is a function that only has a
-    docstring, and the later definition wins. So the prompt's imports and helper functions are there
-    in both cases.
+    The program to run: the prompt, the model's code, the tests. The code may go on where the prompt
+    stopped (a function's body), or define the function anew: the prompt alone is a function that
+    only has a docstring, and the later definition wins. The prompt's imports and helper functions
+    are there in both cases.
     """
     code = extract_code(completion, entry_point)
     is_body = not defines(code, entry_point)

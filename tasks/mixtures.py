@@ -1,6 +1,5 @@
 """
-What the chat stages train on: the mixtures of conversations for midtraining and for supervised
-finetuning.
+The mixtures of conversations that midtraining and supervised finetuning train on.
 """
 
 from nanochat.common import get_data_root, print0

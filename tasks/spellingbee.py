@@ -158,8 +158,8 @@ def spell(word: str) -> str:
 
 def count_letter(word: str, letter: str) -> list[dict]:
     """
-    The worked solution as parts: spelled, counted along with the running total, checked by a call,
-    answered.
+    The worked solution as parts: the word is spelled, its letters are counted with a running total,
+    the count is checked by a tool call, and the answer is given.
     """
     total = 0
     steps = []
@@ -186,8 +186,8 @@ def count_letter(word: str, letter: str) -> list[dict]:
 
 class WordTask(Task):
     """
-    A task of any size over the words of one split. A subclass makes an example from an rng, in
-    make_example.
+    A task of any size over the words of one split. A subclass defines make_example, which makes an
+    example from an rng.
     """
 
     def __init__(self, size=1000, split="train", **kwargs):

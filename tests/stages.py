@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from nanochat import dataloader
+from nanochat import packing
 from nanochat import stage as stage_module
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from scripts import base_train, chat_rl, chat_sft, mid_train
@@ -40,7 +40,7 @@ def run_stage(stage, **settings):
             # takes half a second a run, in 16 bits five
             patch.setattr(stage_module, "get_peak_flops", lambda device, dtype: (1e12, "not measured"))
             # 10 rows each, so that 4 steps of 4 rows go through several; the usual half a million tokens take long
-            patch.setattr(dataloader, "BLOCK_TOKENS", 650)
+            patch.setattr(packing, "BLOCK_TOKENS", 650)
             for name, value in (defaults | settings).items():
                 patch.setattr(script, name, value)
             script.main()

@@ -62,12 +62,12 @@ class Lengths:
 
 
 def test_answers_are_compared_with_the_others_to_their_question_and_differ_from_step_to_step(monkeypatch, tokenizer):
-    for name, value in dict(num_epochs=2, examples_per_step=2, num_samples=3, max_new_tokens=12).items():
+    for name, value in dict(num_samples=3, max_new_tokens=12).items():
         monkeypatch.setattr(chat_rl, name, value)
     engine = Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=64).eval(), tokenizer)
 
     def answers(step):
-        rows, rewards, advantages = roll_out(engine, Lengths(), step)
+        rows, rewards, advantages = roll_out(engine, Lengths(), range(2 * step, 2 * step + 2))
         assert [len(tokenizer.decode(row.tokens)) for row in rows] == rewards.tolist()
         for question in (slice(0, 3), slice(3, 6)):  # each is asked three times running
             prompt, *others = [row.prompt for row in rows[question]]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import FORMAT_VERSION, CheckpointManager, find_checkpoint_dir, load_checkpoint
+from nanochat.checkpoint_files import FORMAT_VERSION
+from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
 from nanochat.stage import resume_step
 from tests.tiny import tiny_model

@@ -28,10 +28,10 @@ def dry_run(*command, **env):
 
 
 def readme_commands():
-    """The lines of the README's bash blocks, with continued lines joined, and the base_train commands in its text."""
+    """The lines of the README's bash blocks, with continued lines joined, and the commands of scripts in its text."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return lines + [f"python -m scripts.{command}" for command in re.findall(r"`(base_train --[^`]+)`", README)]
+    return lines + re.findall(r"`(python -m scripts\.[^`]+)`", README)
 
 
 def check_command(line):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nanochat import cuda_graphs
-from nanochat.engine import Decoder, Engine
+from nanochat.decoder import Decoder
+from nanochat.engine import Engine
 from nanochat.inference import compile_decoding, prepare
 from nanochat.sampling import Sampling
 from tests.tiny import tiny_model

@@ -20,13 +20,12 @@ from nanochat.dataloader import (
     eval_batches,
     eval_rows,
     even_weights,
-    pack_rows,
-    packed_blocks,
     token_documents,
     training_rows,
 )
 from nanochat.dataset import get_spans
 from nanochat.distributed import rank_slice
+from nanochat.packing import pack_rows, packed_blocks
 
 BOS = 0
 # crop, block_tokens, crc32 of 300 rows, the loader's state after them

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# What each room of the core may import of ours (STYLE: a room imports only from rooms above its own).
-ROOMS = {
+# Every module of nanochat/, and which others of nanochat/ it may import. They are ordered so that a module imports only
+# those above it: the imports have no cycle, and a reader can take the files from the top down.
+MAY_IMPORT = {
     # settings, files, devices
     "common": [],
     "configurator": ["common"],
@@ -26,11 +27,13 @@ ROOMS = {
     "fp8": ["gpt", "precision"],
     # text
     "conversation": ["common"],
-    "tokenizer": ["common", "conversation"],
+    "tokenizer_files": ["common"],
+    "tokenizer": ["common", "conversation", "tokenizer_files"],
     "documents": ["common"],
     "download": ["common", "documents"],
     "dataset": ["common", "configurator", "documents", "download"],
-    "dataloader": ["common", "dataset"],
+    "packing": ["common"],
+    "dataloader": ["common", "dataset", "packing"],
     # generation
     "calculator": [],
     "streaming": ["calculator"],
@@ -38,12 +41,14 @@ ROOMS = {
     "kv_cache": [],
     "cuda_graphs": [],
     "inference": ["cuda_graphs", "gpt", "ops", "precision"],
-    "engine": ["common", "cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
-    "scheduler": ["common", "conversation", "engine", "inference", "streaming"],
+    "decoder": ["cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
+    "engine": ["common", "decoder", "sampling", "streaming"],
+    "scheduler": ["common", "conversation", "decoder", "inference", "streaming"],
     "api": [],
-    "service": ["api", "engine", "sampling", "scheduler", "streaming"],
+    "service": ["api", "decoder", "engine", "sampling", "scheduler", "streaming"],
     # training
-    "checkpoint_manager": ["common", "distributed", "gpt", "inference", "precision", "tokenizer"],
+    "checkpoint_files": ["common"],
+    "checkpoint_manager": ["checkpoint_files", "common", "distributed", "gpt", "inference", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],
@@ -56,7 +61,8 @@ ROOMS = {
     "core_bundle": ["common", "distributed", "download"],
     "core_eval": ["distributed"],
     "curves": [],
-    "report": ["common", "configurator", "curves"],
+    "run_facts": [],
+    "report": ["common", "configurator", "curves", "run_facts"],
     "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
 }
 
@@ -78,18 +84,28 @@ def imports_of(path):
 
 
 @pytest.mark.parametrize("path", python_files("nanochat"), ids=lambda p: p.stem)
-def test_core_imports_only_the_rooms_above(path):
+def test_a_core_module_imports_only_what_it_may(path):
     if path.stem == "__init__":
         return
-    assert path.stem in ROOMS, f"a new room: add nanochat/{path.name} to ROOMS with what it may import"
-    rooms = {name.split(".")[1] for name in imports_of(path) if name.count(".")}
-    assert rooms <= set(ROOMS[path.stem])
+    assert path.stem in MAY_IMPORT, f"add nanochat/{path.name} to MAY_IMPORT, with the modules that it may import"
+    imported = {name.split(".")[1] for name in imports_of(path) if name.count(".")}
+    assert imported <= set(MAY_IMPORT[path.stem])
     assert all(name.split(".")[0] == "nanochat" for name in imports_of(path))
 
 
-def test_the_rooms_have_no_cycle():
-    order = list(ROOMS)
-    assert all(order.index(above) < order.index(room) for room, rooms in ROOMS.items() for above in rooms)
+def test_the_imports_of_the_core_have_no_cycle():
+    order = list(MAY_IMPORT)
+    for module, imported in MAY_IMPORT.items():
+        assert all(order.index(above) < order.index(module) for above in imported), module
+
+
+def test_the_tokenizers_rust_sources_forbid_unsafe_code():
+    folder = ROOT / "rustbpe" / "src" / "bpe"
+    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.rs")}
+    attribute = "#![forbid(unsafe_code)]"
+    assert attribute in sources["mod.rs"] and len(sources) > 4
+    for name, text in sources.items():
+        assert "unsafe" not in text.replace(attribute, ""), name
 
 
 @pytest.mark.parametrize("path", python_files("scripts", "tasks"), ids=lambda p: f"{p.parent.name}.{p.stem}")
@@ -134,10 +150,10 @@ def has_comprehension_inside(node):
     return any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node)
 
 
-@pytest.mark.parametrize("room", ["nanochat", "scripts", "tasks"])
-def test_the_code_is_not_dense(room):
+@pytest.mark.parametrize("folder", ["nanochat", "scripts", "tasks"])
+def test_the_code_is_not_dense(folder):
     lines = nodes = packed = nested = 0
-    for path in python_files(room):
+    for path in python_files(folder):
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         lines += count_code_lines(text, tree)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat import inference, precision
-from nanochat.engine import Decoder, Row
+from nanochat.decoder import Decoder, Row
 from nanochat.gpt import Linear
 from nanochat.inference import prepare, refresh
 from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype, has_native_bf16

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanochat.curves import MAX_POINTS, PANELS, draw, read_panels, shorten, to_svg
-from nanochat.report import SECTIONS, Report, get_environment, get_process_start, get_report, main
+from nanochat.report import SECTIONS, Report, get_report, main
+from nanochat.run_facts import get_environment, get_process_start
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3600  # seconds
@@ -106,7 +107,7 @@ def test_environment_survives_without_git_or_any_tool(monkeypatch):
 
 def test_a_stage_began_when_its_process_did(tmp_path):
     """Measured in a child process that first sleeps: the clock of this one may have started minutes ago."""
-    code = "import time; time.sleep(1); from nanochat.report import get_process_start; print(get_process_start())"
+    code = "import time; time.sleep(1); from nanochat.run_facts import get_process_start; print(get_process_start())"
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert before - 0.5 < float(done.stdout) < time.time() - 1

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from nanochat.engine import Engine, Row
+from nanochat.decoder import Row
+from nanochat.engine import Engine
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Batcher, Event, QueueFull, Request, Scheduler
 from nanochat.streaming import ToolState, split_at_stop

@@ -11,6 +11,7 @@ from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
 from nanochat.dataloader import rendered_conversations
 from nanochat.gpt import GPT
+from nanochat.horizon import shuffled_indices
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import chat_rl, mid_train
 from tasks.gsm8k import GSM8K
@@ -116,9 +117,9 @@ def test_lessons_resume_exactly_and_in_any_micro_batch():
 
 
 def test_rl_asks_every_question_once(monkeypatch):
-    def roll_out(engine, task, step):
-        asked.extend(index for _, index in chat_rl.step_questions(task, step))
-        return real(engine, task, step)
+    def roll_out(engine, task, places):
+        asked.extend(shuffled_indices(places, len(task), chat_rl.seed))
+        return real(engine, task, places)
     asked, real = [], chat_rl.roll_out
     monkeypatch.setattr(chat_rl, "roll_out", roll_out)
     run_stage("rl", num_iterations=-1, examples_per_step=4, eval_every=-1)  # the last step has one question of 9
@@ -160,6 +161,27 @@ def test_a_resumed_run_keeps_the_tokenizer_it_began_with(stage, base_dir):
     assert manager.load_meta(4)[1]["tokenizer_hash"] == hash_before != other.hash()
 
 
+def test_a_resumed_rl_run_compares_with_the_model_it_began_with():
+    """Meanwhile the source stage has saved a later step; another step or stage is refused by name."""
+    unbroken = curve("rl")
+    device = torch.device("cpu")
+    source = CheckpointManager(get_checkpoint_dir("sft", "d1"))
+    began_with = source.last_step()
+    later = source.load_model(device)
+    with torch.no_grad():
+        for parameter in later.parameters():
+            parameter.mul_(0.5)
+    source.save(began_with + 1, later, tokenizer=source.load_tokenizer(began_with))
+
+    run_stage("rl", resume_from_step=2)
+    assert curve("rl") == unbroken and "kl" in unbroken[-2]
+    run_stage("rl", resume_from_step=2, model_step=began_with)
+    with pytest.raises(UserError, match=f"--model_step={began_with + 1}.* began with {began_with}"):
+        run_stage("rl", resume_from_step=2, model_step=began_with + 1)
+    with pytest.raises(UserError, match="--source=mid"):
+        run_stage("rl", resume_from_step=2, source="mid")
+
+
 @pytest.mark.parametrize("stage", ["mid", "sft"])
 def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
@@ -172,9 +194,9 @@ def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
 
 
 def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypatch):
-    def roll_out(engine, task, step):
-        rows.extend(real(engine, task, step)[0])
-        return real(engine, task, step)
+    def roll_out(engine, task, places):
+        rows.extend(real(engine, task, places)[0])
+        return real(engine, task, places)
     rows, real = [], chat_rl.roll_out
     monkeypatch.setattr(chat_rl, "roll_out", roll_out)
     run_stage("rl", num_iterations=1, examples_per_step=2 * len(GSM8K(split="train")), num_samples=2, eval_every=-1,

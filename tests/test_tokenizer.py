@@ -12,8 +12,6 @@ from tiktoken.load import load_tiktoken_bpe
 import rustbpe
 from nanochat.common import UserError
 from nanochat.tokenizer import (
-    META_NAME,
-    RANKS_NAME,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     HuggingFaceTokenizer,
@@ -21,6 +19,7 @@ from nanochat.tokenizer import (
     get_token_bytes,
     get_tokenizer,
 )
+from nanochat.tokenizer_files import META_NAME, RANKS_NAME
 
 AWKWARD = {
     "empty": "", "letter": "x", "spaces": "   ", "newlines": "\n\n\r\n \n", "tabs": "\t\tend\t",

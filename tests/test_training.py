@@ -15,9 +15,11 @@ from nanochat.gpt import GPTConfig
 from nanochat.horizon import (
     align_batch_size,
     choose_device_batch_size,
+    count_examples,
     derive_batch_size,
     derive_horizon,
     shuffled_indices,
+    step_places,
 )
 from nanochat.metrics_log import MetricsLog
 from nanochat.run_keeper import RunKeeper, StopSignal, attempt, is_due
@@ -271,6 +273,14 @@ def test_examples_are_shuffled_passes_that_depend_on_the_seed_and_the_pass():
     assert [sorted(indices) for indices in passes] == [[*range(10)]] * 2 and passes[0] != passes[1]
     assert shuffled_indices(range(7, 13), 10, seed=1) == (passes[0] + passes[1])[7:13]
     assert shuffled_indices(range(10), 10, seed=2) != passes[0]
+
+
+def test_the_last_step_of_the_last_pass_may_be_short_but_not_one_of_a_number_of_steps():
+    for num_iterations, expected in ((-1, [4, 4, 4, 4, 2]), (5, [4] * 5)):
+        steps, run_examples = count_examples(num_iterations, num_epochs=2, examples_per_step=4, num_examples=9)
+        places = [step_places(step, 4, run_examples) for step in range(steps)]
+        assert [len(step) for step in places] == expected
+        assert [place for step in places for place in step] == list(range(run_examples))
 
 
 def test_what_is_never_due_is_not_due_at_step_0():

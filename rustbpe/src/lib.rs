@@ -21,6 +21,7 @@ mod rustbpe {
     #[pymodule_init]
     fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let kernels = module.getattr("kernels")?;
+        kernels.setattr("__name__", "rustbpe.kernels")?;
         module.py().import("sys")?.getattr("modules")?.set_item("rustbpe.kernels", kernels)
     }
 }

@@ -19,7 +19,7 @@ struct CachedWord {
     ids: [u32; 3], // words with more ids are rare and not cached
 }
 
-/// What a thread needs to encode: a cache of words, and room to work in.
+/// The cache of a thread that encodes, and its scratch space.
 #[derive(Default)]
 struct Worker {
     cache: Vec<[CachedWord; 2]>, // by hash; in each row the word seen last comes first
@@ -36,7 +36,7 @@ pub struct Encoder {
     byte_ids: [u32; 256],        // the id of each byte
     pair_ranks: Vec<u32>,        // the id of each pair of bytes, by `pair_index`; u32::MAX: it is no token
     max_token_len: u32,          // bytes
-    workers: Mutex<Vec<Worker>>, // as many as ever encoded at the same time
+    workers: Mutex<Vec<Worker>>, // idle ones, which later calls use again
 }
 
 /// The ids of a run of texts, one after another.
@@ -85,7 +85,8 @@ impl Encoder {
     }
 
     pub fn new(splitter: Splitter, tokens: Interner) -> Self {
-        let (mut byte_ids, mut pair_ranks) = ([0; 256], vec![u32::MAX; 1 << 16]);
+        let mut byte_ids = [0; 256];
+        let mut pair_ranks = vec![u32::MAX; 1 << 16];
         for (token, id) in tokens.iter().zip(0..) {
             match *token {
                 [byte] => byte_ids[byte as usize] = id,
@@ -140,7 +141,7 @@ impl Encoder {
                 continue;
             }
             let len = ids.len() + first.len as usize;
-            ids.extend_from_slice(&first.ids); // of fixed size, which is faster than as many as there are
+            ids.extend_from_slice(&first.ids); // always three, which is faster than `len` of them
             ids.truncate(len);
         }
     }
@@ -164,7 +165,7 @@ impl Encoder {
         }
     }
 
-    /// The rank of what lies between two places of a word that starts at `start`.
+    /// The rank of the bytes `from..to` of a word that starts at `start`.
     #[inline(always)]
     fn rank(&self, text: &[u8], start: usize, from: u32, to: u32) -> Option<u32> {
         let (from, to) = (start + from as usize, start + to as usize);
@@ -176,7 +177,7 @@ impl Encoder {
         let rank = |from, to| self.rank(text, start, from, to).unwrap_or(u32::MAX);
         let Worker { cuts, ranks, .. } = worker;
         let (bytes, before) = (&text[start..end], ids.len());
-        ids.extend(bytes.iter().map(|&byte| self.byte_ids[byte as usize])); // from `before` on: what the parts are
+        ids.extend(bytes.iter().map(|&byte| self.byte_ids[byte as usize])); // from `before` on: an id for each part
         cuts.clear();
         ranks.clear();
         cuts.extend(0..=bytes.len() as u32);
@@ -195,8 +196,8 @@ impl Encoder {
         }
     }
 
-    /// The same for a long word, with the pairs in a heap: n bytes take n log n steps, also when they are one letter a
-    /// hundred thousand times.
+    /// The same for a long word, with the pairs in a heap: n bytes take n log n steps, even if they are a hundred
+    /// thousand times the same letter.
     fn merge_long(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let Worker { next, prev, heap, .. } = worker;
         let pair = |from: u32, to: u32| {
@@ -231,7 +232,7 @@ impl Encoder {
         }
     }
 
-    /// Encodes many texts by `num_threads` threads, in order, in as many parts as suits; the ids do not depend on them.
+    /// Encodes many texts on `num_threads` threads: the results of chunks of the texts, in order.
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], num_threads: usize) -> Result<Vec<Encoded>, Error> {
         let chunks = chunks_of(texts);
         let mut results: Vec<_> = chunks.iter().map(|_| Ok(Encoded::default())).collect();

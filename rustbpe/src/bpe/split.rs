@@ -63,7 +63,7 @@ const NEWLINE: u8 = 4; // \r and \n
 
 const WIDE: u8 = 5; // in BYTE_CLASSES: the character has several bytes
 
-/// The class of each one-byte character, in a table small enough to stay at hand.
+/// The class of each one-byte character, in a table small enough for the L1 cache.
 static BYTE_CLASSES: [u8; 256] = {
     let mut classes = [WIDE; 256];
     let mut byte = 0;

@@ -54,15 +54,9 @@ fn run_part<L: Float>(
     let mut s = vec![0f32; width];
     let mut p = vec![0f32; width];
     for (i, row) in logits.chunks_exact_mut(width).enumerate() {
-        let terms_of_row = row.iter().zip(&mut s).zip(&mut p);
-        if let Some(table) = table {
-            for ((x, s), p) in terms_of_row {
-                (*s, *p) = table[(x.to_f32().to_bits() >> 16) as usize];
-            }
-        } else {
-            for ((x, s), p) in terms_of_row {
-                (*s, *p) = terms(x.to_f32(), cap);
-            }
+        match table {
+            Some(table) => look_up(row, table, &mut s, &mut p),
+            None => compute(row, cap, &mut s, &mut p),
         }
         let chunks = p.chunks_exact(LANES);
         let tail = chunks.remainder();
@@ -76,6 +70,22 @@ fn run_part<L: Float>(
         }
         let slope = s[target] * (1.0 - s[target]);
         row[target] = L::from_f32((p[target] * scale - 4.0 * weight) * slope);
+    }
+}
+
+/// s and p of the raw logits of a row. A function of its own: the constants of `exp` need all of the registers.
+#[multiversion(targets("x86_64+avx2+fma"))]
+fn compute<L: Float>(row: &[L], cap: f32, s: &mut [f32], p: &mut [f32]) {
+    for ((x, s), p) in row.iter().zip(s).zip(p) {
+        (*s, *p) = terms(x.to_f32(), cap);
+    }
+}
+
+/// The same by the upper half of the bits, which is all there is of a bfloat16.
+#[inline(always)]
+fn look_up<L: Float>(row: &[L], table: &Table, s: &mut [f32], p: &mut [f32]) {
+    for ((x, s), p) in row.iter().zip(s).zip(p) {
+        (*s, *p) = table[(x.to_f32().to_bits() >> 16) as usize];
     }
 }
 

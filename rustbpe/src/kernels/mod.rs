@@ -1,5 +1,5 @@
 //! Operations of a transformer on a CPU that torch does slowly: in many passes over memory, or with kernels made for
-//! other shapes. `tensor` and `threads` hold all of the unsafe code.
+//! other shapes. The unsafe code is in `tensor` and `threads`, and where `rowwise` gives each row to one thread.
 
 pub mod adamw;
 pub mod attention;

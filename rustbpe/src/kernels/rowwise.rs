@@ -56,12 +56,18 @@ impl Task {
         }
         if let Some([cos, sin]) = &self.angles {
             read.extend([cos, sin]);
-            let half = [a, b, c, width / 2];
+            if width % 2 != 0 {
+                return Err(format!("rows of {width} elements are no pairs to rotate"));
+            }
+            let half = [a, b, 1, width / 2];
             inputs.angles = Some([cos.rows(half, 3)?, sin.rows(half, 3)?]);
         }
         let out = self.out.rows_mut::<L>(&read)?;
+        if shape.contains(&0) {
+            return Ok(());
+        }
         let num_tokens = a * b;
-        let share = WORK_OF_A_PART.div_ceil((c * width).max(1));
+        let share = WORK_OF_A_PART.div_ceil(c * width);
         for_each(0..num_tokens.div_ceil(share), num_threads, |part| {
             let tokens = part * share..num_tokens.min((part + 1) * share);
             run_part(op, inputs, &out, shape, tokens)
@@ -76,12 +82,12 @@ fn run_part<L: Float>(op: Op, inputs: Inputs<L>, out: &RowsMut<L>, shape: [usize
     let [_, num_b, num_c, width] = shape;
     let mut space = vec![0f32; width];
     for token in tokens {
-        let b = token % num_b;
+        let (a, b) = (token / num_b, token % num_b);
+        let angles = inputs.angles.map(|[cos, sin]| [cos.row([a, b, 0]), sin.row([a, b, 0])]);
         for c in 0..num_c {
-            let place = [token / num_b, b, c];
+            let place = [a, b, c];
             let x = inputs.x.row(place);
             let dy = inputs.dy.map(|dy| dy.row(place));
-            let angles = inputs.angles.map(|[cos, sin]| [cos.row(place), sin.row(place)]);
             // SAFETY: each token belongs to one part, each part to one thread, which asks for each row once.
             let out = unsafe { out.row_mut(place) };
             match op {

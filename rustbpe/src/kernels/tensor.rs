@@ -38,10 +38,10 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Refuses what can be no tensor: a null or odd address, more elements than memory has.
+    /// An error for what cannot be a tensor: a null or misaligned address, more elements than memory has.
     ///
     /// # Safety
-    /// A tensor of this description exists. Until the last use of this value and its slices its memory stays where it
+    /// A tensor of this description exists. Until the last use of this value and its slices, its memory stays where it
     /// is, and no other thread writes to it.
     pub unsafe fn new(address: usize, dtype: Dtype, shape: [usize; 4], strides: [usize; 4]) -> Result<Self, String> {
         let mut len = Some(1usize);
@@ -172,8 +172,8 @@ impl<T: Element> RowsMut<'_, T> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row_mut(&self, [a, b, c]: [usize; 3]) -> &mut [T] {
-        let Tensor { shape, strides, .. } = &*self.tensor;
-        assert!(a < shape[0] && b < shape[1] && c < shape[2]);
+        let Tensor { len, shape, strides, .. } = &*self.tensor;
+        assert!(*len > 0 && a < shape[0] && b < shape[1] && c < shape[2]);
         let offset = a * strides[0] + b * strides[1] + c * strides[2];
         // SAFETY: the row is in the tensor, whose memory and type `rows_mut` checked as `slice_mut` does; no two rows
         // overlap, and the caller uses this one once.

@@ -1,0 +1,172 @@
+"""
+Documents packed into rows.
+
+A row holds T + 1 tokens (inputs are the first T, targets the last T). It starts with <|bos|>, as
+each document does. Rows are made in blocks, each of about BLOCK_TOKENS of consecutive documents of
+one epoch:
+  - a document longer than a row is cut; the rest becomes a document with its own <|bos|>;
+  - the others are packed best-fit: the longest that still fits, until none does. Then the start of
+    a document fills the gap, and its rest waits again;
+  - the last row of a block is filled from the document after it, and the next block starts in the
+    middle of that document.
+So nothing is padded or lost.
+
+With `crop`, a long document gives one row in each epoch, from a random place, and a document that
+fills a gap loses its rest. This is for runs that end before they have seen all of the text: a part
+of every document teaches more than a few documents in full (dev/LOG.md).
+"""
+
+import bisect
+import sys
+
+import numpy as np
+
+from nanochat.common import IGNORE
+
+BLOCK_TOKENS = 2**19  # of a block, about
+
+
+def pack_rows(pieces, bos, capacity, crop=False):
+    """
+    Best-fit packing of pieces (int arrays that start with bos) into rows of `capacity` tokens.
+    Returns (rows, rest): whole rows as an array (R, capacity), and the tokens of an unfinished last
+    row. crop: a piece that fills a gap loses its rest; otherwise the rest is packed, too.
+
+    >>> pack_rows([np.array([0, 1, 2]), np.array([0, 3])], bos=0, capacity=4)[0]
+    array([[0, 1, 2, 0]])
+    """
+    # Long pieces give whole rows
+    packed = []  # the rows' pieces one after the other; they fill the rows without a gap
+    pool = []    # pieces that wait, sorted by length
+    for piece in pieces:
+        while len(piece) > capacity:
+            packed.append(piece[:capacity])
+            piece = _drop_start(piece, capacity, bos)
+        pool.append(piece)
+    pool.sort(key=len)
+
+    # The others fill rows: the longest that fits in the rest of the row, else a part of one
+    space = capacity
+    while pool:
+        num_fitting = bisect.bisect_right(pool, space, key=len)
+        if num_fitting > 0:
+            piece = pool.pop(num_fitting - 1)
+        elif crop:
+            piece = pool.pop(0)[:space]  # the shortest loses least
+        else:
+            longest = pool.pop()
+            piece = longest[:space]
+            rest = _drop_start(longest, space, bos)
+            bisect.insort_left(pool, rest, key=len)
+        packed.append(piece)
+        space -= len(piece)
+        if space == 0:
+            space = capacity
+
+    # One long array, cut into rows
+    tokens = np.concatenate([np.empty(0, dtype=np.int32), *packed])
+    end = len(tokens) - len(tokens) % capacity
+    return tokens[:end].reshape(-1, capacity), tokens[end:]
+
+
+def _drop_start(piece, count, bos):
+    """Drop the first `count` tokens of a piece and let the rest start with bos again."""
+    # the last dropped token becomes the bos
+    rest = piece[count - 1:].copy()
+    rest[0] = bos
+    return rest
+
+
+def _with_bos(bos, ids):
+    return np.concatenate(([bos], ids)).astype(np.int32)
+
+
+class _Cursor:
+    """
+    A place in a stream of documents: in the document `ids` at `position`, after `offset` tokens.
+    """
+
+    def __init__(self, documents, bos, offset):
+        self.documents = documents
+        self.bos = bos
+        self.next_document()
+        self.offset = offset
+
+    def next_document(self):
+        self.position, self.ids = next(self.documents)
+        self.offset = 0
+
+    def piece(self):
+        return _with_bos(self.bos, self.ids[self.offset:])
+
+
+def packed_blocks(documents, bos, capacity, seed, offset=0, crop=False, block_tokens=None):
+    """
+    Yield blocks without end, each as ((*position, offset), rows): where in the stream the block
+    starts, and its shuffled rows, int32 (R, capacity). A block ends with its epoch. `documents` is
+    an endless iterator of (position, ids); it starts with the document in which `offset` counts.
+    """
+    block_tokens = max(block_tokens or BLOCK_TOKENS, capacity)  # a row at least
+    cursor = _Cursor(documents, bos, offset)
+    while True:
+        start = (*cursor.position, cursor.offset)
+        epoch = start[0]
+
+        # Take whole documents of one epoch: else one pass would see some of the next
+        pieces = []
+        num_tokens = 0
+        while num_tokens < block_tokens and cursor.position[0] == epoch:
+            if crop and len(cursor.ids) >= capacity:  # with its bos more than a row
+                cursor.ids = _random_part(cursor.ids, capacity - 1, [seed, *cursor.position])
+            pieces.append(cursor.piece())
+            num_tokens += len(pieces[-1])
+            cursor.next_document()
+        rows, rest = pack_rows(pieces, bos, capacity, crop)
+
+        # Finish the last row with the documents that come next
+        while 0 < len(rest) < capacity:
+            space = capacity - len(rest)
+            piece = cursor.piece()
+            rest = np.concatenate((rest, piece[:space]))
+            if crop or len(piece) <= space:
+                cursor.next_document()
+            else:
+                cursor.offset += space - 1  # the bos in front took one of the places
+        if len(rest) > 0:
+            rows = np.concatenate((rows, rest[None]))
+
+        # Long documents give runs of neighbouring rows: spread them over the block
+        rng = np.random.default_rng([seed, *start])
+        order = rng.permutation(len(rows))
+        yield start, rows[order]
+
+
+def _random_part(ids, length, seed):
+    # a generator of its own, so that the order of reading does not matter
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(ids) - length + 1)
+    return ids[first: first + length]
+
+
+def pack_documents(documents, bos, sequence_len, max_tokens):
+    """
+    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens
+    (-1 = all). Packed as in training, without cropping. IGNORE fills the last row.
+    """
+    # The first max_tokens tokens
+    pieces = []
+    left = sys.maxsize if max_tokens < 0 else max_tokens
+    for _, ids in documents:
+        if left == 0:
+            break
+        ids = ids[:left]
+        pieces.append(_with_bos(bos, ids))
+        left -= len(ids)
+    rows, rest = pack_rows(pieces, bos, sequence_len + 1)
+
+    # A last row with a bos alone has no target
+    if len(rest) > 1:
+        last_row = np.full((1, sequence_len + 1), IGNORE, dtype=np.int32)
+        last_row[0, : len(rest)] = rest
+        rows = np.concatenate((rows, last_row))
+    return rows
