@@ -188,7 +188,7 @@ class CheckpointManager:
         barrier()
         return moved
 
-    def forget_after(self, step):
+    def move_aside_after(self, step):
         """
         Rename the checkpoints of later steps, before a run goes on from `step` and saves its own.
         Returns their new folders (on rank 0). Collective.

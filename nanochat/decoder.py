@@ -117,7 +117,7 @@ class Decoder:
         # Steps are recorded for powers of two: see cuda_graphs.py
         size = 1
         while self.graphs.record and size < 2 * self.num_rows:
-            ((_, logits),) = self.prefill([0])  # a prompt of one token is one chunk
+            logits = self.read_prompt([0])
             while len(self.rows) < min(size, self.num_rows):
                 row = Row([0], Sampling(0.0), self.max_length, frozenset())
                 self.admit(row, logits)
@@ -173,6 +173,12 @@ class Decoder:
             is_last = end == len(prompt)
             yield len(ids), logits[-1] if is_last else None
             start = end
+
+    def read_prompt(self, prompt):
+        """Read a whole prompt into the staging cache. Returns the logits (V,) after it."""
+        for _, logits in self.prefill(prompt):
+            pass
+        return logits
 
     def _num_staged(self, prompt):
         """

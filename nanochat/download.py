@@ -89,8 +89,8 @@ def retry(attempt, name: str, sleep=time.sleep):
             sleep(wait_s)
     raise UserError(
         f"{name}: gave up after {NUM_TRIES} tries: {problem}",
-        "run the same command again later; behind a firewall set HTTPS_PROXY, or HF_ENDPOINT to "
-        "a mirror of the hub",
+        "run the same command again later; behind a firewall set HTTPS_PROXY, or for files of the "
+        "hub HF_ENDPOINT to a mirror of it",
     ) from problem
 
 
@@ -103,9 +103,9 @@ def status_error(name, status, headers):
         return TryAgain(f"HTTP {status}", wait_s)
     # other errors would come again
     if status in (401, 403):
-        hint = "set HF_TOKEN to a token that may read it"
+        hint = "if it is on the Hugging Face hub, set HF_TOKEN to a token that may read it"
         return UserError(f"{name}: no access (HTTP {status})", hint)
-    hint = "set HF_ENDPOINT to a mirror that has it"
+    hint = "if it is on the Hugging Face hub, set HF_ENDPOINT to a mirror that has it"
     return UserError(f"{name}: not found (HTTP {status})", hint)
 
 

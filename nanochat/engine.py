@@ -89,7 +89,7 @@ class Engine:
 
         padding = (self.tokenizer.get_bos_token_id(), 0)
         with self._decoder(rows, num_samples) as decoder:
-            *_, (_, logits) = decoder.prefill(list(tokens))  # of the last chunk
+            logits = decoder.read_prompt(list(tokens))
             for row in rows:
                 decoder.admit(row, logits)
             while decoder.rows:
@@ -135,7 +135,7 @@ class Engine:
                     row = waiting.popleft()
                     # its keys and values stay in the staging cache
                     if row.prompt != prompt:
-                        *_, (_, logits) = decoder.prefill(row.prompt)
+                        logits = decoder.read_prompt(row.prompt)
                         prompt = row.prompt
                     decoder.admit(row, logits)
                 for row, _, _ in decoder.step():

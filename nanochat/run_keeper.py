@@ -46,7 +46,7 @@ class RunKeeper:
         # No checkpoint of another run stays among those of this one
         if stage.state:
             self._check_resumed()
-            for folder in stage.manager.forget_after(stage.step):
+            for folder in stage.manager.move_aside_after(stage.step):
                 print0(f"note: the checkpoint of a later step is now {folder}")
         else:
             moved = stage.manager.move_aside()

@@ -160,7 +160,7 @@ def test_going_back_moves_the_abandoned_future_aside(manager):
     model = tiny_model()
     for step in (50, 100):
         manager.save(step, model)
-    manager.forget_after(50)
+    manager.move_aside_after(50)
     manager.save(75, model, keep_last=1)
     assert manager.steps() == [75] and (manager.checkpoint_dir / "step_000100.old1").is_dir()
 
