@@ -49,10 +49,9 @@ ranks scripts.base_loss
 ranks scripts.base_eval
 
 # 3. Midtraining: the chat format, tool use, multiple choice. About 0.5 billion tokens of conversations: 10 minutes.
-#    The identity conversations are made on the spot; with --base_url a larger model writes more varied ones.
+#    The identity conversations are made on the spot, from dev/toyworld/persona.json and the size of this model.
 if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ ! -f "$BASE/identity_conversations.jsonl" ]; then
-    run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
-    run cp "$BASE/toy_world/identity_conversations.jsonl" "$BASE/identity_conversations.jsonl"
+    run python -m dev.gen_synthetic_data --identity_only --depth="$DEPTH" --out="$BASE/identity_conversations.jsonl"
 fi
 ranks scripts.mid_train -- --run="$WANDB_RUN"
 ranks scripts.chat_eval -- -i mid

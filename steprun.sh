@@ -74,9 +74,9 @@ step_base_model() {
     stage scripts.base_eval $CORE_FLAGS
 }
 step_mid_training() {
-    if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ ! -f "$BASE/identity_conversations.jsonl" ]; then  # who the model is
-        run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
-        run cp "$BASE/toy_world/identity_conversations.jsonl" "$BASE/identity_conversations.jsonl"
+    if [ -z "${NANOCHAT_DATA_DIR:-}" ] && [ ! -f "$BASE/identity_conversations.jsonl" ]; then  # the model's identity
+        run python -m dev.gen_synthetic_data --identity_only --depth="$DEPTH" --vocab_size="$VOCAB" \
+            --out="$BASE/identity_conversations.jsonl"
     fi
     stage scripts.mid_train --run="$WANDB_RUN" $MID_FLAGS; stage scripts.chat_eval -i mid $EVAL_FLAGS
 }

@@ -16,10 +16,10 @@ def identity_tasks(epochs):
     """The identity conversations `epochs` times; none, with a note, where there is no such file."""
     folder = get_data_root()
     if not (folder / IDENTITY).is_file():
-        command = f"python -m dev.gen_synthetic_data --out={folder}/toy_world"
+        command = f"python -m dev.gen_synthetic_data --identity_only --out={folder / IDENTITY}"
         print0(
             f"note: no {IDENTITY} in {folder}: the model does not learn who it is "
-            f"({command} writes one to copy there)"
+            f"({command} --depth=20 writes one for a d20)"
         )
         return []
     return [CustomJSON() for _ in range(epochs)]

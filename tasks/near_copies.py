@@ -110,7 +110,10 @@ def user_texts(messages: list[dict], max_turns: int = 4) -> list[str]:
     turns = []
     for message in messages:
         if message["role"] == "user":
-            turns.append(message["content"])
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(part["text"] for part in content)
+            turns.append(content)
 
     texts = []
     for num_turns in range(1, max_turns + 1):

@@ -14,6 +14,8 @@ from dev.toyworld.calculate import to_text
 from dev.toyworld.draws import Draws
 from dev.toyworld.grammar import Rng
 from dev.toyworld.mirror import draw_bundle, draw_choices
+from nanochat.core_bundle import load_tasks
+from nanochat.core_eval import render_prompts
 from tasks.common import check_messages
 from tasks.spellingbee import is_test_word
 
@@ -98,8 +100,7 @@ def test_words_are_lower_case_and_distinct_and_some_are_held_out(mirror):
 
 
 def test_the_core_bundle_loads_and_its_answers_are_among_the_choices(mirror):
-    core_bundle = pytest.importorskip("nanochat.core_bundle")
-    tasks = core_bundle.load_tasks(mirror / "eval_bundle")
+    tasks = load_tasks(mirror / "eval_bundle")
     assert {task.kind for task in tasks} == {"multiple_choice", "language_modeling", "schema"}
     for task in tasks:
         assert render_prompts(task, 0)

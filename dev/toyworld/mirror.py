@@ -16,9 +16,11 @@ from dev.toyworld.persona import identity_conversation, identity_exchange, self_
 from dev.toyworld.problems import draw_problem
 from dev.toyworld.spelling import WORDS
 from dev.toyworld.stories import story
+from dev.toyworld.strangers import dialogue_lines, drop_near_copies, question
 from dev.toyworld.sums import one_sum
 from dev.toyworld.text import draw_document
 from dev.toyworld.village import FRIENDS
+from tasks.near_copies import user_texts
 
 IDENTITY_FILE = "identity_conversations.jsonl"
 NUM_SHARDS = 3
@@ -133,6 +135,7 @@ def draw_tasks(draw):
     for split, name in (("test", "test problems"), ("train", "problems")):
         hold = question_key if split == "test" else None
         rows = draw(f"gsm8k {split}", SIZES[name], draw_gsm8k, question_key, split=split, hold=hold)
+        rows = drop_near_copies(rows, question)
         tables[f"tasks/gsm8k_{split}.parquet"] = rows
     programs = draw("humaneval", SIZES["programs"], small_program, lambda row: [row["prompt"]])
     rows = [{"task_id": f"Toy/{i}", **row} for i, row in enumerate(programs)]
@@ -164,6 +167,8 @@ def draw_conversations(draw):
     test = draw("chat test", SIZES["test chats"], draw_conversation, chat_keys, split="test",
                 hold=lambda messages: chat_keys(messages)[:1])
     chats = draw("chat", SIZES["chats"], draw_conversation, chat_keys)
+    identity = drop_near_copies(identity, user_texts)
+    chats = drop_near_copies(chats, user_texts)
     return questions, identity, test, chats
 
 
@@ -248,6 +253,7 @@ def draw_documents(draw):
 
     held = draw("validation", SIZES["validation documents"], draw_document, document_keys, hold=text_only)
     documents = draw("documents", SIZES["documents"], draw_document, document_keys)
+    documents = drop_near_copies(documents, dialogue_lines)
     shards = [documents[i::NUM_SHARDS] for i in range(NUM_SHARDS)]
     tables = {}
     for i, shard in enumerate([*shards, held]):
