@@ -176,8 +176,7 @@ class Decoder:
 
     def read_prompt(self, prompt):
         """Read a whole prompt into the staging cache. Returns the logits (V,) after it."""
-        for _, logits in self.prefill(prompt):
-            pass
+        *_, (_, logits) = self.prefill(prompt)  # of the last chunk
         return logits
 
     def _num_staged(self, prompt):
