@@ -2,7 +2,7 @@
 # The whole pipeline on a laptop's CPU, with no network beyond package installation: a model of a few million
 # parameters that reads, answers, counts letters and does sums in a small world of its own, in minutes.
 #
-#   bash dev/runcpu.sh              train on the toy world (written first, half a minute)
+#   bash dev/runcpu.sh              train on the toy world (written first, a minute)
 #   NANOCHAT_DATA_DIR=/path bash dev/runcpu.sh       train on a local data mirror instead
 #   DRY_RUN=1 bash dev/runcpu.sh    print the commands
 #
@@ -16,43 +16,35 @@ WANDB_RUN="${WANDB_RUN:-dummy}"
 if [ -z "${DRY_RUN:-}" ]; then source dev/setup.sh cpu; fi
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
-# 1. The toy world: stories, facts, word problems, questions and small talk from a seed (half a minute). Its place in
+# 1. The toy world: stories, facts, word problems, questions and small talk from a seed (a minute). Its place in
 #    the pipeline is that of the web text, the tasks and the chats of a real run.
 if [ -z "${NANOCHAT_DATA_DIR:-}" ]; then
     run python -m dev.gen_synthetic_data --seed=42 --out="$BASE/toy_world"
     export NANOCHAT_DATA_DIR="$BASE/toy_world"
-    TOY_WORLD=yes
 fi
 run python -m nanochat.report reset
 
-# 2. The tokenizer: a small vocabulary keeps the model's head, most of its arithmetic at this size, small (seconds).
-run python -m scripts.tok_train --vocab_size=2048
+# 2. The tokenizer: a small vocabulary keeps the model's head, most of its arithmetic at this size, small, and cuts most
+#    words into pieces whose letters can be learned (seconds).
+run python -m scripts.tok_train --vocab_size=1024
 run python -m scripts.tok_eval
 
 # 3. Pretraining: four layers learn the language of that world. Small batches: at this size it is the number of steps
 #    that teaches. Small batches also make the embedding's gradient noisy, so its rate is lower than a large run's.
 run python -m scripts.base_train --depth="${DEPTH:-4}" --head_dim=64 --max_seq_len=256 --total_batch_size=2048 \
-    --num_iterations="${BASE_STEPS:-550}" --head_start=False --matrix_lr=0.04 --embedding_lr=0.1 \
-    --eval_every=200 --eval_tokens=32768 --sample_every=-1 --run="$WANDB_RUN"
+    --num_iterations="${BASE_STEPS:-1000}" --head_start=False --matrix_lr=0.04 --embedding_lr=0.1 \
+    --eval_every=400 --eval_tokens=32768 --sample_every=-1 --run="$WANDB_RUN"
 run python -m scripts.base_loss --eval_tokens=32768
 
-# 4. Midtraining: the chat format, the calculator, spelling, multiple choice. A model of this size learns multiple choice
-#    in lessons, from the toy world's easy questions by themselves to hard ones among other conversations; a local mirror
-#    has no such order, and its conversations are packed into full rows.
-if [ -n "${TOY_WORLD:-}" ] || [ -f "$NANOCHAT_DATA_DIR/toy_world.json" ]; then
-    ROWS="--lesson_rows=48 --question_steps=160 --matrix_lr=0.04 --init_lr_frac=0.7 --warmdown_ratio=0.3"
-    ROWS="$ROWS --device_batch_size=8 --num_iterations=${MID_STEPS:--1}"
-else
-    ROWS="--total_batch_size=2048 --num_iterations=${MID_STEPS:-700}"
-fi
-run python -m scripts.mid_train $ROWS --embedding_lr=0.05 --eval_every=340 --eval_tokens=16384 --identity_epochs=1 \
-    --spelling_size=1500 --spellingbee_size=5000 --run="$WANDB_RUN"
+# 4. Midtraining: the chat format, the calculator, spelling, and how a conversation goes.
+run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_STEPS:-900}" --init_lr_frac=0.9 \
+    --matrix_lr=0.04 --embedding_lr=0.08 --warmdown_ratio=0.7 --eval_every=400 --eval_tokens=16384 \
+    --identity_epochs=3 --spelling_size=3000 --spellingbee_size=4000 --run="$WANDB_RUN"
 
-# 5. Supervised finetuning: one conversation a row, half of them chains of several exchanges on different things. Without
-#    them a model of this size does sums only when nothing was said before.
+# 5. Supervised finetuning: one conversation a row, and only the assistant's words are targets.
 run python -m scripts.chat_sft --examples_per_step=16 --device_batch_size=4 --num_iterations="${SFT_STEPS:-150}" \
-    --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=1000 \
-    --spelling_size=300 --spellingbee_size=2500 --chain_size=10000 --run="$WANDB_RUN"
+    --init_lr_frac=0.3 --embedding_lr=0.05 --eval_every=75 --eval_examples=64 --smoltalk_size=60000 \
+    --identity_epochs=3 --spelling_size=1500 --spellingbee_size=2500 --run="$WANDB_RUN"
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon
 #    takes steps of the same length even when the gradient is noise.
@@ -60,11 +52,12 @@ run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-150}" --examples_per
     --max_new_tokens=80 --eval_every=-1 --eval_examples=200 --init_lr_frac=0.05 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 
-# 7. Evaluation of every stage on held-out questions, and the report card.
-TASKS="MMLU|ARC-Easy|GSM8K|SpellingBee"
-if [ -f "$NANOCHAT_DATA_DIR/tasks/identity_test.jsonl" ] || [ -n "${DRY_RUN:-}" ]; then TASKS="Identity|$TASKS"; fi
+# 7. Evaluation of every stage on held-out questions, and the report card. Strangers comes first: messages as people
+#    type them, which the generator of the toy world did not make.
+TASKS="Strangers|MMLU|ARC-Easy|GSM8K|SpellingBee"
+if [ -f "$NANOCHAT_DATA_DIR/tasks/identity_test.jsonl" ] || [ -n "${DRY_RUN:-}" ]; then TASKS="$TASKS|Identity"; fi
 for stage in base mid sft rl; do
-    run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 200 -m 112
+    run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 200 -m 160
 done
 run python -m nanochat.report generate
 

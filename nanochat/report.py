@@ -47,7 +47,7 @@ SECTIONS = {
 }
 # The order of the table's rows; other metrics come after these
 METRICS = [
-    "CORE", "bpb",
+    "Strangers", "CORE", "bpb",
     "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "ChatCORE",
 ]
 
