@@ -213,6 +213,19 @@ def test_another_tokenizer_is_refused(manager, saved, tokenizer, story):
         load_checkpoint("base", CPU)
 
 
+@pytest.mark.parametrize("num_pairs", [0, 5])
+def test_only_a_checkpoint_that_uses_the_deleted_pair_embeddings_is_refused(manager, saved, num_pairs):
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["model_config"]["pair_embeds"] = num_pairs
+    path.write_text(json.dumps(meta))
+    if num_pairs == 0:
+        assert manager.load_model(CPU, 20).config.n_layer == meta["model_config"]["n_layer"]
+        return
+    with pytest.raises(UserError, match="needs pair embeddings"):
+        manager.load_model(CPU, 20)
+
+
 def test_a_newer_format_says_update(manager, saved):
     path = manager.checkpoint_dir / "step_000020" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
