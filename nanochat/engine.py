@@ -9,8 +9,10 @@ progress.
 from bisect import bisect_left
 from collections import deque
 from contextlib import contextmanager
+from itertools import takewhile
 
 from nanochat.common import UserError
+from nanochat.conversation import SYSTEM_ROLES, question_starts
 from nanochat.decoder import Decoder, Row
 from nanochat.sampling import Sampling
 from nanochat.streaming import ToolState
@@ -149,26 +151,27 @@ class Engine:
 
 def fit_conversation(tokenizer, messages, max_prompt):
     """
-    (prompt ids, number of messages left out) for {role, content} messages. While the prompt is
-    longer than max_prompt tokens, the oldest question and its answer are left out. The system
-    message and the newest question always stay.
+    (prompt ids, number of messages left out) for {role, content} messages, of which an assistant's
+    last one is continued. While the prompt is longer than max_prompt tokens, the oldest question
+    and all that followed it are left out. The system messages at the start and the newest question
+    always stay.
     """
-    # The system message, if there is one, then the turns
-    num_system = int(messages[0]["role"] == "system")
-    system = messages[:num_system]
-    turns = messages[num_system:]
+    # The system messages at the start, if there are any, then the others
+    system = list(takewhile(lambda message: message["role"] in SYSTEM_ROLES, messages))
+    rest = messages[len(system) :]
 
     def render(start):
-        return tokenizer.render_for_completion({"messages": system + turns[start:]})
+        conversation = {"messages": system + rest[start:]}
+        return tokenizer.render_for_completion(conversation, continue_final_message=True)
 
     ids = render(0)  # also refuses an invalid conversation
     if len(ids) <= max_prompt:
         return ids, 0
 
-    # The first start whose prompt fits: questions are at even places
-    newest = (len(turns) - 1) // 2 * 2
-    starts = range(0, newest, 2)
-    start = 2 * bisect_left(starts, True, key=lambda start: len(render(start)) <= max_prompt)
+    # The first start whose prompt fits, else the newest question
+    starts = sorted({0, *question_starts(rest)})
+    place = bisect_left(starts[:-1], True, key=lambda start: len(render(start)) <= max_prompt)
+    start = starts[place]
     ids = render(start)
     if len(ids) > max_prompt:
         raise ValueError(

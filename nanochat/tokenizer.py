@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 
 import rustbpe
 from nanochat.common import UserError, get_base_dir
-from nanochat.conversation import PART_FENCES, check_conversation
+from nanochat.conversation import PART_FENCES, normalize_messages
 from nanochat.tokenizer_files import hash_tokenizer, read_tokenizer, write_tokenizer
 
 # GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size,
@@ -63,6 +63,11 @@ def _replace_surrogates(text):
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _read_turns(conversation):
+    messages = conversation.get("messages") if isinstance(conversation, dict) else conversation
+    return normalize_messages(messages)
 
 
 class Tokenizer:
@@ -189,27 +194,35 @@ class Tokenizer:
 
     def render_conversation(self, conversation, max_tokens=2048):
         """
-        (ids, mask), both cut to `max_tokens` (None: whole). The mask is 1 for tokens that the
-        assistant must write: its text, its python calls with their fences, its end token. It is 0
-        for the outputs of tools, which the engine writes.
+        (ids, mask) of {"messages": [...]}, see conversation.py; both cut to `max_tokens` (None:
+        whole). The mask is 1 for tokens that the assistant must write: its text, its python calls
+        with their fences, its end token. It is 0 for the outputs of tools, which the engine writes,
+        and in a turn of weight 0.
         """
-        ids, mask = self._render_turns(check_conversation(conversation))
+        turns = _read_turns(conversation)
+        ids, mask = self._encode_plan(self._plan(turns))
         return ids[:max_tokens], mask[:max_tokens]
 
-    def render_for_completion(self, conversation):
-        """The ids after which the assistant speaks. A last message of the assistant is left out."""
-        # The model will write this answer again
-        turns = check_conversation(conversation)
-        if turns[-1][0] == "assistant":
+    def render_for_completion(self, conversation, continue_final_message=False):
+        """
+        The ids after which the assistant speaks. If its message is the last one already, that is
+        left out, and the model will write it again; with `continue_final_message` it stays, without
+        its end token, and the model goes on from it.
+        """
+        turns = _read_turns(conversation)
+        if turns[-1]["role"] == "assistant" and continue_final_message:
+            ids, _ = self._encode_plan(self._plan(turns))
+            return ids[:-1]
+        if turns[-1]["role"] == "assistant":
             turns.pop()
-        ids, _ = self._render_turns(turns)
+        ids, _ = self._encode_plan(self._plan(turns))
         return ids + [self.encode_special("<|assistant_start|>")]
 
     def render_batch(self, conversations):
         """
         The ids of each conversation as an int32 array, without masks: the fast path of packing.
         """
-        plans = [self._plan(check_conversation(conversation)) for conversation in conversations]
+        plans = [self._plan(_read_turns(conversation)) for conversation in conversations]
 
         # Encode all texts at once
         texts = []
@@ -225,11 +238,11 @@ class Tokenizer:
             rows.append(np.concatenate(pieces).astype(np.int32))
         return rows
 
-    def _render_turns(self, turns):
+    def _encode_plan(self, plan):
         # Each text is encoded alone, so no token crosses a special token
         ids = []
         mask = []
-        for item, trained in self._plan(turns):
+        for item, trained in plan:
             tokens = self._encode_one(item) if isinstance(item, str) else [item]
             ids += tokens
             mask += [trained] * len(tokens)
@@ -240,15 +253,16 @@ class Tokenizer:
         A conversation before encoding: [(text or id of a special token, 1 if it is trained on)].
         """
         plan = [(self.get_bos_token_id(), 0)]
-        for role, parts in turns:
+        for turn in turns:
+            role = turn["role"]
             # The start of the assistant's turn is given to it; the end it must write itself
-            trained = 1 if role == "assistant" else 0
+            trained = turn["weight"]
             plan.append((self.encode_special(f"<|{role}_start|>"), 0))
-            for part_type, text in parts:
+            for part in turn["content"]:
                 # A start and an end, or none
-                fences = [self.encode_special(name) for name in PART_FENCES[part_type]]
-                items = fences[:1] + [text] + fences[1:]
-                mask = 0 if part_type == "python_output" else trained
+                fences = [self.encode_special(name) for name in PART_FENCES[part["type"]]]
+                items = fences[:1] + [part["text"]] + fences[1:]
+                mask = 0 if part["type"] == "python_output" else trained
                 plan += [(item, mask) for item in items]
             plan.append((self.encode_special(f"<|{role}_end|>"), trained))
         return plan

@@ -7,6 +7,7 @@ import pytest
 
 from nanochat import conversation
 from nanochat.common import UserError
+from nanochat.conversation import normalize_messages
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer
 
 
@@ -119,6 +120,91 @@ def test_a_prompt_for_completion_is_a_prefix_of_the_whole_conversation(tokenizer
     assert mask[len(prompt)] == 1 and mask[-1] == 1
 
 
+@pytest.mark.parametrize("parts", [[text("It's ")], CALCULATION[:3], []], ids=["text", "a tool's result", "nothing"])
+def test_a_message_of_the_assistant_can_be_continued(tokenizer, parts):
+    begun = {"messages": [user("12*3?"), assistant(parts)]}
+    ids = tokenizer.render_for_completion(begun, continue_final_message=True)
+    whole, _ = tokenizer.render_conversation(begun)
+    assert ids == whole[:-1] and whole[-1] == tokenizer.encode_special("<|assistant_end|>")
+
+
+def test_without_a_message_of_the_assistant_there_is_nothing_to_continue(tokenizer):
+    question = {"messages": [user("12*3?")]}
+    prompt = tokenizer.render_for_completion(question)
+    assert tokenizer.render_for_completion(question, continue_final_message=True) == prompt
+
+
+# -----------------------------------------------------------------------------
+# The messages of the world: each line of the rule in conversation.py
+
+
+def tool(content):
+    return {"role": "tool", "content": content, "tool_call_id": "call_1"}
+
+
+def call(content, *arguments):
+    """An assistant's message with tool calls, as OpenAI's clients send it back."""
+    calls = [{"id": "call_1", "type": "function", "function": {"name": "add", "arguments": text}} for text in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+ADD = '{"name": "add", "arguments": {"a": 1}}'
+DEVELOPER = {"role": "developer", "content": "Be brief."}
+SHAPES = {
+    "two system messages": ([system("s"), system("t"), user("a")], [user("s\n\nt\n\na")]),
+    "system and developer": ([system("s"), DEVELOPER, user("a")], [user("s\n\nBe brief.\n\na")]),
+    "a later system message": ([user("a"), assistant("b"), system("s"), user("c")],
+                               [user("a"), assistant("b"), user("s\n\nc")]),
+    "a system message before the answer": ([user("a"), system("s"), assistant("b")], [user("a\n\ns"), assistant("b")]),
+    "a system message alone": ([system("s")], [user("s")]),
+    "user after user": ([user("a"), user("b"), assistant("c")], [user("a\n\nb"), assistant("c")]),
+    "assistant after assistant": ([user("a"), assistant("b"), assistant("c")], [user("a"), assistant("b\n\nc")]),
+    "assistant first": ([assistant("a"), user("b"), assistant("c")], [assistant("a"), user("b"), assistant("c")]),
+    "system, assistant first": ([system("s"), assistant("a"), user("b")], [user("s"), assistant("a"), user("b")]),
+    "null": ([user("a"), assistant(None), user("b")], [user("a\n\nb")]),
+    "null at the end": ([user("a"), assistant(None)], [user("a")]),
+    "empty texts": ([system(""), user("a"), user(""), assistant("")], [user("a"), assistant("")]),
+    "parts": ([user([text("a"), text("b")]), assistant([text("c"), text("d")])], [user("ab"), assistant("cd")]),
+    "a tool's result": ([user("a"), call(None, '{"a": 1}'), tool("3"), assistant("It is 3.")],
+                        [user("a"), assistant(ADD), user("3"), assistant("It is 3.")]),
+    "two calls after a text": ([user("a"), call("Wait.", '{"a": 1}', {"a": "é"}), tool("3"), tool([text("4")])],
+                               [user("a"), assistant(f'Wait.\n\n{ADD}\n\n{{"name": "add", "arguments": {{"a": "é"}}}}'),
+                                user("3\n\n4")]),
+    "the older form of a call": ([user("a"), {"role": "assistant", "content": None,
+                                              "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+                                  {"role": "function", "name": "add", "content": "3"}],
+                                 [user("a"), assistant(ADD), user("3")]),
+    "a result without a call": ([user("a"), assistant("b"), tool("3"), user("c")],
+                                [user("a"), assistant("b"), user("3\n\nc")]),
+    "a call of the calculator, then a text": ([user("a"), assistant(CALCULATION[:3]), assistant("b")],
+                                              [user("a"), assistant([*CALCULATION[:3], text("\n\nb")])]),
+}
+
+
+@pytest.mark.parametrize("messages, same_as", SHAPES.values(), ids=SHAPES.keys())
+def test_the_shapes_of_the_world_become_turns(tokenizer, messages, same_as):
+    turns = normalize_messages(messages)
+    assert turns == normalize_messages(same_as)
+    assert normalize_messages(turns) == turns
+    rendered = tokenizer.render_conversation({"messages": messages})
+    assert rendered == tokenizer.render_conversation({"messages": same_as})
+    assert tokenizer.decode(rendered[0]).count("_start|>") == len(same_as) + str(same_as).count("'python")
+
+
+def test_a_turn_of_weight_0_is_not_trained_on(tokenizer):
+    messages = [user("a"), {**assistant(CALCULATION), "weight": 0}, user("b"), {**assistant("c"), "weight": 1}]
+    ids, mask = tokenizer.render_conversation({"messages": messages})
+    unweighted = [user("a"), assistant(CALCULATION), user("b"), assistant("c")]
+    assert ids == tokenizer.render_conversation({"messages": unweighted})[0]
+    trained = [token for token, wanted in zip(ids, mask, strict=True) if wanted]
+    assert tokenizer.decode(trained) == "c<|assistant_end|>"
+
+
+def test_nothing_is_trained_on_in_a_turn_that_joins_a_message_of_weight_0(tokenizer):
+    messages = [user("a"), assistant("b"), {**assistant("c"), "weight": 0}]
+    assert sum(tokenizer.render_conversation({"messages": messages})[1]) == 0
+
+
 # -----------------------------------------------------------------------------
 # Malformed conversations are refused, by the index of the message
 
@@ -126,21 +212,20 @@ def test_a_prompt_for_completion_is_a_prefix_of_the_whole_conversation(tokenizer
 @pytest.mark.parametrize("messages, complaint", [
     ([], "non-empty list"),
     ("hello", "non-empty list"),
-    ([assistant("Hi")], "message 0 has role 'assistant', needed 'user'"),
-    ([user("a"), user("b")], "message 1 has role 'user', needed 'assistant'"),
-    ([user("a"), assistant("b"), assistant("c")], "message 2 has role 'assistant', needed 'user'"),
-    ([user("a"), system("b")], "message 1 has role 'system', needed 'assistant'"),
-    ([system("a"), assistant("b")], "message 1 has role 'assistant', needed 'user'"),
-    ([system("a")], "message 0 is a system message, and no user message follows it"),
-    ([user("a"), {"role": "tool", "content": "b"}], "message 1 needs a role"),
+    ([user(None), assistant(None)], "no message has a content"),
+    ([user("a"), {"role": "bot", "content": "b"}], "message 1 needs a role, one of system, developer, user, tool, "),
     ([user("a"), {"content": "b"}], "message 1 needs a role"),
     ([user("a"), "b"], "message 1 needs a role"),
-    ([user(None)], "message 0 has content of type NoneType"),
-    ([{"role": "user"}], "message 0 has content of type NoneType"),
+    ([{"role": ["user"], "content": "b"}], "message 0 needs a role"),
+    ([{"role": "user", "text": "a"}], "message 0 has no content"),
+    ([user(7)], "message 0 has content of type int"),
     ([user("a"), assistant([text("b"), {"type": "image", "text": "c"}])], "part 1 of message 1 .assistant. needs a"),
     ([user("a"), assistant(["b"])], "part 0 of message 1"),
     ([user("a"), assistant([{"type": "python", "text": 7}])], "part 0 of message 1"),
     ([user([{"type": "python", "text": "1+1"}])], "part 0 of message 0 .user. needs a type, one of text, and a text"),
+    ([user("a"), {**assistant("b"), "weight": 0.5}], "message 1 .assistant. has weight 0.5, needed: 0 or 1"),
+    ([{**user("a"), "weight": 1}, assistant("b")], "message 0 .user. has weight 1, needed: 0 or none"),
+    ([user("a"), {**call(None, "{}"), "tool_calls": [{"name": "add"}]}], "message 1 has tool calls of another form"),
 ])
 def test_a_malformed_conversation_is_refused(tokenizer, messages, complaint):
     for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
@@ -148,9 +233,10 @@ def test_a_malformed_conversation_is_refused(tokenizer, messages, complaint):
             render({"messages": messages})
 
 
-def test_what_is_no_conversation_at_all_is_refused(tokenizer):
-    with pytest.raises(UserError, match="non-empty list under 'messages'"):
-        tokenizer.render_conversation([user("a")])
+@pytest.mark.parametrize("conversation", [None, "a", {}, {"message": [user("a")]}])
+def test_what_is_no_conversation_at_all_is_refused(tokenizer, conversation):
+    with pytest.raises(UserError, match="messages need to be a non-empty list"):
+        tokenizer.render_conversation(conversation)
 
 
 # -----------------------------------------------------------------------------
@@ -165,7 +251,7 @@ def test_visualization_colours_by_mask_and_keeps_to_one_line(tokenizer):
 
 
 def test_the_example_in_the_docstring_is_right():
-    assert doctest.testmod(conversation) == (0, 3)  # (failed, attempted)
+    assert doctest.testmod(conversation) == (0, 5)  # (failed, attempted)
 
 
 def test_the_two_tables_of_part_types_agree():

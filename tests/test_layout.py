@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "cuda_graphs": [],
     "inference": ["cuda_graphs", "gpt", "ops", "precision"],
     "decoder": ["cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
-    "engine": ["common", "decoder", "sampling", "streaming"],
+    "engine": ["common", "conversation", "decoder", "sampling", "streaming"],
     "scheduler": ["common", "conversation", "decoder", "inference", "streaming"],
     "api": [],
     "service": ["api", "decoder", "engine", "sampling", "scheduler", "streaming"],
