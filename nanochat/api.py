@@ -15,7 +15,7 @@ import time
 import uuid
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 MAX_CHARS = 400_000           # of a text in a request
 MAX_TOKENIZE_CHARS = 100_000  # of a request to /tokenize, whose answer is many times as long
@@ -57,40 +57,46 @@ class Part(BaseModel):
     text: Text
 
 
+class FunctionCall(BaseModel):
+    name: ModelName
+    arguments: Text | dict
+
+
+class ToolCall(BaseModel):
+    function: FunctionCall
+
+
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
+    # conversation.py says what each role becomes
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] | None = None
+    # what an assistant called: the newer form, and the older one
+    tool_calls: Annotated[list[ToolCall], Field(max_length=100, fail_fast=True)] | None = None
+    function_call: FunctionCall | None = None
+
+    @model_validator(mode="after")
+    def need_content(self):
+        """A content may be null, but a message without one is a mistake."""
+        if not (self.model_fields_set & {"content", "tool_calls", "function_call"}):
+            raise ValueError("content is missing")
+        return self
 
     def text(self):
         """The content as one str, including tool calls and their results."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or [])
 
     def as_turn(self):
         """The message in the form of the tokenizer."""
-        # `developer` is OpenAI's newer name for `system`. Only the assistant's parts mean something
-        # to the tokenizer: those of others are joined
+        # Only the assistant's parts mean something to the tokenizer: those of others are joined
         turn = self.model_dump()
-        if self.role == "developer":
-            turn["role"] = "system"
-        if self.role != "assistant":
+        if self.role != "assistant" and self.content is not None:
             turn["content"] = self.text()
         return turn
 
 
-def _check_last_message(messages):
-    # the prompt would leave it out, so the question before it would be answered again
-    if messages[-1].role == "assistant":
-        raise ValueError("the last one is the assistant's: there is nothing to answer")
-    return messages
-
-
-Messages = Annotated[
-    list[Message],
-    Field(min_length=1, max_length=2000, fail_fast=True),
-    AfterValidator(_check_last_message),
-]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=2000, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):

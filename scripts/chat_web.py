@@ -200,7 +200,7 @@ def add_api_routes(app, service):
                 ids = tokenizer.encode(body.prompt)
             else:
                 turns = [message.as_turn() for message in body.messages]
-                ids = tokenizer.render_for_completion({"messages": turns})
+                ids = tokenizer.render_for_completion({"messages": turns}, continue_final_message=True)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         # the JSON of a long text takes seconds: made here, in a worker thread, nobody waits for it

@@ -71,6 +71,23 @@ def test_a_stream_with_nothing_to_say_shows_that_it_lives(tokenizer):
     assert response.text.count(": ping\n\n") >= 3 and chunks(response)[-1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("messages, continues", [
+    ([{"role": "system", "content": "s"}, {"role": "developer", "content": "t"}, QUESTION], False),
+    ([QUESTION, QUESTION, {"role": "system", "content": "s"}], False),
+    ([{"role": "assistant", "content": "Hi"}, QUESTION], False),
+    ([QUESTION, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]},
+      {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "3"}]}], False),
+    ([QUESTION, {"role": "function", "name": "add", "content": "3"}], False),
+    ([QUESTION, {"role": "assistant", "content": "It is"}], True),
+], ids=["system and developer", "user after user", "assistant first", "tool", "tool without a call", "continue"])
+def test_messages_as_the_world_sends_them_are_answered(client, tokenizer, messages, continues):
+    prompt = tokenizer.render_for_completion({"messages": messages}, continue_final_message=continues)
+    assert client.post("/tokenize", json={"messages": messages}).json()["tokens"] == prompt
+    response = chat(client, messages=messages)
+    assert response.status_code == 200 and response.json()["usage"]["prompt_tokens"] == len(prompt)
+
+
 def test_greedy_chat_equals_the_engine(client, service, tokenizer):
     engine = service.batchers[0].schedulers[MODEL].engine
     prompt = tokenizer.render_for_completion(HELLO)
