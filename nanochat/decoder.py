@@ -6,7 +6,8 @@ row has its own sampling settings, random numbers, tool state and end. engine.py
 until all rows have ended; for a server, scheduler.py adds rows as requests arrive.
 
 Batching changes a row's text only through rounding. Several rows are multiplied in another order
-than one row; in 16 bits that can change a sampled token, and rarely even the likeliest one.
+than one row; in 16 bits that can change a sampled token, and rarely even the likeliest one. What
+was read before changes nothing: a prompt is always read in the same blocks (see `prefill`).
 
 Shapes: B rows, T new tokens, V vocabulary.
 """
@@ -79,11 +80,19 @@ class Decoder:
     first rows of the cache.
     """
 
-    PREFILL_CHUNK = 512  # tokens of a prompt per forward pass
-    SHORT_PROMPTS = 16   # prompts that `prefill_short` reads at once, at most
+    # Tokens of a prompt per forward pass: small enough that most of a chat's last prompt is in whole
+    # blocks, large enough that a block takes little longer per token than a whole prompt
+    CPU_BLOCK = 64
+    GPU_BLOCK = 256
+    SHORT_PROMPTS = 16  # prompts that `prefill_short` reads at once, at most
 
-    def __init__(self, model, num_rows, max_length=None, length=256):
-        """length: positions of the cache at first. It grows by doubling, which copies it."""
+    def __init__(self, model, num_rows, max_length=None, length=256, block=None):
+        """
+        length: positions of the cache at first. It grows by doubling, which copies it. block:
+        tokens of a prompt per forward pass; None = as above.
+        """
+        device_block = self.GPU_BLOCK if model.device.type == "cuda" else self.CPU_BLOCK
+        self.block = block or device_block
         self.model = model
         self.num_rows = num_rows
         max_length = max_length or model.config.sequence_len
@@ -143,14 +152,15 @@ class Decoder:
             most = self.max_length - 1
             raise ValueError(f"a prompt of {len(prompt)} tokens does not fit: need 1 to {most}")
 
-    def prefill(self, prompt, chunk=None, scores=None, num_top=1):
+    def prefill(self, prompt, scores=None, num_top=1):
         """
-        Read a prompt into the staging cache. A generator: for each chunk it yields (tokens read,
+        Read a prompt into the staging cache. A generator: for each block it yields (tokens read,
         None), with the last one (tokens read, logits (V,)).
 
-        The staging cache still holds the prompt before. If both start with the same tokens, as the
-        turns of a chat do, those are not read again. A list `scores` gets the `top_logprobs` of
-        every prompt token but the first.
+        The staging cache still holds the prompt before. If both start with the same blocks, as the
+        turns of a chat do, those are not read again. Blocks begin at multiples of `block`: a block
+        that is kept was computed in a forward pass of the same shape, so it has the same bits. A
+        list `scores` gets the `top_logprobs` of every prompt token but the first.
         """
         # Where to begin: scores need the logits of the whole prompt
         self.check_prompt(prompt)
@@ -160,9 +170,8 @@ class Decoder:
         self.staged = prompt[:start]
         self.staging.lengths = [start]
 
-        chunk = chunk or self.PREFILL_CHUNK
         while start < len(prompt):
-            end = min(start + chunk, len(prompt))
+            end = min(start + self.block, len(prompt))
             ids = prompt[start:end]
             logits = self._forward([ids], self.staging, last_only=scores is None)
             logits = logits[0]  # (T, V), or (1, V) of the last token
@@ -176,12 +185,13 @@ class Decoder:
 
     def read_prompt(self, prompt):
         """Read a whole prompt into the staging cache. Returns the logits (V,) after it."""
-        *_, (_, logits) = self.prefill(prompt)  # of the last chunk
+        *_, (_, logits) = self.prefill(prompt)  # of the last block
         return logits
 
     def _num_staged(self, prompt):
         """
-        How many first tokens of the prompt the staging cache holds already; never the last one.
+        How many first tokens of the prompt the staging cache holds already, in whole blocks; never
+        the last one.
         """
         # the last token is always read, since the next one needs its logits
         num_same = 0
@@ -189,7 +199,7 @@ class Decoder:
             if old != new:
                 break
             num_same += 1
-        return num_same
+        return num_same - num_same % self.block
 
     @torch.inference_mode()
     def prefill_short(self, prompts):

@@ -171,6 +171,7 @@ class Scheduler:
         model = engine.model
         length = model.config.sequence_len if model.device.type == "cuda" else 256
         self.decoder = Decoder(model, num_rows, length=length)
+        self.decoder.block = min(chunk, self.decoder.block)
 
         self.waiting = deque()  # requests in order of arrival
         self.running = {}       # row -> request, those in the batch
@@ -203,7 +204,7 @@ class Scheduler:
             if len(short) > 1:
                 budget -= self._prefill_together(short)
             else:
-                budget -= self._prefill_chunk()
+                budget -= self._prefill_block()
 
     def pick(self):
         """Choose the next token of every row."""
@@ -273,9 +274,9 @@ class Scheduler:
             self._join_batch(request, logits[i], i)
         return sum(map(len, prompts))
 
-    def _prefill_chunk(self):
+    def _prefill_block(self):
         """
-        Read a chunk of the first waiting prompt. After the last chunk its row joins the batch.
+        Read a block of the first waiting prompt. After the last block its row joins the batch.
         Returns the number of tokens read.
         """
         request = self.waiting[0]
@@ -296,7 +297,7 @@ class Scheduler:
         request.prompt_logprobs = []
         scores = request.prompt_logprobs if request.scores_prompt else None
         row = request.row
-        return self.decoder.prefill(row.prompt, self.chunk, scores, row.num_top or 1)
+        return self.decoder.prefill(row.prompt, scores, row.num_top or 1)
 
     def _join_batch(self, request, logits, short=None):
         """Start decoding after a prompt (short: its number in prefill_short). Sends the echo."""

@@ -228,8 +228,7 @@ def test_stream_emits_whole_characters_and_no_special_tokens(tokenizer):
     assert "\ufffd" not in "".join(pieces) and any(piece == "" for piece in pieces[1:-1])
 
 
-def test_prefill_is_chunked(engine, monkeypatch):
-    monkeypatch.setattr(Decoder, "PREFILL_CHUNK", 10)
-    decoder = Decoder(engine.model, 1)
+def test_prompts_are_read_in_blocks(engine):
+    decoder = Decoder(engine.model, 1, block=10)
     assert sum(1 for _ in decoder.prefill(list(range(35)))) == 4
     assert decoder.staging.lengths == [35]

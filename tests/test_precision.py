@@ -102,3 +102,17 @@ def test_cached_decoding_in_16_bits_is_the_full_forward(name, tolerance, stored,
                 full = model(torch.tensor([row.prompt + row.tokens]))[0, -1]
             torch.testing.assert_close(cached, full, atol=tolerance, rtol=0)
     assert decoder.cache.k.dtype == decoder.cache.v.dtype == decoder.staging.k.dtype == precision.DTYPES[name]
+
+
+@pytest.mark.parametrize("before", [0, 1, 63, 64, 65, 100, 130, 159])
+def test_a_prompt_gives_the_same_bits_whatever_was_read_before(before, monkeypatch):
+    """`before`: tokens that it shares with the prompt before it."""
+    monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
+    model = prepare(tiny_model(sequence_len=256, n_embd=128).eval())
+    prompt = torch.randint(0, 100, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    fresh, used = Decoder(model, 1), Decoder(model, 1)
+    expected = fresh.read_prompt(prompt)
+    used.read_prompt([*prompt[:before], 3, 1, 4])
+    assert torch.equal(used.read_prompt(prompt), expected)
+    assert torch.equal(used.staging.k[..., :160, :], fresh.staging.k[..., :160, :])
+    assert torch.equal(used.staging.v[..., :160, :], fresh.staging.v[..., :160, :])
