@@ -1,27 +1,23 @@
 """
-The data of the API: OpenAI's request fields with their limits, and its responses, whole or
-streamed.
+The requests of the API: OpenAI's fields with their limits, and its errors. chat_response.py has the
+answers.
 
-Beyond OpenAI's there are the fields `top_k` and `min_p`, the parts of a tool call in an assistant's
-message, and the field `nanochat`. In a whole response or the first chunk, `nanochat` has the seed,
-the context size and the number of messages left out. In a message or delta it has the parts of a
-tool call. Unknown fields are ignored, as by OpenAI's server.
+Beyond OpenAI's there are vLLM's `top_k`, `min_p` and `repetition_penalty`, a `max_tokens` and a
+`seed` of -1, and the parts of a tool call in an assistant's message. A field that would change the
+text is honoured or refused; other unknown fields are ignored, as by OpenAI's server.
 """
 
-import asyncio
-import json
 import secrets
-import time
-import uuid
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 MAX_CHARS = 400_000           # of a text in a request
 MAX_TOKENIZE_CHARS = 100_000  # of a request to /tokenize, whose answer is many times as long
 MAX_PROMPTS = 128             # in one request
 MAX_CHOICES = 16              # `n`
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024             # tokens in `logit_bias`
 
 # -----------------------------------------------------------------------------
 # Requests
@@ -37,19 +33,60 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS, fa
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
-# Fields that would change the answer and are not implemented, each with an alternative
+# Fields of OpenAI's server, vLLM's and llama.cpp's that would change the text and are not
+# implemented, each with an alternative
+FILTERS = "use temperature, top_k, top_p or min_p"
+FORMATS = "use response_format"
 UNSUPPORTED = {
     "tools": "the model calls its calculator by itself",
     "functions": "the model calls its calculator by itself",
     "response_format": "the model answers in plain text",
-    "logit_bias": "use top_k, top_p or min_p",
-    "presence_penalty": "use temperature, top_k, top_p or min_p",
-    "frequency_penalty": "use temperature, top_k, top_p or min_p",
     "suffix": "the model continues a prompt",
     "best_of": "ask for several answers with n",
+    "use_beam_search": "ask for several answers with n",
+    "length_penalty": "it is for beam search",
+    "ignore_eos": "ban the end token with logit_bias",
+    "min_tokens": "ban the end token with logit_bias",
+    "allowed_token_ids": "ban tokens with logit_bias",
+    "bad_words": "ban tokens with logit_bias",
+    "stop_token_ids": "use stop",
+    "include_stop_str_in_output": "the text ends before a stop string",
+    "truncate_prompt_tokens": "send a shorter prompt",
+    "n_predict": "use max_tokens",
+    "num_predict": "use max_tokens",
+    "options": "its fields belong into the request itself",
+    "repeat_last_n": "repetition_penalty looks at the whole text",
+    "mirostat": FILTERS,
+    "typical_p": FILTERS,
+    "tfs_z": FILTERS,
+    "top_a": FILTERS,
+    "top_n_sigma": FILTERS,
+    "xtc_probability": FILTERS,
+    "dry_multiplier": FILTERS,
+    "dynatemp_range": FILTERS,
+    "samplers": FILTERS,
+    "grammar": FORMATS,
+    "json_schema": FORMATS,
+    "structured_outputs": FORMATS,
+    "guided_json": FORMATS,
+    "guided_regex": FORMATS,
+    "guided_choice": FORMATS,
+    "guided_grammar": FORMATS,
+    "chat_template": "the tokenizer has one form of conversations",
+    "chat_template_kwargs": "the tokenizer has one form of conversations",
 }
 # Values of these fields that change nothing; empty ones and 0 do not either
-HARMLESS = {"response_format": {"type": "text"}, "best_of": 1}
+HARMLESS = {
+    "response_format": {"type": "text"},
+    "best_of": 1,
+    "length_penalty": 1,
+    "repeat_last_n": -1,
+    "typical_p": 1,
+    "tfs_z": 1,
+    "top_n_sigma": -1,
+}
+# Other names of a field
+ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's and Ollama's
 
 
 class Part(BaseModel):
@@ -103,9 +140,34 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+def _draw_seed():
+    return secrets.randbelow(2**31)
+
+
+def _replace_seed(seed):
+    # as in llama.cpp; the drawn one is sent with the answer
+    return _draw_seed() if seed == -1 else seed
+
+
+def _check_number_of_biases(biases):
+    # before they are checked one by one
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} tokens, at most {MAX_BIASES}")
+    return biases
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[int, Field(ge=0)], Bias],
+    BeforeValidator(_check_number_of_biases),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+MaxTokens = Annotated[int, Field(ge=-1, le=2**31)]
+
+
 class CompletionFields(BaseModel):
     """
-    The fields of both kinds of completion. A None is replaced by the server's default, which its
+    The fields of all kinds of completion. A None is replaced by the server's default, which its
     flags set (service.with_defaults).
     """
     model: ModelName = ""  # "" = the first one that is served
@@ -113,16 +175,22 @@ class CompletionFields(BaseModel):
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1, le=MAX_CHOICES)  # completions of each prompt
 
-    # a missing seed is drawn and sent with the answer, so that the answer can be repeated
-    seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=-(2**63), lt=2**63)
+    # a missing seed is drawn and sent with the answer, so that the answer can be repeated; -1 too
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_replace_seed)] = Field(
+        default_factory=_draw_seed
+    )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = []
-    max_tokens: int | None = Field(None, ge=1, le=2**31)  # of each completion
+    max_tokens: MaxTokens | None = None  # of each completion; -1 = as many as fit
 
     # sampling parameters, named as in sampling.Sampling
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, le=2**31)  # -1 = off, as in vLLM; 0 too
     top_p: float = Field(1.0, gt=0, le=1)             # 1 = off
     min_p: float = Field(0.0, ge=0, le=1)             # 0 = off
+    repetition_penalty: float = Field(1.0, gt=0, le=100)  # 1 = off
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Biases = {}  # token id -> added to its logit
 
     @model_validator(mode="before")
     @classmethod
@@ -135,18 +203,52 @@ class CompletionFields(BaseModel):
             value = data.get(name)
             if value and value != HARMLESS.get(name):
                 raise ValueError(f"{name} is not supported: {instead}")
-        return {name: value for name, value in data.items() if value is not None}
+        data = {name: value for name, value in data.items() if value is not None}
+        for alias, name in ALIASES.items():
+            if alias in data and name in data:
+                raise ValueError(f"{alias} is another name of {name}: give one of them")
+            if alias in data:
+                data[name] = data.pop(alias)
+        return data
 
     def stops(self):
         """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+def _check_room(max_tokens):
+    if max_tokens == 0:
+        raise ValueError("need 1 or more, or -1 for as many as fit")
+    return max_tokens
+
+
+AnswerTokens = Annotated[MaxTokens, AfterValidator(_check_room)]
+
+
 class ChatRequest(CompletionFields):
+    prompt_field: ClassVar = "messages"
     messages: Messages
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)  # the newer name of max_tokens
+    max_tokens: AnswerTokens | None = None
+    max_completion_tokens: AnswerTokens | None = None  # the newer name of max_tokens
     logprobs: bool = False  # of the tokens that the model chose, not of those that a tool forced
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+
+    # vLLM's: an assistant's last message is always continued here
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def check_last_message(self):
+        continues = self.messages[-1].role == "assistant"
+        if self.continue_final_message is not None and self.continue_final_message != continues:
+            last = self.messages[-1].role
+            raise ValueError(
+                f"continue_final_message is {self.continue_final_message}, and the last message is "
+                f"of role {last}: the answer goes on from it if it is the assistant's"
+            )
+        if self.add_generation_prompt is False and not continues:
+            raise ValueError("add_generation_prompt=False: only an assistant's last message goes on")
+        return self
 
     @model_validator(mode="after")
     def prefer_newer_name(self):
@@ -159,9 +261,10 @@ class ChatRequest(CompletionFields):
 
 
 class CompletionRequest(CompletionFields):
+    prompt_field: ClassVar = "prompt"
     prompt: Text | TokenIds | Texts | TokenLists
     # 16 is OpenAI's default; 0 with echo gives the log-probabilities of the prompt alone
-    max_tokens: int = Field(16, ge=0, le=2**31)
+    max_tokens: MaxTokens = 16
     # more than 4, since evaluations send many
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # as top_logprobs in a chat
@@ -214,6 +317,18 @@ def error_body(message, status, param=None, code=None):
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
+def overflow_error(reason, max_length, field):
+    """
+    The fields of OpenAI's error for a prompt that does not fit in the context. Clients look for the
+    code, or for the beginning of the message.
+    """
+    return {
+        "message": f"This model's maximum context length is {max_length} tokens. However, {reason}",
+        "param": field,
+        "code": "context_length_exceeded",
+    }
+
+
 def explain(errors):
     """
     (field, message) of a wrong field, from pydantic's errors: ('messages.0.role', 'Input should be
@@ -230,195 +345,3 @@ def explain(errors):
     # the first one of equally deep ones
     deepest = max(messages, key=len)
     return ".".join(deepest), ", or: ".join(dict.fromkeys(messages[deepest]))
-
-
-# -----------------------------------------------------------------------------
-# Responses
-
-
-def sse(data):
-    """A server-sent event."""
-    return f"data: {json.dumps(data)}\n\n"
-
-
-def token_text(tokenizer, token):
-    """A token as text, or 'bytes:\\xe2\\x82' where it is not valid UTF-8 alone."""
-    raw = tokenizer.decode_bytes([token])
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-class Response:
-    """
-    Turns the events of some requests (scheduler.py) into a response. `opening`, `chunk` and
-    `closing` make the stream, `whole` the JSON document. A subclass makes the choices in a chunk
-    (`delta`) and in the document (`choice`).
-    """
-
-    def __init__(self, model, requests, prompt_tokens, about):
-        """about: the `nanochat` field, a dict."""
-        self.model = model
-        self.tokenizer = requests[0].tokenizer
-        self.requests = requests  # one for each choice
-        self.prompt_tokens = prompt_tokens
-        self.about = about
-
-        # the events of all choices come through one queue
-        self.queue = asyncio.Queue()
-        for request in requests:
-            request.queue = self.queue
-
-        # fields of the document and of each chunk
-        self.head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def completion_tokens(self):
-        """Tokens generated so far, including those that a tool forced."""
-        return sum(len(request.row.tokens) for request in self.requests)
-
-    def usage(self):
-        generated = self.completion_tokens()
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": self.prompt_tokens + generated,
-        }
-
-    def data(self, choices, **more):
-        return sse({**self.head, "object": self.chunk_name, "choices": choices, **more})
-
-    def opening(self):
-        return ": nanochat\n\n"  # a comment, with which the headers leave
-
-    def chunk(self, event):
-        return self.data([self.delta(event)])
-
-    def closing(self, include_usage):
-        # OpenAI sends the usage as a chunk without choices
-        usage = self.data([], usage=self.usage()) if include_usage else ""
-        return usage + "data: [DONE]\n\n"
-
-    def whole(self, events):
-        # events of the choices come interleaved
-        choices = []
-        for request in self.requests:
-            own_events = [event for event in events if event.request is request]
-            choices.append(self.choice(request, own_events))
-        return {
-            **self.head,
-            "object": self.object_name,
-            "choices": choices,
-            "usage": self.usage(),
-            "nanochat": self.about,
-        }
-
-
-class ChatResponse(Response):
-    id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-
-    def opening(self):
-        # the role comes once for each choice, before its text
-        delta = {"role": "assistant", "content": ""}
-        choices = []
-        for request in self.requests:
-            choices.append({
-                "index": request.index,
-                "delta": delta,
-                "logprobs": None,
-                "finish_reason": None,
-            })
-        return self.data(choices, nanochat=self.about)
-
-    def delta(self, event):
-        # a tool call is not content; the last event, with the finish reason, has no content either
-        delta = {}
-        if event.kind != "text":
-            delta = {"content": "", "nanochat": {"type": event.kind, "text": event.text}}
-        elif event.finish_reason is None:
-            delta = {"content": event.text}
-        return {
-            "index": event.request.index,
-            "delta": delta,
-            "logprobs": self.logprobs([event]),
-            "finish_reason": event.finish_reason,
-        }
-
-    def choice(self, request, events):
-        # neighbouring events of one kind become one part
-        parts = []
-        for event in events:
-            if parts and parts[-1]["type"] == event.kind:
-                parts[-1]["text"] += event.text
-            elif event.text:
-                parts.append({"type": event.kind, "text": event.text})
-
-        content = "".join(part["text"] for part in parts if part["type"] == "text")
-        # a client sends `parts` back to continue a conversation with tool calls
-        message = {"role": "assistant", "content": content}
-        if any(part["type"] != "text" for part in parts):
-            message["nanochat"] = {"parts": parts}
-        return {
-            "index": request.index,
-            "message": message,
-            "logprobs": self.logprobs(events),
-            "finish_reason": events[-1].finish_reason,
-        }
-
-    def logprobs(self, events):
-        content = []
-        for event in events:
-            for token, (logprob, top), _ in event.logprobs:
-                entry = self.token_entry(token, logprob)
-                entry["top_logprobs"] = [self.token_entry(*other) for other in top]
-                content.append(entry)
-        return {"content": content, "refusal": None} if content else None
-
-    def token_entry(self, token, logprob):
-        raw = list(self.tokenizer.decode_bytes([token]))
-        return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": raw}
-
-
-class TextResponse(Response):
-    id_prefix = "cmpl"
-    object_name = chunk_name = "text_completion"
-
-    def delta(self, event):
-        return self.choice(event.request, [event])
-
-    def choice(self, request, events):
-        return {
-            "index": request.index,
-            "text": "".join(event.text for event in events),
-            "logprobs": self.logprobs(events),
-            "finish_reason": events[-1].finish_reason,
-        }
-
-    def logprobs(self, events):
-        """Four lists with an entry per token."""
-        columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for event in events:
-            for token, entry, start in event.logprobs:
-                # entry: (log-probability, [(id, log-probability)]); None for a prompt's first token
-                logprob, top = entry or (None, None)
-                columns["tokens"].append(token_text(self.tokenizer, token))
-                columns["token_logprobs"].append(logprob)
-                columns["top_logprobs"].append(self.top_logprobs(token, logprob, top))
-                columns["text_offset"].append(start)
-        return columns if columns["tokens"] else None
-
-    def top_logprobs(self, token, logprob, top):
-        """{text: log-probability} of the likeliest tokens and the chosen one."""
-        if top is None:
-            return None
-        # several tokens may have the same text: the likeliest counts
-        by_text = {}
-        for other, other_logprob in [*top, (token, logprob)]:
-            by_text.setdefault(token_text(self.tokenizer, other), other_logprob)
-        return by_text

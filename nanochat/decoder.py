@@ -21,8 +21,13 @@ import torch
 from nanochat.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
-from nanochat.sampling import Sampling, sample_rows, top_logprobs
+from nanochat.sampling import Sampling, penalize, sample_rows, top_logprobs
 from nanochat.streaming import ToolState
+
+
+class PromptTooLong(ValueError):
+    """A prompt that does not fit in the context."""
+
 
 # -----------------------------------------------------------------------------
 # Rows
@@ -148,9 +153,13 @@ class Decoder:
     # -- prompts
 
     def check_prompt(self, prompt):
-        if not 0 < len(prompt) < self.max_length:
-            most = self.max_length - 1
-            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit: need 1 to {most}")
+        most = self.max_length - 1
+        if len(prompt) > most:
+            raise PromptTooLong(
+                f"a prompt of {len(prompt)} tokens does not fit: need 1 to {most}"
+            )
+        if not prompt:
+            raise ValueError("an empty prompt has nothing to go on from: need 1 token or more")
 
     def prefill(self, prompt, scores=None, num_top=1):
         """
@@ -257,7 +266,8 @@ class Decoder:
         logits = self.logits[: len(rows)]  # (B, V)
         samplings = [row.sampling for row in rows]
         draws = [row.draw() for row in rows]
-        tokens = sample_rows(logits, samplings, draws).tolist()
+        adjusted = self._adjust(rows, logits)
+        tokens = sample_rows(adjusted, samplings, draws).tolist()
         for row, token, length in zip(rows, tokens, self.cache.lengths, strict=False):
             row.advance(token, self.max_length - 1 - length)
         self._record_logprobs(rows, logits)
@@ -265,6 +275,16 @@ class Decoder:
             if row.finish_reason:
                 self.release(row)
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
+
+    def _adjust(self, rows, logits):
+        """The logits (B, V) after penalties and biases; a copy, if any row has some."""
+        places = [i for i, row in enumerate(rows) if row.sampling.has_penalties]
+        if places:
+            logits = logits.clone()
+        for i in places:
+            row = rows[i]
+            penalize(logits[i], row.sampling, row.prompt, row.tokens)
+        return logits
 
     def _record_logprobs(self, rows, logits):
         """

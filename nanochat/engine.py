@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from nanochat.common import UserError
 from nanochat.conversation import SYSTEM_ROLES, question_starts
-from nanochat.decoder import Decoder, Row
+from nanochat.decoder import Decoder, PromptTooLong, Row
 from nanochat.sampling import Sampling
 from nanochat.streaming import ToolState
 
@@ -174,8 +174,9 @@ def fit_conversation(tokenizer, messages, max_prompt):
     start = starts[place]
     ids = render(start)
     if len(ids) > max_prompt:
-        raise ValueError(
-            f"the newest message takes {len(ids)} tokens with the system message; {max_prompt} fit"
+        with_system = " with the system message" if system else ""
+        raise PromptTooLong(
+            f"the newest message takes {len(ids)} tokens{with_system}; {max_prompt} fit"
         )
     return ids, start
 

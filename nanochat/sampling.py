@@ -1,11 +1,11 @@
 """
-From logits to tokens: temperature, top-k, top-p and min-p, for a batch in which each row has its
-own settings and random numbers. Also the log-probabilities of chosen tokens.
+From logits to tokens: penalties, temperature, top-k, top-p and min-p, for a batch in which each row
+has its own settings and random numbers. Also the log-probabilities of chosen tokens.
 
 Shapes: B rows, V vocabulary, K likeliest tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,12 @@ class Sampling:
     min_p: float | None = None   # keep those at least this fraction as likely as the most likely
     seed: int | str = 42         # of the row's own random numbers
 
+    # See `penalize`
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
+
     def __post_init__(self):
         self._need("temperature", self.temperature >= 0, "0 or more")
         if self.top_k is not None:
@@ -34,6 +40,7 @@ class Sampling:
             self._need("top_p", 0 < self.top_p <= 1, "more than 0, at most 1")
         if self.min_p is not None:
             self._need("min_p", 0 <= self.min_p <= 1, "0 to 1")
+        self._need("repetition_penalty", self.repetition_penalty > 0, "more than 0")
 
     def _need(self, name, ok, need):
         if not ok:
@@ -46,6 +53,33 @@ class Sampling:
         # 0, and 1 for top_p, switch a filter off as None does
         has_top_p = self.top_p not in (None, 1.0)
         return bool(self.top_k) or has_top_p or bool(self.min_p)
+
+    @property
+    def has_penalties(self):
+        has_penalty = bool(self.presence_penalty or self.frequency_penalty)
+        return has_penalty or self.repetition_penalty != 1 or bool(self.logit_bias)
+
+
+def penalize(logits, sampling, prompt, tokens):
+    """
+    Apply a row's biases and penalties to its logits (V,), in place, as vLLM's server does, and in
+    its order: logit_bias; repetition_penalty on every token of the prompt or the answer (CTRL,
+    arXiv 1909.05858: divides a positive logit, multiplies a negative one); frequency_penalty for
+    each time that a token is in the answer, and presence_penalty once, as in OpenAI's API.
+    """
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[ids] += _tensor_like(list(sampling.logit_bias.values()), logits)
+
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
+        ids = torch.tensor(prompt + tokens, device=logits.device).unique()
+        seen = logits[ids]
+        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+
+    if tokens and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = torch.tensor(tokens, device=logits.device).unique(return_counts=True)
+        logits[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
 def sample_rows(logits, samplings, u):

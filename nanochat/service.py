@@ -15,8 +15,9 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.api import ChatResponse, TextResponse, error_body, sse
-from nanochat.decoder import Row
+from nanochat.api import error_body, overflow_error
+from nanochat.chat_response import ChatResponse, TextResponse, sse
+from nanochat.decoder import PromptTooLong, Row
 from nanochat.engine import fit_conversation
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Batcher, Event, QueueFull, Request
@@ -227,6 +228,9 @@ def with_defaults(body, defaults):
 def make_requests(body, scheduler, prompts, tools):
     """`n` requests for each prompt: (ids, text to echo or None). ValueError if one does not fit."""
     engine = scheduler.engine
+    check_biases(body, engine.tokenizer)
+    # the decoder ends a row where the context is full
+    max_tokens = scheduler.decoder.max_length if body.max_tokens == -1 else body.max_tokens
     requests = []
     for prompt, echo in prompts:
         scheduler.decoder.check_prompt(prompt)
@@ -234,21 +238,40 @@ def make_requests(body, scheduler, prompts, tools):
             index = len(requests)
             # the first completion is the same for every n
             seed = f"{body.seed}:{index}"
-            sampling = Sampling(body.temperature, max(0, body.top_k), body.top_p, body.min_p, seed)
+            sampling = Sampling(
+                temperature=body.temperature,
+                top_k=max(0, body.top_k),
+                top_p=body.top_p,
+                min_p=body.min_p,
+                seed=seed,
+                repetition_penalty=body.repetition_penalty,
+                presence_penalty=body.presence_penalty,
+                frequency_penalty=body.frequency_penalty,
+                logit_bias=body.logit_bias,
+            )
             # only chat models have learned to call tools
             tool = ToolState(engine.tokenizer) if tools else None
-            row = Row(prompt, sampling, body.max_tokens, engine.stop_tokens, tool, body.num_top())
+            row = Row(prompt, sampling, max_tokens, engine.stop_tokens, tool, body.num_top())
             requests.append(Request(row, engine.tokenizer, index, body.stops(), echo))
     return requests
+
+
+def check_biases(body, tokenizer):
+    size = tokenizer.get_vocab_size()
+    unknown = [token for token in body.logit_bias if token >= size]
+    if unknown:
+        raise ValueError(f"logit_bias: token id {unknown[0]} is not in the vocabulary of {size}")
 
 
 def build_chat(body, model, scheduler):
     """
     The response to a ChatRequest. If the conversation is too long, its oldest turns are left out.
     """
-    # at least half of the context is for the conversation, even if max_tokens is larger
+    # at least half of the context is for the conversation, even if max_tokens is larger; three
+    # quarters if the answer takes what the conversation leaves
     max_length = scheduler.decoder.max_length
-    max_prompt = max_length - min(body.max_tokens, max_length // 2)
+    kept_free = max_length // 4 if body.max_tokens == -1 else min(body.max_tokens, max_length // 2)
+    max_prompt = max_length - kept_free
 
     # the system message and the newest question are always kept
     messages = [message.as_turn() for message in body.messages]
@@ -289,7 +312,10 @@ async def respond(service, http_request, body, build):
     body = with_defaults(body, service.defaults)
     try:
         response = await asyncio.to_thread(build, body, model, scheduler)
-    except ValueError as error:  # a conversation or a prompt that does not fit
+    except PromptTooLong as error:
+        detail = overflow_error(error, scheduler.decoder.max_length, body.prompt_field)
+        raise HTTPException(400, detail) from error
+    except ValueError as error:  # a conversation without a text, a token that does not exist
         raise HTTPException(400, str(error)) from error
 
     # may refuse, so it comes before the status is sent

@@ -36,7 +36,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest, error_body, explain, token_text
+from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest, error_body, explain
+from nanochat.chat_response import token_text
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser

@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "engine": ["common", "conversation", "decoder", "sampling", "streaming"],
     "scheduler": ["common", "conversation", "decoder", "inference", "streaming"],
     "api": [],
-    "service": ["api", "decoder", "engine", "sampling", "scheduler", "streaming"],
+    "chat_response": [],
+    "service": ["api", "chat_response", "decoder", "engine", "sampling", "scheduler", "streaming"],
     # training
     "checkpoint_files": ["common"],
     "checkpoint_manager": ["checkpoint_files", "common", "distributed", "gpt", "inference", "precision", "tokenizer"],

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from nanochat.sampling import Sampling, _topk, sample_rows, top_logprobs
+from nanochat.sampling import Sampling, _topk, penalize, sample_rows, top_logprobs
 
 MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1),
          Sampling(0.9, top_k=20, top_p=0.5, min_p=0.01), Sampling(2.0, top_k=10**6), Sampling(0.5)]
@@ -67,6 +67,27 @@ def test_logprobs_are_those_of_the_unfiltered_model():
         assert top == list(zip(*(x.tolist() for x in reversed(reference[row].topk(3))), strict=True))
 
 
+@pytest.mark.parametrize("settings", [
+    {"repetition_penalty": 1.3}, {"repetition_penalty": 0.5}, {"presence_penalty": 1.5}, {"frequency_penalty": -0.7},
+    {"logit_bias": {0: -100.0, 5: 3.5}},
+    {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {2: 7.0}}])
+def test_penalties_follow_their_definitions(settings):
+    logits, prompt, tokens = torch.randn(12), [0, 1, 1, 2], [2, 3, 3, 3, 4]
+    sampling = Sampling(**settings)
+    expected = []
+    for token, logit in enumerate(logits.tolist()):
+        logit += sampling.logit_bias.get(token, 0)
+        if token in prompt + tokens:
+            factor = sampling.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        logit -= sampling.frequency_penalty * tokens.count(token)
+        logit -= sampling.presence_penalty * (token in tokens)
+        expected.append(logit)
+    assert sampling.has_penalties and not Sampling().has_penalties
+    penalize(logits, sampling, prompt, tokens)
+    torch.testing.assert_close(logits, torch.tensor(expected))
+
+
 def test_greedy_top_k_one_and_tiny_top_p_agree():
     logits = torch.randn(50)
     best = int(logits.argmax())
@@ -94,7 +115,8 @@ def test_filters_never_let_a_dropped_token_through():
         assert {sample_row(logits, sampling, u) for u in (*(i / 1000 for i in range(1000)), 1 - 2**-53)} == {0, 1}
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2}])
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 2},
+                                 {"repetition_penalty": 0}])
 def test_bad_sampling_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from nanochat.api import CompletionRequest, token_text
+from nanochat.api import CompletionRequest
+from nanochat.chat_response import token_text
 from nanochat.engine import Engine, fit_conversation
 from nanochat.scheduler import Scheduler
 from nanochat.service import Service, build_completion, respond
