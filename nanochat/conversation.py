@@ -10,8 +10,8 @@ brings a list of messages into such turns:
     a message of                        becomes
     user, system, developer             text of the user's turn
     tool, function: what a tool gave    text of the user's turn
-    assistant                           the assistant's turn; its tool calls are texts after its own,
-                                        {"name": NAME, "arguments": ARGUMENTS}
+    assistant                           the assistant's turn; its tool calls are texts after its
+                                        own, {"name": NAME, "arguments": ARGUMENTS}
     any role, with content null         nothing, unless it has tool calls
 
     neighbours of one side              one turn. Their texts are joined by a blank line; an empty
@@ -184,9 +184,13 @@ def _read_weight(message, index):
     weight = message.get("weight")
     if weight is None:
         return int(is_assistant)
-    if weight not in ((0, 1) if is_assistant else (0,)):
-        need = "0 or 1" if is_assistant else "0 or none: only the assistant's are trained on"
-        raise UserError(f"message {index} ({message['role']}) has weight {weight!r:.20}, needed: {need}")
+    if is_assistant and weight not in (0, 1):
+        raise UserError(f"message {index} has weight {weight!r:.20}, needed: 0 or 1")
+    if not is_assistant and weight != 0:
+        raise UserError(
+            f"message {index} ({message['role']}) has weight {weight!r:.20}, needed: 0 or none, "
+            "since only the assistant's are trained on"
+        )
     return int(weight)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nanochat.common import IGNORE, UserError, ceil_div
-from nanochat.dataset import read_documents
+from nanochat.dataset import no_documents, read_documents
 from nanochat.packing import pack_documents, packed_blocks
 
 BLOCKS_AHEAD = 3            # made in the background before they are needed
@@ -57,10 +57,7 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
                 yield (epoch, span, row), ids
             first_row = 0
         if not found and first_span == 0:
-            raise UserError(
-                "the data holds no documents",
-                "check --data, or run: python -m nanochat.dataset -n 8",
-            )
+            raise no_documents(spans)
         epoch += 1
         first_span = 0
 

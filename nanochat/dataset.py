@@ -4,7 +4,7 @@ the command that downloads the default corpus: python -m nanochat.dataset -n 8
 
 Documents come from the first of these that is set:
   1. `--data=PATH`: a file, a folder (with its subfolders) or a glob of .parquet, .jsonl, .txt; see
-     documents.py
+     documents.py. In a folder, hidden files and folders are left out
   2. $NANOCHAT_DATA_DIR/pretrain/shard_*.parquet: the local mirror; nothing is downloaded
   3. <base_dir>/base_data: shards of the shuffled ClimbMix 400B (6,543 of about 100 MB each). The
      last one is always downloaded, and is always the validation set
@@ -13,6 +13,9 @@ Two rules say which documents are held out for validation, for any number of pro
   - if all files are called shard_*.parquet and there are two or more: those of the last file by
     path;
   - otherwise the last 5% of all documents, in the order of the paths: at least 1, at most 2,000.
+
+A row that holds no text (null, empty, broken) is a document for these rules. It is skipped, counted
+and named at the end of the run. `--strict` reads all rows first, and stops at the first such row.
 """
 
 import glob
@@ -20,7 +23,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError, get_data_dir, print0, run_script
@@ -30,32 +33,56 @@ from nanochat.download import NUM_SHARDS, REPO_ID, base_data_dir, download_shard
 
 VAL_FRAC = 0.05      # of all documents, held out if there is no validation shard
 MAX_VAL_DOCS = 2000  # enough for an estimate; the rest is for training
-
-log = logging.getLogger(__name__)
+MAX_NAMED = 5        # of the files with skipped rows
 
 # -----------------------------------------------------------------------------
 # Which files, which rows
 
 
+class Skipped:
+    """
+    Counts the rows of a span that hold no text. A row counts once, though it is met in every epoch.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.first = None   # the problem of the first one
+        self.last_row = -1  # up to which rows are counted
+
+    def add(self, row, problem):
+        if row > self.last_row:
+            self.last_row = row
+            self.count += 1
+            self.first = self.first or problem
+
+
 @dataclass(frozen=True)
 class Span:
-    """Rows [start, stop) of one file."""
+    """Rows [start, stop) of one file, whose texts are in the column or field `text_field`."""
     path: Path
     start: int
     stop: int
+    text_field: str = "text"
+    skipped: Skipped = field(default_factory=Skipped, compare=False)
 
 
-def get_spans(data: str | None, split: str) -> list[Span]:
+def get_spans(
+    data: str | None,
+    split: str,
+    text_field: str = "text",
+    strict: bool = False,
+) -> list[Span]:
     """
     The documents of `split` ("train" or "val") in file order. `data` is the user's --data. Text
-    files are read once to count their rows; parquet files state the number.
+    files are read once to count their rows; parquet files state the number. strict: read all rows
+    of the split, and raise a UserError at the first that holds no text.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, needed: 'train' or 'val'")
 
     # how many documents each file has
-    paths = find_files(data)
-    counts = [count_rows(path) for path in paths]
+    paths = find_files(data, quiet=split != "train")
+    counts = [count_rows(path, text_field) for path in paths]
     total = sum(counts)
 
     # how many documents are held out: the two rules above
@@ -79,28 +106,57 @@ def get_spans(data: str | None, split: str) -> list[Span]:
         start = max(first - offset, 0)
         stop = min(last - offset, count)
         if start < stop:
-            spans.append(Span(path, start, stop))
+            spans.append(Span(path, start, stop, text_field))
         offset += count
     if not spans:
         raise UserError(
             f"{paths[0].parent}: {total} documents in {len(paths)} files leave none for {split}",
             "needed: 2 documents or more, some in the last shard and some in the others",
         )
+    if strict:
+        check_rows(spans)
     return spans
+
+
+def check_rows(spans):
+    """Read every row of the spans. UserError at the first that holds no text."""
+    for span in spans:
+        for _, _, problem in read_rows(span.path, span.start, span.stop, span.text_field):
+            if problem:
+                raise UserError(problem, "mend or delete that row, or leave out --strict to skip it")
 
 
 def describe_spans(spans):
     """A short text that changes when the files of the spans do: a resumed run compares it."""
     # names and rows, not paths: the folder may have moved
+    # the field only where it is not the usual one: runs of earlier versions have none
     listing = " ".join(f"{span.path.name}:{span.start}-{span.stop}" for span in spans)
+    if spans[0].text_field != "text":
+        listing += f" {spans[0].text_field}"
     num_docs = sum(span.stop - span.start for span in spans)
     return f"{num_docs:,} documents in {len(spans)} files, crc32 {zlib.crc32(listing.encode()):08x}"
 
 
-def find_files(data):
-    """The files of the corpus, sorted by path. UserError with a remedy if there are none."""
+def describe_skipped(spans):
+    """How many rows without text were met so far, and the first of each file; or 'none'."""
+    with_some = [span.skipped for span in spans if span.skipped.count]
+    if not with_some:
+        return "none"
+    count = sum(skipped.count for skipped in with_some)
+    named = "; ".join(skipped.first for skipped in with_some[:MAX_NAMED])
+    return f"{count:,} skipped, first in each file: {named}"
+
+
+def find_files(data, quiet=False):
+    """
+    The files of the corpus, sorted by path. UserError with a remedy if there are none. A note says
+    how many hidden ones are left out, unless quiet.
+    """
     if data is not None:
-        return _find_own_files(data)
+        files, hidden = _find_own_files(data)
+        if hidden and not quiet:
+            print0(f"note: {len(hidden)} hidden files are left out, such as {min(hidden)}")
+        return files
     # shards: of the mirror, else the downloaded ones
     mirror = get_data_dir()
     folder = base_data_dir() if mirror is None else mirror / "pretrain"
@@ -124,15 +180,23 @@ def find_files(data):
 
 
 def _find_own_files(data):
+    """(files, hidden files) of the user's --data."""
     # a name that exists is no pattern, even if it has a * in it
     pattern = os.path.expanduser(data)
     matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
 
     # folders are searched through; other files in them, such as README.md, are left out
     files = set()
+    hidden = set()
     for match in map(Path, matches):
         candidates = match.rglob("*") if match.is_dir() else [match]
-        files.update(path for path in candidates if file_format(path) and path.is_file())
+        for path in candidates:
+            if file_format(path) is None or not path.is_file():
+                continue
+            # such as copies that notebooks keep, or the ._ files of a Mac
+            is_hidden = any(name.startswith(".") for name in path.relative_to(match).parts)
+            group = hidden if is_hidden else files
+            group.add(path)
 
     # nothing there, or nothing to read there?
     if not files:
@@ -142,7 +206,7 @@ def _find_own_files(data):
             "needed: a file, a folder or a quoted glob of .parquet, .jsonl, .txt (the latter two "
             "also .gz, .zst), for example --data=notes.txt",
         )
-    return sorted(files)  # by path: the order decides what is held out
+    return sorted(files), hidden  # by path: the order decides what is held out
 
 
 # -----------------------------------------------------------------------------
@@ -151,32 +215,40 @@ def _find_own_files(data):
 
 def read_documents(span: Span, row: int = 0) -> Iterator[tuple[int, str]]:
     """
-    Yield (row within the span, text) for the documents from `row` on. Empty texts are skipped, but
-    counted as rows, so that other rows keep their numbers. Their number is logged.
+    Yield (row within the span, text) for the documents from `row` on. Rows without text are
+    skipped, but counted as rows, so that other rows keep their numbers.
     """
-    num_empty = 0
-    for file_row, text in read_rows(span.path, span.start + row, span.stop):
+    rows = read_rows(span.path, span.start + row, span.stop, span.text_field)
+    for file_row, text, problem in rows:
         if text:
             yield file_row - span.start, text  # the file counts from its own first row
-        else:
-            num_empty += 1
-    if num_empty:
-        log.info("%s: %d empty texts skipped", span.path, num_empty)
+        elif problem:
+            span.skipped.add(file_row, problem)
 
 
-def iter_texts(data: str | None, split: str) -> Iterator[str]:
-    """Yield every document of `split` once, in file order. Raises a UserError if all are empty."""
-    spans = get_spans(data, split)
+def read_texts(spans: list[Span]) -> Iterator[str]:
+    """Yield every document of the spans once. Raises a UserError if there is none."""
     num_texts = 0
     for span in spans:
         for _, text in read_documents(span):
             num_texts += 1
             yield text
     if num_texts == 0:
-        raise UserError(
-            f"{spans[0].path.parent}: every document for {split} is empty",
-            "needed: text in at least one",
-        )
+        raise no_documents(spans)
+
+
+def iter_texts(data: str | None, split: str, text_field: str = "text") -> Iterator[str]:
+    """Yield every document of `split` once, in file order. UserError if there is none."""
+    yield from read_texts(get_spans(data, split, text_field))
+
+
+def no_documents(spans):
+    """The UserError for spans in which every row is without text."""
+    skipped = describe_skipped(spans)
+    return UserError(
+        f"{spans[0].path.parent}: the data holds no documents; rows without text: {skipped}",
+        "needed: text in at least one row of --data; or run: python -m nanochat.dataset -n 8",
+    )
 
 
 # -----------------------------------------------------------------------------

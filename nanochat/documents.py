@@ -1,15 +1,16 @@
 """
 The documents in one file. A row is one document, in every format:
 
-    .parquet    a row of the string column `text`
-    .jsonl      a line, an object with a string `text`; a blank line is a row with the empty text
+    .parquet    a row of the column `text`: strings in any form, or JSON strings
+    .jsonl      a line, an object with a string `text`; a blank line is a row without text
     .txt        the text up to a line `<|endoftext|>`; in a file without any such line, the text up
                 to the first blank line after 4,000 characters, or up to the first line end after
                 8,000
 
-.jsonl and .txt may be compressed (.gz, .zst). All readers stream: memory holds one document, or one
-batch of parquet rows. A bad row raises a UserError that names the file, the line (from 1) or row
-(from 0), and the field.
+Another column or field than `text` can be named. .jsonl and .txt may be compressed (.gz, .zst). All
+readers stream: memory holds one document, or one batch of parquet rows. A row that holds no text is
+given with its problem: a message that names the file, the line (from 1) or row (from 0), and the
+field. A file that cannot be read, or has no such field, raises a UserError.
 """
 
 import codecs
@@ -45,34 +46,56 @@ def file_format(path: Path) -> str | None:
     return None
 
 
-def count_rows(path: Path) -> int:
-    """The number of rows in the file. A text file is read through to count them."""
+def count_rows(path: Path, field: str = "text") -> int:
+    """
+    The number of rows in the file. A text file is read through to count them. UserError if no row
+    has the field.
+    """
     kind = file_format(path)
     if kind == "parquet":
-        with open_parquet(path) as file:
+        with open_parquet(path, field) as file:
             return file.metadata.num_rows
-    rows = _read_lines(path) if kind == "jsonl" else _cut_text(path)
-    return sum(1 for _ in rows)
+    if kind == "jsonl":
+        return _count_jsonl(path, field)
+    return sum(1 for _ in _cut_text(path))
 
 
-def read_rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, str]]:
-    """Yield (row, text) for the rows [start, stop) of the file."""
+def read_rows(path: Path, start: int, stop: int, field: str = "text"):
+    """
+    Yield (row, text, problem) for the rows [start, stop) of the file. The problem of a row without
+    text is a str, else None.
+    """
     kind = file_format(path)
     if kind == "parquet":
-        return _read_parquet(path, start, stop)
-    if kind == "jsonl":
-        return _read_jsonl(path, start, stop)
-    return islice(enumerate(_cut_text(path)), start, stop)
+        yield from _read_parquet(path, start, stop, field)
+    elif kind == "jsonl":
+        for row, line in islice(enumerate(read_lines(path)), start, stop):
+            yield row, *_attempt(_jsonl_text, line, f"{path}:{row + 1}", field)
+    else:
+        for row, document in islice(enumerate(_cut_text(path)), start, stop):
+            yield row, *document
+
+
+class BadRowError(Exception):
+    """A row that holds no text."""
+
+
+def _attempt(read, *arguments):
+    """(text, None) as `read` gives it, or ("", problem)."""
+    try:
+        return read(*arguments), None
+    except BadRowError as error:
+        return "", str(error)
 
 
 # -----------------------------------------------------------------------------
 # parquet
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path, field: str | None = "text") -> pq.ParquetFile:
     """
-    Open the file, read its footer and check its `text` column. UserError if it is not a whole
-    shard.
+    Open the file, read its footer and check its text column, if `field` names one. UserError if it
+    is not a whole shard.
     """
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)  # if there are checksums
@@ -81,40 +104,74 @@ def open_parquet(path: Path) -> pq.ParquetFile:
             f"{path}: not a readable parquet file ({_first_line(error)})",
             "delete it; python -m nanochat.dataset downloads a missing shard again",
         ) from error
+    if field is None:
+        return file
 
     # the type of each column
-    types = {field.name: field.type for field in file.schema_arrow}
-    if types.get("text") not in (pa.string(), pa.large_string()):
+    types = {column.name: column.type for column in file.schema_arrow}
+    if field not in types or not (_is_string(types[field]) or field in _json_columns(file)):
         file.close()
         raise UserError(
-            f"{path}: field text is {types.get('text', 'missing')}, needed: a string column",
-            f"its columns are: {', '.join(types)}",
+            f"{path}: field {field} is {types.get(field, 'missing')}, needed: a string column",
+            f"its columns are: {', '.join(types)}; --text_field=NAME reads another than {field}",
         )
     return file
 
 
-def _read_parquet(path, start, stop):
-    with open_parquet(path) as file:
+def iter_parquet(path: Path) -> Iterator[dict]:
+    """Yield each row of the file as a dict. A column of JSON, as DuckDB writes it, is parsed."""
+    with open_parquet(path, field=None) as file:
+        json_columns = _json_columns(file) & set(file.schema_arrow.names)
+        for group in range(file.num_row_groups):
+            for batch in _read_batches(path, file, group):
+                for row in batch.to_pylist():
+                    for name in json_columns:
+                        row[name] = json.loads(row[name] or "null")
+                    yield row
+
+
+def _is_string(column_type):
+    # a dictionary holds each different string once
+    if pa.types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    is_view = pa.types.is_string_view(column_type)
+    return is_view or pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+
+
+def _json_columns(file):
+    """
+    The names of the columns that parquet marks as JSON. pyarrow reads them as strings, as bytes or
+    as a type of their own, depending on its version.
+    """
+    columns = [file.schema.column(i) for i in range(len(file.schema))]
+    return {column.path for column in columns if column.logical_type.type == "JSON"}
+
+
+def _read_parquet(path, start, stop, field):
+    with open_parquet(path, field) as file:
+        is_json = field in _json_columns(file)
         group_stop = 0  # rows in the groups so far
         for group in range(file.num_row_groups):
-            group_start = group_stop
+            row = group_stop
             group_stop += file.metadata.row_group(group).num_rows
             # groups outside [start, stop) are not decoded
-            if group_start >= stop:
+            if row >= stop:
                 return
-            if group_stop > start:
-                yield from _read_row_group(path, file, group, group_start, start, stop)
+            if group_stop <= start:
+                continue
+            for batch in _read_batches(path, file, group, [field]):
+                for value in batch.column(field):
+                    if start <= row < stop:
+                        where = f"{path}: row {row}"
+                        yield row, *_attempt(_parquet_text, value, where, field, is_json)
+                    row += 1
 
 
-def _read_row_group(path, file, group, row, start, stop):
-    """The rows of one group that lie in [start, stop); `row` is the number of its first row."""
+def _read_batches(path, file, group, columns=None):
+    """Yield the record batches of a row group."""
     try:
         # one group at a time: of several, pyarrow would read all ahead into memory
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=["text"]):
-            for value in batch.column("text"):
-                if start <= row < stop:
-                    yield row, _parquet_text(value, f"{path}: row {row}")
-                row += 1
+        yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: damaged in row group {group} ({_first_line(error)})",
@@ -122,37 +179,61 @@ def _read_row_group(path, file, group, row, start, stop):
         ) from error
 
 
-def _parquet_text(value, where):
+def _parquet_text(value, where, field, is_json):
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
-        raise _not_utf8(where, "field text", error) from error
-    return _check_text(text, where)
+        raise _not_utf8(where, f"field {field}", error) from error
+    if is_json and text is not None:
+        text = _parse_json(text, where, "a JSON string")
+    return _check_text(text, where, field)
 
 
 # -----------------------------------------------------------------------------
 # jsonl
 
 
-def _read_jsonl(path, start, stop):
-    for row, line in islice(enumerate(_read_lines(path)), start, stop):
-        yield row, _jsonl_text(line, f"{path}:{row + 1}")
+def _count_jsonl(path, field):
+    num_rows = 0
+    found = False  # has any row the field?
+    other_fields = None  # of the first row
+    for line in read_lines(path):
+        num_rows += 1
+        if found or not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        found = isinstance(record, dict) and field in record
+        if other_fields is None and isinstance(record, dict):
+            other_fields = ", ".join(record)
+    if other_fields and not found:
+        raise UserError(
+            f"{path}: no row has a field {field}",
+            f"its first row has: {other_fields}; --text_field=NAME reads another than {field}",
+        )
+    return num_rows
 
 
-def _jsonl_text(line, where):
+def _jsonl_text(line, where, field):
     # a blank line is a row, so that line numbers and rows agree
     if not line.strip():
         return ""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, "field text", error) from error
-    except (ValueError, RecursionError) as error:
-        hint = 'needed: one object a line, {"text": "..."}'
-        raise UserError(f"{where}: not JSON ({error})", hint) from error
+    record = _parse_json(line, where, f'one object a line, {{"{field}": "..."}}')
     # a list or a number has no field at all
-    text = record.get("text") if isinstance(record, dict) else None
-    return _check_text(text, where)
+    text = record.get(field) if isinstance(record, dict) else None
+    return _check_text(text, where, field)
+
+
+def _parse_json(text, where, needed):
+    """The value in a str or in bytes of UTF-8."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, "the row", error) from error
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{where}: not JSON ({error}), needed: {needed}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -161,17 +242,19 @@ def _jsonl_text(line, where):
 
 def _cut_text(path):
     """
-    Yield the documents of a .txt. The cuts depend on the file alone, so all passes find the same
-    rows.
+    Yield (text, problem) for the documents of a .txt. The cuts depend on the file alone, so all
+    passes find the same rows.
     """
-    has_separators = any(line.strip() == SEPARATOR for line in _read_lines(path))
-    lines = []     # of the document that is being read
+    has_separators = any(line.strip() == SEPARATOR for line in read_lines(path))
+    lines = []      # of the document that is being read
     num_chars = 0
-    for number, line in enumerate(_read_lines(path), start=1):
+    problem = None  # the first line of the document that is not UTF-8
+    for number, line in enumerate(read_lines(path), start=1):
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(f"{path}:{number}", "the text", error) from error
+            problem = problem or str(_not_utf8(f"{path}:{number}", "the text", error))
+            text = line.decode("utf-8", errors="replace")
 
         # a separator is no text
         is_separator = has_separators and line.strip() == SEPARATOR
@@ -186,24 +269,27 @@ def _cut_text(path):
             is_blank = not line.strip()
             is_end = num_chars >= (CUT_CHARS if is_blank else 2 * CUT_CHARS)
         if is_end:
-            yield from _join_lines(lines)
+            yield from _join_lines(lines, problem)
             lines = []
             num_chars = 0
-    yield from _join_lines(lines)  # what is left at the end of the file
+            problem = None
+    yield from _join_lines(lines, problem)  # what is left at the end of the file
 
 
-def _join_lines(lines):
+def _join_lines(lines, problem):
     """Yield the lines as one text without blank lines around it, or nothing if there is no text."""
     text = "".join(lines).replace("\r\n", "\n").strip("\n")
-    if text.strip():
-        yield text
+    if problem:
+        yield "", problem
+    elif text.strip():
+        yield text, None
 
 
 # -----------------------------------------------------------------------------
 # Shared by the formats
 
 
-def _read_lines(path):
+def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file as bytes, decompressed, without a byte order mark."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
@@ -221,22 +307,22 @@ def _read_lines(path):
         ) from error
 
 
-def _check_text(value, where):
-    """Return the value of a `text` field. UserError unless it is a string that UTF-8 can hold."""
+def _check_text(value, where, field):
+    """Return a text of at least one character that UTF-8 can hold. Else raise a BadRowError."""
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"of type {type(value).__name__}"
-        hint = "mend or delete that row"
-        raise UserError(f"{where}: field text is {found}, needed: a string", hint)
+        raise BadRowError(f"{where}: field {field} is {found}, needed: a string")
+    if not value:
+        raise BadRowError(f"{where}: field {field} is empty")
     try:
         value.encode("utf-8")  # JSON can spell half of a surrogate pair
     except UnicodeEncodeError as error:
-        raise _not_utf8(where, "field text", error) from error
+        raise _not_utf8(where, f"field {field}", error) from error
     return value
 
 
-def _not_utf8(where, field, error):
-    hint = "mend or delete that row"
-    return UserError(f"{where}: {field} is not valid UTF-8 ({error.reason})", hint)
+def _not_utf8(where, what, error):
+    return BadRowError(f"{where}: {what} is not valid UTF-8 ({error.reason})")
 
 
 def _first_line(error):

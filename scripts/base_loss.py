@@ -10,7 +10,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
 from nanochat.configurator import CountOrOff, NonNegative, Positive, get_settings, override_from_cli
 from nanochat.dataloader import eval_batches, eval_rows
-from nanochat.dataset import get_spans
+from nanochat.dataset import describe_skipped, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
@@ -23,6 +23,8 @@ model_tag: str | None = None       # model to load; None = the one saved last
 model_step: int | None = None      # step to load; None = the last
 device_type: str = ""              # cuda, mps or cpu; empty = detect
 data: str | None = None            # file, folder or glob; None = the default corpus
+text_field: str = "text"           # column or field of the text, in .parquet and .jsonl
+strict: bool = False               # refuse rows without text; False = skip and count them
 eval_tokens: CountOrOff = 10485760  # tokens of each split to score; -1 = all
 device_batch_size: Positive = 8    # rows at a time
 temperature: NonNegative = 0.8     # of the unconditioned samples
@@ -57,11 +59,13 @@ def main():
     # Bits per byte of both splits; ranks share the rows
     bpb = {}
     for split in ("train", "val"):
-        rows = eval_rows(tokenizer, get_spans(data, split), model.config.sequence_len, eval_tokens)
+        spans = get_spans(data, split, text_field, strict)
+        rows = eval_rows(tokenizer, spans, model.config.sequence_len, eval_tokens)
         my_rows = rows[ddp_rank::ddp_world_size]
         batches = eval_batches(my_rows, device_batch_size, device)
         bpb[split] = evaluate_bpb(model, batches, token_bytes)
-        print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)}")
+        print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)} | "
+               f"rows without text: {describe_skipped(spans)}")
 
     # Samples, on rank 0
     samples = []

@@ -29,7 +29,7 @@ from nanochat.configurator import (
     override_from_cli,
 )
 from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
-from nanochat.dataset import describe_spans, get_spans
+from nanochat.dataset import describe_skipped, describe_spans, get_spans
 from nanochat.distributed import rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
@@ -51,6 +51,8 @@ device_type: str = ""                 # cuda, mps or cpu; empty = detect
 seed: int = 42                        # of initialisation and data order
 # Data
 data: str | None = None               # file, folder or glob of text; None = the default corpus
+text_field: str = "text"              # column or field of the text, in .parquet and .jsonl
+strict: bool = False                  # refuse rows without text before the run; False = skip them
 crop: bool = False                    # one row of each long document per epoch: for a short run
 # Model
 depth: Positive = 20                  # layers; width = 64 * depth and everything else follows
@@ -140,7 +142,8 @@ def main():  # noqa: C901, PLR0912, PLR0915
            f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
 
     # Head start: fit embedding and output head to bigram counts, before training
-    spans = get_spans(data, "train")
+    spans = get_spans(data, "train", text_field, strict)
+    val_spans = get_spans(data, "val", text_field, strict)
     if not stage.state:
         progress["head_start"] = head_start
         if head_start is None:
@@ -169,7 +172,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
     loader = training_rows(tokenizer, spans, max_seq_len, seed, stage.state.get("loader"), crop)
-    val_rows = eval_rows(tokenizer, get_spans(data, "val"), max_seq_len, eval_tokens)
+    val_rows = eval_rows(tokenizer, val_spans, max_seq_len, eval_tokens)
     my_val_rows = val_rows[stage.rank::stage.world_size]
 
     # Loop: save, evaluate, sample, train
@@ -223,6 +226,8 @@ def main():  # noqa: C901, PLR0912, PLR0915
 
     # Report and cleanup
     loader.close()
+    rows_without_text = describe_skipped(spans + val_spans)
+    print0(f"rows without text: {rows_without_text}")
     keeper.finish("Base model training", {
         "samples": samples,
         "metrics": {"bpb": progress["val_bpb"]},
@@ -233,6 +238,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
         "steps": step,
         "head start": progress["head_start"],
         "training FLOPs": flops_per_token * progress["tokens"],
+        "rows without text": rows_without_text,
         "minimum validation bpb": progress["min_val_bpb"],
     })
 

@@ -30,6 +30,7 @@ from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer
 
 data: str | None = None          # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
+text_field: str = "text"         # column or field of the text, in .parquet and .jsonl
 max_chars: int = 1_000_000       # characters of each split of the corpus; 0 = only the samples in this file
 
 # name in the table -> tiktoken's name, and its files: address -> sha256
@@ -176,7 +177,7 @@ def get_corpus_texts(split):
         return texts
     # the last document may be cut
     num_left = max_chars  # characters
-    for text in iter_texts(data, split):
+    for text in iter_texts(data, split, text_field):
         texts.append(text[:num_left])
         num_left -= len(texts[-1])
         if num_left <= 0:

@@ -15,11 +15,13 @@ from typing import Annotated
 
 from nanochat.common import UserError, get_base_dir, print0, run_script
 from nanochat.configurator import CountOrOff, Positive, Range, get_settings, override_from_cli
-from nanochat.dataset import iter_texts
+from nanochat.dataset import describe_skipped, get_spans, read_texts
 from nanochat.report import get_report
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
 
 data: str | None = None           # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
+text_field: str = "text"          # column or field of the text, in .parquet and .jsonl
+strict: bool = False              # refuse rows without text before training starts; False = skip and count them
 max_chars: Positive = 2_000_000_000  # stop after this many characters
 doc_cap: CountOrOff = 10_000      # characters taken of one document, so that a few long ones do not decide; -1 = all
 vocab_size: Annotated[int, Range(265, 2**31)] = 65_536  # tokens; 265 = the bytes and the special ones
@@ -54,7 +56,8 @@ def cap_texts(texts, max_chars, doc_cap, counts):
 def train_tokenizer():
     """-> (tokenizer, facts for the report)"""
     facts = {"documents": 0, "characters": 0, "bytes": 0}
-    texts = cap_texts(iter_texts(data, "train"), max_chars, doc_cap, facts)
+    spans = get_spans(data, "train", text_field, strict)
+    texts = cap_texts(read_texts(spans), max_chars, doc_cap, facts)
     # reading the text is part of the time: it is decoded while the trainer counts
     start = time.perf_counter()
     tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)
@@ -67,6 +70,8 @@ def train_tokenizer():
         f"time: {seconds:.2f}s",
         f"speed: {facts['bytes'] / 1e6 / seconds:.1f} MB/s",
     ]))
+    facts["rows without text"] = describe_skipped(spans)
+    print0(f"rows without text: {facts['rows without text']}")
     if tokenizer.get_vocab_size() < vocab_size:
         print0(
             f"vocab_size: {tokenizer.get_vocab_size():,}, less than the {vocab_size:,} asked for: "

@@ -15,6 +15,8 @@ from fractions import Fraction
 from itertools import accumulate
 
 from nanochat.common import UserError
+from nanochat.conversation import SYSTEM_ROLES, normalize_messages
+from nanochat.documents import read_lines
 
 # -----------------------------------------------------------------------------
 # Task
@@ -192,7 +194,7 @@ class TaskChain(Task):
             task = pick(rng, self.tasks)
             example = pick(rng, task)
             for message in example["messages"]:
-                if message["role"] != "system":
+                if message["role"] not in SYSTEM_ROLES:
                     messages.append(message)
         return {"messages": messages}
 
@@ -202,61 +204,35 @@ class TaskChain(Task):
 
 
 def read_jsonl(path):
-    """Yield ("<path>, line <n>", value) for each line of a JSONL file. Blank lines are skipped."""
-    # -sig: some editors put a mark at the start of a file
-    with open(path, encoding="utf-8-sig") as lines:
+    """
+    Yield ("<path>, line <n>", value) for each line of a JSONL file, which may end in .gz or .zst.
+    Blank lines are skipped.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
+            yield where, json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from error
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+            raise UserError(f"{where}: not UTF-8 text: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
 
 
 def check_messages(messages, where: str):
     """
-    Return `messages` if they are a conversation to learn from: an optional system message, then
-    user and assistant in turns, each with a text or a list of parts. Else raise a UserError that
-    begins with `where` and names the field.
+    Return `messages` if they are a conversation to learn from, by the rule of
+    nanochat/conversation.py, in which the assistant says something that is trained on. Else raise a
+    UserError that begins with `where` and names the message.
     """
-    if not isinstance(messages, list) or not messages:
-        raise bad_field(where, "messages", messages, "a list of messages")
-    roles = ["user", "assistant"] * len(messages)
-    if isinstance(messages[0], dict) and messages[0].get("role") == "system":
-        roles.insert(0, "system")
-    if len(messages) <= roles.index("assistant"):
-        raise bad_field(where, "messages", messages, "a user's and an assistant's message")
-
-    for i, message in enumerate(messages):
-        field = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise bad_field(where, field, message, "an object with role and content")
-        role = message.get("role")
-        content = message.get("content")
-        if role != roles[i]:
-            raise bad_field(where, f"{field}.role", role, repr(roles[i]))
-        if not isinstance(content, str):
-            check_parts(content, role, where, f"{field}.content")
+    try:
+        turns = normalize_messages(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not any(turn["weight"] and turn["content"] for turn in turns):
+        raise UserError(f"{where}: the assistant says nothing that could be learned")
     return messages
-
-
-def check_parts(parts, role, where, field):
-    if not isinstance(parts, list):
-        raise bad_field(where, field, parts, "text or a list of parts")
-    kinds = ["text"]
-    if role == "assistant":
-        kinds += ["python", "python_output"]
-    need = f"parts with a text and a type ({', '.join(kinds)})"
-    for part in parts:
-        is_good = (
-            isinstance(part, dict)
-            and part.get("type") in kinds
-            and isinstance(part.get("text"), str)
-        )
-        if not is_good:
-            raise bad_field(where, field, part, need)
 
 
 def bad_field(where, field, got, need):

@@ -223,7 +223,7 @@ def test_nothing_is_trained_on_in_a_turn_that_joins_a_message_of_weight_0(tokeni
     ([user("a"), assistant(["b"])], "part 0 of message 1"),
     ([user("a"), assistant([{"type": "python", "text": 7}])], "part 0 of message 1"),
     ([user([{"type": "python", "text": "1+1"}])], "part 0 of message 0 .user. needs a type, one of text, and a text"),
-    ([user("a"), {**assistant("b"), "weight": 0.5}], "message 1 .assistant. has weight 0.5, needed: 0 or 1"),
+    ([user("a"), {**assistant("b"), "weight": 0.5}], "message 1 has weight 0.5, needed: 0 or 1"),
     ([{**user("a"), "weight": 1}, assistant("b")], "message 0 .user. has weight 1, needed: 0 or none"),
     ([user("a"), {**call(None, "{}"), "tool_calls": [{"name": "add"}]}], "message 1 has tool calls of another form"),
 ])

@@ -23,7 +23,7 @@ from nanochat.dataloader import (
     token_documents,
     training_rows,
 )
-from nanochat.dataset import get_spans
+from nanochat.dataset import describe_skipped, get_spans
 from nanochat.distributed import rank_slice
 from nanochat.packing import pack_rows, packed_blocks
 
@@ -162,12 +162,24 @@ def test_empty_stream_is_an_error_not_a_spin(tokenizer, tmp_path):
         training_rows(tokenizer, get_spans(str(tmp_path), "train"), 32).next_rows(1)
 
 
-def test_a_bad_row_surfaces_in_the_reader_of_rows(tokenizer, tmp_path):
+def test_a_bad_row_does_not_end_the_stream(tokenizer, tmp_path):
     lines = ['{"text": "fine"}'] * 30
-    lines[20] = '{"text": 7}'
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UserError, match="21.*text"):
-        training_rows(tokenizer, get_spans(str(tmp_path), "train"), 32).next_rows(1)
+    spans = []
+    for bad in ("", '{"text": null}\n{"text": 7}\n{"text": ""}\n'):
+        (tmp_path / "some.jsonl").write_text("\n".join(lines[:20]) + "\n" + bad + "\n".join(lines), encoding="utf-8")
+        spans.append(get_spans(str(tmp_path), "train"))
+        rows = rows_of(training_rows(tokenizer, spans[-1], 32), 20)
+        assert tokenizer.decode(np.concatenate(rows[0]).tolist()).startswith("<|bos|>fine<|bos|>fine")
+    assert describe_skipped(spans[0]) == "none"
+    assert describe_skipped(spans[1]).startswith("3 skipped, first in each file: ")
+
+
+def test_a_file_that_has_gone_surfaces_in_the_reader_of_rows(tokenizer, tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"text": "fine"}\n' * 30, encoding="utf-8")
+    spans = get_spans(str(tmp_path), "train")
+    (tmp_path / "some.jsonl").unlink()
+    with pytest.raises(UserError, match="some.jsonl: cannot be read"):
+        training_rows(tokenizer, spans, 32).next_rows(1)
 
 
 def test_close_ends_the_thread(tokenizer, corpus):

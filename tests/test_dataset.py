@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import UserError
-from nanochat.dataset import Span, get_spans, iter_texts, read_documents
+from nanochat.dataset import Span, describe_skipped, describe_spans, get_spans, iter_texts, read_documents
 from nanochat.download import NUM_SHARDS
 from nanochat.download import shard_name as name_of
 
@@ -100,17 +100,43 @@ def test_reading_goes_on_from_any_row(tmp_path):
     assert all(list(read_documents(span, row)) == whole[row:] for row in range(14))
 
 
-def test_empty_texts_are_skipped_and_keep_their_row(tmp_path, caplog):
-    write_shard(tmp_path / "a.parquet", ["a", "", "", "b", "c"])
-    caplog.set_level("INFO")
-    assert list(read_documents(Span(tmp_path / "a.parquet", 0, 4))) == [(0, "a"), (3, "b")]
-    assert "2 empty texts skipped" in caplog.text
+def test_rows_without_text_are_skipped_and_keep_their_row(tmp_path):
+    write_shard(tmp_path / "a.parquet", ["a", "", None, "b", ""])
+    span = Span(tmp_path / "a.parquet", 0, 4)
+    assert list(read_documents(span)) == [(0, "a"), (3, "b")]
+    assert describe_skipped([span]) == f"2 skipped, first in each file: {span.path}: row 1: field text is empty"
+
+
+def test_a_row_without_text_is_counted_once_in_many_epochs(tmp_path):
+    write_shard(tmp_path / "a.parquet", ["a", None, "b", None])
+    span = Span(tmp_path / "a.parquet", 0, 4)
+    for start in (2, 0, 0):
+        list(read_documents(span, start))
+    assert span.skipped.count == 1  # row 3; row 1 lies before the place from which a resumed run went on
+    assert describe_skipped([Span(span.path, 0, 1)]) == "none"
+
+
+def test_strict_stops_at_the_first_row_without_text(tmp_path):
+    write_shard(tmp_path / "a.parquet", ["a", "b"])
+    write_shard(tmp_path / "b.parquet", ["a", None, "b", ""])
+    with pytest.raises(UserError, match="b.parquet: row 1: field text is missing .*\nhint: mend or delete that row"):
+        get_spans(str(tmp_path), "train", strict=True)
+    with pytest.raises(UserError, match="b.parquet: row 3: field text is empty"):
+        get_spans(str(tmp_path), "val", strict=True)
+    assert get_spans(str(tmp_path / "a.parquet"), "train", strict=True)
 
 
 def test_a_corpus_of_empty_texts_is_an_error(tmp_path):
-    write_shard(tmp_path / "a.parquet", ["", "", ""])
-    with pytest.raises(UserError, match="every document for train is empty"):
+    write_shard(tmp_path / "a.parquet", ["", None, ""])
+    with pytest.raises(UserError, match="holds no documents; rows without text: 2 skipped, .* row 0: field text"):
         documents(tmp_path, "train")
+
+
+def test_the_text_may_be_in_another_field(tmp_path):
+    pq.write_table(pa.table({"text": ["x"] * 3, "content": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    assert list(iter_texts(str(tmp_path), "train", "content")) == ["a", "b"]
+    described = [describe_spans(get_spans(str(tmp_path), "train", field)) for field in ("text", "content")]
+    assert described[0] != described[1]
 
 
 # -----------------------------------------------------------------------------
@@ -124,6 +150,16 @@ def test_data_may_be_a_folder_or_a_glob(tmp_path):
     both = ["a/one.jsonl", "b/deep/two.jsonl"]
     for data in (tmp_path, tmp_path / "**" / "*.jsonl", tmp_path / "*"):
         assert documents(data, "train") + documents(data, "val") == both
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted(tmp_path, capsys):
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "b/.cache/deep/c.jsonl", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07" if name.startswith("._") else b"one\n<|endoftext|>\ntwo")
+    assert documents(tmp_path, "train") + documents(tmp_path, "val") == ["one", "two"]
+    hidden = f"note: 3 hidden files are left out, such as {tmp_path / '._a.txt'}\n"
+    assert capsys.readouterr().out == hidden
+    assert documents(tmp_path / ".ipynb_checkpoints", "train") == ["one"]  # as it was asked for
 
 
 @pytest.mark.parametrize("name, words", [("nothing.txt", "does not exist"), ("*.txt", "does not exist"),

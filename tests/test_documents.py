@@ -1,5 +1,6 @@
 """The rows of one file, format by format: what is read, what is refused and how the refusal names the place."""
 
+import base64
 import gzip
 import json
 import os
@@ -14,6 +15,14 @@ from nanochat.documents import count_rows, file_format, read_rows
 
 AWKWARD = ["plain", "  two\n\nparagraphs\n", "<|endoftext|> inside", "x" * 50_000,
            "naïve 你好 🙂 e\u0301", "\u2028\x00\x85 controls"]
+
+# Two rows of a column `text` of the type JSON, 'one "é"' and null, as COPY of DuckDB 2.0.1 wrote them
+DUCKDB_JSON = (
+    "UEFSMRUAFWoVOiwVBBUAFQYVBgAANRghAAAAQQEAdgEAPAwAAAAib25lIFwiw6lcIiIVAhksNQAYDWR1Y2tkYl9zY2hlbWEVAgAVDCUCGAR0ZX"
+    "h0JSZMzAAAABYEGRwZHCYAHBUMGRUAGRgEdGV4dBUCFgQWjAEWXCYIPBgMIm9uZSBcIsOpXCIiGAwib25lIFwiw6lcIiIWAigMIm9uZSBcIsOp"
+    "XCIiGAwib25lIFwiw6lcIiIREQAZHBUAFQAVAgAAABaMARYEJggWXAAoKER1Y2tEQiB2ZXJzaW9uIHYyLjAuMSAoYnVpbGQgOGQ3ODExNGU5MC"
+    "kZHBwAAADMAAAAUEFSMQ=="
+)
 
 
 def write_parquet(path, texts, row_group_size=1024, column_type=None):
@@ -31,7 +40,12 @@ def jsonl(texts):
 
 
 def texts_of(path):
-    return [text for _, text in read_rows(path, 0, count_rows(path))]
+    return [text for _, text, _ in read_rows(path, 0, count_rows(path))]
+
+
+def problems_of(path):
+    """{row: what is wrong with it}, of the rows that hold no text."""
+    return {row: problem for row, _, problem in read_rows(path, 0, count_rows(path)) if problem}
 
 
 @pytest.mark.parametrize("name, kind", [("a.parquet", "parquet"), ("a.b.TXT", "txt"), ("a.jsonl.zst", "jsonl"),
@@ -45,9 +59,35 @@ def test_the_name_tells_the_format(tmp_path, name, kind):
 # What is read
 
 
-@pytest.mark.parametrize("column_type", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("column_type", [
+    pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.uint32(), pa.large_string())], ids=str)
 def test_parquet_gives_back_its_texts(tmp_path, column_type):
     assert texts_of(write_parquet(tmp_path / "a.parquet", AWKWARD, 2, column_type)) == AWKWARD
+
+
+@pytest.mark.skipif(not hasattr(pa, "json_"), reason="this pyarrow cannot write a column of JSON")
+def test_a_column_of_json_holds_json_strings(tmp_path):
+    """As DuckDB writes its type JSON."""
+    values = [json.dumps(text) for text in AWKWARD] + [None, "null", '{"a": 1}', "7"]
+    path = write_parquet(tmp_path / "a.parquet", pa.array(values, pa.string()).cast(pa.json_()))
+    assert texts_of(path) == AWKWARD + [""] * 4
+    assert [problem.split("field ")[1] for problem in problems_of(path).values()] == [
+        "text is missing or null, needed: a string", "text is missing or null, needed: a string",
+        "text is of type dict, needed: a string", "text is of type int, needed: a string"]
+
+
+def test_a_column_of_json_is_read_as_duckdb_writes_it(tmp_path):
+    path = write(tmp_path / "a.parquet", base64.b64decode(DUCKDB_JSON))
+    assert texts_of(path) == ['one "é"', ""] and list(problems_of(path)) == [1]
+
+
+def test_another_column_or_field_can_be_read(tmp_path):
+    pq.write_table(pa.table({"text": ["x", "y"], "content": ["a", None]}), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", '{"text": "x", "content": "a"}\n{"text": "y"}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        path = tmp_path / name
+        assert [text for _, text, _ in read_rows(path, 0, count_rows(path, "content"), "content")] == ["a", ""]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress], ids=["", "gz", "zst"])
@@ -73,7 +113,7 @@ def test_any_range_of_rows_can_be_read(tmp_path, start, stop):
     for path in (write_parquet(tmp_path / "a.parquet", texts, row_group_size=3),
                  write(tmp_path / "a.jsonl", jsonl(texts)),
                  write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(texts))):
-        assert list(read_rows(path, start, stop)) == [(i, texts[i]) for i in range(start, stop)]
+        assert list(read_rows(path, start, stop)) == [(i, texts[i], None) for i in range(start, stop)]
 
 
 def test_txt_is_separated_by_its_marker_lines(tmp_path):
@@ -111,50 +151,63 @@ def test_memory_stays_flat_over_a_parquet_file(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# What is refused
+# Rows without text: the others are read, and the problem names the place
 
 
 @pytest.mark.parametrize("line, words", [
     (b'{"text": 5}', "a.jsonl:2: field text is of type int, needed: a string"),
     (b'{"text": null}', "a.jsonl:2: field text is missing or null, needed: a string"),
+    (b'{"text": ""}', "a.jsonl:2: field text is empty"),
     (b'{"txt": "a"}', "a.jsonl:2: field text is missing or null, needed: a string"),
     (b'"a"', "a.jsonl:2: field text is missing or null, needed: a string"),
     (b'{"text": "a"', "a.jsonl:2: not JSON"),
     (b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl:2: not JSON"),
-    (b'{"text": "caf\xe9"}', "a.jsonl:2: field text is not valid UTF-8"),
+    (b'{"text": "caf\xe9"}', "a.jsonl:2: the row is not valid UTF-8"),
     (b'{"text": "\\ud800"}', "a.jsonl:2: field text is not valid UTF-8"),
 ])
 def test_a_bad_jsonl_row_is_named(tmp_path, line, words):
-    path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(UserError) as error:
-        texts_of(path)
-    assert words in str(error.value)
+    path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n' + line + b'\n{"text": "too"}\n')
+    assert texts_of(path) == ["fine", "", "too"]
+    assert list(problems_of(path)) == [1] and words in problems_of(path)[1]
 
 
-def test_a_null_in_parquet_is_named_by_row(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", ["a"] * 700 + [None], row_group_size=300)
-    with pytest.raises(UserError, match="a.parquet: row 700: field text is missing or null"):
-        texts_of(path)
+def test_a_null_and_an_empty_text_in_parquet_are_named_by_row(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["a"] * 700 + [None, "", "b"], row_group_size=300)
+    assert texts_of(path)[698:] == ["a", "a", "", "", "b"]
+    assert problems_of(path) == {700: f"{path}: row 700: field text is missing or null, needed: a string",
+                                 701: f"{path}: row 701: field text is empty"}
 
 
 def test_bad_utf8_in_parquet_is_named_by_row(tmp_path):
-    raw = pa.array([b"fine", b"caf\xe9"], pa.binary())
-    path = write_parquet(tmp_path / "a.parquet", pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2]))
-    with pytest.raises(UserError, match="a.parquet: row 1: field text is not valid UTF-8"):
-        texts_of(path)
+    raw = pa.array([b"fine", b"caf\xe9", b"too"], pa.binary())
+    path = write_parquet(tmp_path / "a.parquet", pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2]))
+    assert texts_of(path) == ["fine", "", "too"] and "row 1: field text is not valid UTF-8" in problems_of(path)[1]
 
 
-@pytest.mark.parametrize("table, words", [({"words": ["a"]}, "field text is missing.*\nhint: its columns are: words"),
-                                          ({"text": [1]}, "field text is int64, needed: a string column")])
+def test_a_document_with_bad_utf8_in_txt_is_named_by_line(tmp_path):
+    path = write(tmp_path / "a.txt", b"fine\n<|endoftext|>\nline 3\ncaf\xe9 au lait\n<|endoftext|>\ntoo\n")
+    assert texts_of(path) == ["fine", "", "too"]
+    assert problems_of(path) == {1: f"{path}:4: the text is not valid UTF-8 (invalid continuation byte)"}
+
+
+# -----------------------------------------------------------------------------
+# Files that are refused
+
+
+@pytest.mark.parametrize("table, words", [
+    ({"words": ["a"]}, "field text is missing.*\nhint: its columns are: words; --text_field=NAME"),
+    ({"text": [1]}, "field text is int64, needed: a string column"),
+    ({"text": [b"a"]}, "field text is binary, needed: a string column")])
 def test_parquet_without_a_text_column_is_refused(tmp_path, table, words):
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=words):
         count_rows(tmp_path / "a.parquet")
 
 
-def test_bad_utf8_in_txt_is_named_by_line(tmp_path):
-    with pytest.raises(UserError, match="a.txt:2: the text is not valid UTF-8"):
-        texts_of(write(tmp_path / "a.txt", b"fine\ncaf\xe9 au lait\n"))
+def test_jsonl_in_which_no_row_has_the_field_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\n{"content": "a", "id": 1}\n{"content": "b"}\n')
+    with pytest.raises(UserError, match="no row has a field text\nhint: its first row has: content, id; --text_field"):
+        count_rows(path)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst"])

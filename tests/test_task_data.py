@@ -1,14 +1,19 @@
 """Where the rows of the tasks come from and what a bad one says; the words; and real data, if NANOCHAT_DATA_DIR is."""
 
+import doctest
+import gzip
 import json
 import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.conversation import normalize_messages
+from tasks import customjson
 from tasks.arc import ARC
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
@@ -51,7 +56,7 @@ def test_the_files_of_a_mirror_are_read_in_order(mirror):
 def test_a_bad_conversation_is_named_by_file_row_and_field(mirror):
     write_rows(mirror / "chat/train_00000.parquet", [{"messages": CHAT}] * 3)
     write_rows(mirror / "chat/train_00001.parquet", [{"messages": CHAT}, {"messages": [USER, USER]}])
-    with pytest.raises(UserError, match=r"train_00001.parquet, row 1, messages\[1\].role: got 'user', need"):
+    with pytest.raises(UserError, match="train_00001.parquet, row 1: the assistant says nothing that could be learned"):
         SmolTalk()[4]
 
 
@@ -110,25 +115,115 @@ def test_a_line_ends_where_json_says_not_where_unicode_does(tmp_path):
     assert CustomJSON(tmp_path / "a.jsonl")[0]["messages"] == chat
 
 
+def test_the_examples_in_the_docstrings_of_customjson_are_right():
+    assert doctest.testmod(customjson) == (0, 3)
+
+
 def test_without_a_path_it_is_the_identity_file_of_the_mirror(mirror):
     write_lines(mirror / "identity_conversations.jsonl", CHAT)
     assert CustomJSON()[0] == {"messages": CHAT}
 
 
+SHAPES = {
+    "messages": ({"messages": CHAT, "id": 7}, CHAT),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, CHAT),
+    "ShareGPT, with tools": (
+        {"system": "Be brief.", "conversations": [
+            {"from": "human", "value": "2+3?"}, {"from": "function_call", "value": "add(2, 3)"},
+            {"from": "observation", "value": "5"}, {"from": "gpt", "value": "5."}]},
+        [SYSTEM, {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "add(2, 3)"},
+         {"role": "tool", "content": "5"}, {"role": "assistant", "content": "5."}]),
+    "ShareGPT, role and content": ({"conversations": CHAT}, CHAT),
+    "prompt and completion": ({"prompt": "Hi", "completion": "Hello"}, CHAT),
+    "prompt and completion, lists": (
+        {"prompt": [SYSTEM, *CHAT, USER], "completion": [ASSISTANT]},
+        [SYSTEM, USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]),
+    "instruction": ({"instruction": "Hi", "output": "Hello"}, CHAT),
+    "instruction and input": (
+        {"instruction": "Add.", "input": "2+3", "output": "5", "history": [["Hi", "Hello"]], "system": "Be brief."},
+        [SYSTEM, *CHAT, {"role": "user", "content": "Add.\n\n2+3"}, {"role": "assistant", "content": "5"}]),
+    "instruction and empty input": ({"instruction": "Hi", "input": "", "output": "Hello", "system": None}, CHAT),
+}
+
+
+@pytest.mark.parametrize("row, messages", SHAPES.values(), ids=SHAPES.keys())
+def test_the_shapes_of_files_to_train_on(tmp_path, row, messages):
+    (rows,) = CustomJSON(write_lines(tmp_path / "a.jsonl", row))
+    assert normalize_messages(rows["messages"]) == normalize_messages(messages)
+
+
+def test_conversations_come_from_every_kind_of_file(tmp_path):
+    rows = [{"messages": CHAT}, {"messages": [SYSTEM, *CHAT, {"role": "user", "content": "Bye"}]}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    array = json.dumps(rows, indent=1).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.JSONL.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    (tmp_path / "a.json").write_bytes(array)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
+    (tmp_path / "lines.json").write_bytes(lines)
+    write_rows(tmp_path / "a.parquet", rows)
+    for path in sorted(tmp_path.iterdir()):
+        read = [conversation["messages"] for conversation in CustomJSON(path)]
+        assert [normalize_messages(messages) for messages in read] == [
+            normalize_messages(row["messages"]) for row in rows], path
+
+
+def test_a_column_of_json_in_parquet_holds_messages(tmp_path):
+    """As DuckDB writes what it has read as JSON."""
+    if not hasattr(pa, "json_"):
+        pytest.skip("this pyarrow cannot write a column of JSON")
+    column = pa.array([json.dumps(CHAT)]).cast(pa.json_())
+    pq.write_table(pa.table({"messages": column}), tmp_path / "a.parquet")
+    assert CustomJSON(tmp_path / "a.parquet")[0]["messages"] == CHAT
+
+
+@pytest.mark.parametrize("first, fields", [
+    ({"question": "q", "answer": "a"}, "the fields question, answer"), ({"text": "a"}, "the fields text"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the fields prompt, chosen, rejected"),
+    (7, "a value of type int"), ({}, "no fields")])
+def test_a_file_of_another_shape_is_named_as_such(tmp_path, first, fields):
+    path = write_lines(tmp_path / "a.jsonl", first, first)
+    with pytest.raises(UserError) as caught:
+        CustomJSON(path)
+    assert str(caught.value) == (
+        f"{path} holds rows of another shape: {fields}\nhint: needed: rows with messages, or conversations, or prompt "
+        "and completion, or instruction and output")
+
+
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 2: not JSON"), ("7", "line 2, messages: got 7"), ("{}", "line 2, messages: got None"),
-    ([], "line 2, messages"), ([USER], "need a user's and an assistant's message"), ([SYSTEM, USER], "need a user's"),
-    ([ASSISTANT, USER], r"messages\[0\].role: got 'assistant', need 'user'"),
-    (["hi", "ho"], r"messages\[0\]: got 'hi'"), ([USER, USER], r"messages\[1\].role"),
-    ([SYSTEM, SYSTEM, *CHAT], r"messages\[1\].role: got 'system'"),
-    ([USER, {"role": "assistant"}], r"messages\[1\].content: got None, need text"),
-    ([{"role": "user", "content": 3}, ASSISTANT], r"messages\[0\].content: got 3"),
-    ([{"role": "user", "content": [{"type": "python", "text": "1"}]}, ASSISTANT], r"messages\[0\].content.*\(text\)"),
-    ([USER, {"role": "assistant", "content": [{"type": "text"}]}], r"messages\[1\].content: .* need parts"),
+    ("7", "line 2: a value of type int, needed: rows with messages"), ("{}", "line 2: no fields, needed"),
+    ({"messages": None}, "line 2: the fields messages, needed"),
+    ([], "line 2: messages need to be a non-empty list"), ([USER], "line 2: the assistant says nothing that could be"),
+    ([USER, {**ASSISTANT, "weight": 0}], "the assistant says nothing"), ([USER, {**ASSISTANT, "content": ""}], "says"),
+    (["hi", "ho"], "line 2: message 0 needs a role"), ([USER, {"role": "bot", "content": "a"}], "message 1 needs a"),
+    ([USER, {"role": "assistant"}], "line 2: message 1 has no content"),
+    ([{"role": "user", "content": 3}, ASSISTANT], "line 2: message 0 has content of type int"),
+    ([{"role": "user", "content": [{"type": "python", "text": "1"}]}, ASSISTANT], r"message 0 \(user\) needs a type"),
+    ({"conversations": [{"from": "human"}]}, r"line 2: the fields conversations in another form \(KeyError"),
+    ({"conversations": [{"from": "bot", "value": "a"}]}, "line 2: message 0 needs a role"),
+    ({"prompt": 3, "completion": "a"}, "the fields prompt, completion in another form"),
+    ({"instruction": "a", "output": "b", "history": ["ab", "c"]}, "the fields instruction, output, history in another"),
+    ({"messages": CHAT, "tools": [{"name": "add"}]}, "line 2: the field tools is not supported"),
 ])
-def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line, message):
-    with pytest.raises(UserError, match=r"a\.jsonl, .*" + message):
+def test_a_bad_line_is_named_by_file_line_and_message(tmp_path, line, message):
+    with pytest.raises(UserError, match=r"1 of 2 conversations cannot be used: .*a\.jsonl, .*" + message):
         CustomJSON(write_lines(tmp_path / "a.jsonl", CHAT, line))
+
+
+def test_all_bad_lines_are_counted_and_the_first_named(tmp_path):
+    with pytest.raises(UserError) as caught:
+        CustomJSON(write_lines(tmp_path / "a.jsonl", *[[USER]] * 5, CHAT))
+    text = str(caught.value)
+    assert "5 of 6 conversations cannot be used" in text and "line 3: " in text and "line 4: " not in text
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    with pytest.raises(UserError, match="a.jsonl, line 2: not JSON"):
+        CustomJSON(write_lines(tmp_path / "a.jsonl", CHAT, "{"))
+    (tmp_path / "b.jsonl").write_bytes(b'[{"role": "caf\xe9"}]')
+    with pytest.raises(UserError, match="b.jsonl, line 1: not UTF-8 text"):
+        CustomJSON(tmp_path / "b.jsonl")
 
 
 def test_a_missing_or_empty_file_is_an_error(tmp_path):
