@@ -12,7 +12,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-MAX_CHARS = 400_000           # of a text in a request
+from nanochat.api_fields import CHAT_ONLY, COMPLETION_ONLY, MAX_CHARS, UNSUPPORTED, ModelName, Text, clean_fields
+from nanochat.api_messages import FunctionChoice, Messages, ResponseFormat, Tools
+
 MAX_TOKENIZE_CHARS = 100_000  # of a request to /tokenize, whose answer is many times as long
 MAX_PROMPTS = 128             # in one request
 MAX_CHOICES = 16              # `n`
@@ -20,11 +22,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024             # tokens in `logit_bias`
 
 # -----------------------------------------------------------------------------
-# Requests
+# Completions
 
-Text = Annotated[str, Field(max_length=MAX_CHARS)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-ModelName = Annotated[str, Field(max_length=200)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 
 # fail_fast: only the first wrong item is reported. A list of 400,000 of them took 15 s, in which
@@ -32,108 +32,6 @@ StopString = Annotated[str, Field(min_length=1, max_length=200)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_CHARS, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-
-# Fields of OpenAI's server, vLLM's and llama.cpp's that would change the text and are not
-# implemented, each with an alternative
-FILTERS = "use temperature, top_k, top_p or min_p"
-FORMATS = "use response_format"
-UNSUPPORTED = {
-    "tools": "the model calls its calculator by itself",
-    "functions": "the model calls its calculator by itself",
-    "response_format": "the model answers in plain text",
-    "suffix": "the model continues a prompt",
-    "best_of": "ask for several answers with n",
-    "use_beam_search": "ask for several answers with n",
-    "length_penalty": "it is for beam search",
-    "ignore_eos": "ban the end token with logit_bias",
-    "min_tokens": "ban the end token with logit_bias",
-    "allowed_token_ids": "ban tokens with logit_bias",
-    "bad_words": "ban tokens with logit_bias",
-    "stop_token_ids": "use stop",
-    "include_stop_str_in_output": "the text ends before a stop string",
-    "truncate_prompt_tokens": "send a shorter prompt",
-    "n_predict": "use max_tokens",
-    "num_predict": "use max_tokens",
-    "options": "its fields belong into the request itself",
-    "repeat_last_n": "repetition_penalty looks at the whole text",
-    "mirostat": FILTERS,
-    "typical_p": FILTERS,
-    "tfs_z": FILTERS,
-    "top_a": FILTERS,
-    "top_n_sigma": FILTERS,
-    "xtc_probability": FILTERS,
-    "dry_multiplier": FILTERS,
-    "dynatemp_range": FILTERS,
-    "samplers": FILTERS,
-    "grammar": FORMATS,
-    "json_schema": FORMATS,
-    "structured_outputs": FORMATS,
-    "guided_json": FORMATS,
-    "guided_regex": FORMATS,
-    "guided_choice": FORMATS,
-    "guided_grammar": FORMATS,
-    "chat_template": "the tokenizer has one form of conversations",
-    "chat_template_kwargs": "the tokenizer has one form of conversations",
-}
-# Values of these fields that change nothing; empty ones and 0 do not either
-HARMLESS = {
-    "response_format": {"type": "text"},
-    "best_of": 1,
-    "length_penalty": 1,
-    "repeat_last_n": -1,
-    "typical_p": 1,
-    "tfs_z": 1,
-    "top_n_sigma": -1,
-}
-# Other names of a field
-ALIASES = {"repeat_penalty": "repetition_penalty"}  # llama.cpp's and Ollama's
-
-
-class Part(BaseModel):
-    type: Literal["text", "python", "python_output"] = "text"
-    text: Text
-
-
-class FunctionCall(BaseModel):
-    name: ModelName
-    arguments: Text | dict
-
-
-class ToolCall(BaseModel):
-    function: FunctionCall
-
-
-class Message(BaseModel):
-    # conversation.py says what each role becomes
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] | None = None
-    # what an assistant called: the newer form, and the older one
-    tool_calls: Annotated[list[ToolCall], Field(max_length=100, fail_fast=True)] | None = None
-    function_call: FunctionCall | None = None
-
-    @model_validator(mode="after")
-    def need_content(self):
-        """A content may be null, but a message without one is a mistake."""
-        if not (self.model_fields_set & {"content", "tool_calls", "function_call"}):
-            raise ValueError("content is missing")
-        return self
-
-    def text(self):
-        """The content as one str, including tool calls and their results."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content or [])
-
-    def as_turn(self):
-        """The message in the form of the tokenizer."""
-        # Only the assistant's parts mean something to the tokenizer: those of others are joined
-        turn = self.model_dump()
-        if self.role != "assistant" and self.content is not None:
-            turn["content"] = self.text()
-        return turn
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=2000, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -170,6 +68,8 @@ class CompletionFields(BaseModel):
     The fields of all kinds of completion. A None is replaced by the server's default, which its
     flags set (service.with_defaults).
     """
+    refused: ClassVar = UNSUPPORTED
+
     model: ModelName = ""  # "" = the first one that is served
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -196,20 +96,7 @@ class CompletionFields(BaseModel):
     @classmethod
     def drop_nulls_and_refuse(cls, data):
         """Null is the same as a missing field. Unsupported fields are refused."""
-        if not isinstance(data, dict):
-            return data
-        # before the null fields go, since unknown fields are ignored afterwards
-        for name, instead in UNSUPPORTED.items():
-            value = data.get(name)
-            if value and value != HARMLESS.get(name):
-                raise ValueError(f"{name} is not supported: {instead}")
-        data = {name: value for name, value in data.items() if value is not None}
-        for alias, name in ALIASES.items():
-            if alias in data and name in data:
-                raise ValueError(f"{alias} is another name of {name}: give one of them")
-            if alias in data:
-                data[name] = data.pop(alias)
-        return data
+        return clean_fields(data, cls.refused) if isinstance(data, dict) else data
 
     def stops(self):
         """The stop strings as a tuple."""
@@ -227,11 +114,18 @@ AnswerTokens = Annotated[MaxTokens, AfterValidator(_check_room)]
 
 class ChatRequest(CompletionFields):
     prompt_field: ClassVar = "messages"
+    truncation: ClassVar = "auto"  # leave out the oldest messages where the context is full
+    refused: ClassVar = UNSUPPORTED | COMPLETION_ONLY
+
     messages: Messages
     max_tokens: AnswerTokens | None = None
     max_completion_tokens: AnswerTokens | None = None  # the newer name of max_tokens
     logprobs: bool = False  # of the tokens that the model chose, not of those that a tool forced
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    tools: Tools = []
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
 
     # vLLM's: an assistant's last message is always continued here
     continue_final_message: bool | None = None
@@ -255,13 +149,44 @@ class ChatRequest(CompletionFields):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
 
+    @model_validator(mode="after")
+    def check_tool_choice(self):
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is 'required', and there are no tools")
+        if isinstance(self.tool_choice, FunctionChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which no tool has")
+        return self
+
     def num_top(self):
         """Alternatives to report per token; None = no log-probabilities at all (Row.num_top)."""
         return self.top_logprobs if self.logprobs else None
 
+    def turns(self):
+        """The messages in the form of the tokenizer."""
+        return [message.as_turn() for message in self.messages]
+
+    def functions(self):
+        """The functions that the model may call, dicts."""
+        if self.tool_choice == "none":
+            return []
+        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools]
+        if isinstance(self.tool_choice, FunctionChoice):
+            name = self.tool_choice.function.name
+            functions = [function for function in functions if function["name"] == name]
+        return functions
+
+    def may_answer_in_text(self):
+        """Whether an answer may be no call, though there are functions."""
+        return self.tool_choice == "auto"
+
 
 class CompletionRequest(CompletionFields):
     prompt_field: ClassVar = "prompt"
+    refused: ClassVar = UNSUPPORTED | CHAT_ONLY
+
     prompt: Text | TokenIds | Texts | TokenLists
     # 16 is OpenAI's default; 0 with echo gives the log-probabilities of the prompt alone
     max_tokens: MaxTokens = 16

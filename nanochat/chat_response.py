@@ -72,6 +72,7 @@ class Response:
         return ": nanochat\n\n"  # a comment, with which the headers leave
 
     def chunk(self, event):
+        """The event's part of the stream; "" where there is nothing to say yet."""
         return self.data([self.delta(event)])
 
     def closing(self, include_usage):
@@ -112,8 +113,28 @@ class ChatResponse(Response):
             })
         return self.data(choices, nanochat=self.about)
 
+    def chunk(self, event):
+        if not event.request.may_be_call:
+            return super().chunk(event)
+
+        # what may become a call is held until its end, and then sent in one piece
+        request = event.request
+        request.held_events.append(event)
+        if event.finish_reason is None:
+            return ""
+        held = self.choice(request, request.held_events)
+        delta = held["message"]
+        del delta["role"]
+        for i, call in enumerate(delta.get("tool_calls", [])):
+            call["index"] = i
+        logprobs = held["logprobs"]
+        place = {"index": request.index}
+        first = {**place, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        last = {**place, "delta": {}, "logprobs": None, "finish_reason": held["finish_reason"]}
+        return self.data([first]) + self.data([last])
+
     def delta(self, event):
-        # a tool call is not content; the last event, with the finish reason, has no content either
+        # a calculation is not content; the last event, with the finish reason, has no content either
         delta = {}
         if event.kind != "text":
             delta = {"content": "", "nanochat": {"type": event.kind, "text": event.text}}
@@ -136,6 +157,10 @@ class ChatResponse(Response):
                 parts.append({"type": event.kind, "text": event.text})
 
         content = "".join(part["text"] for part in parts if part["type"] == "text")
+        call = request.read_call(content)
+        if call and events[-1].finish_reason == "stop":
+            return self.call_choice(request, *call)
+
         # a client sends `parts` back to continue a conversation with tool calls
         message = {"role": "assistant", "content": content}
         if any(part["type"] != "text" for part in parts):
@@ -145,6 +170,17 @@ class ChatResponse(Response):
             "message": message,
             "logprobs": self.logprobs(events),
             "finish_reason": events[-1].finish_reason,
+        }
+
+    def call_choice(self, request, name, arguments):
+        """The choice of a request whose answer calls a function of the client's."""
+        function = {"name": name, "arguments": arguments}
+        call = {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+        return {
+            "index": request.index,
+            "message": {"role": "assistant", "content": None, "tool_calls": [call]},
+            "logprobs": None,
+            "finish_reason": "tool_calls",
         }
 
     def logprobs(self, events):

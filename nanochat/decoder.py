@@ -15,6 +15,7 @@ Shapes: B rows, T new tokens, V vocabulary.
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,6 +43,7 @@ class Row:
     stop_tokens: frozenset[int]  # the row ends with one of these
     tool: ToolState | None = None
     num_top: int | None = None   # record log-probabilities, also of the num_top likeliest tokens
+    constraint: Any = None       # what may come next: see constraint.Constraint; None = anything
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)  # for each token: 1 = sampled, 0 = forced
     logprobs: list = field(default_factory=list)   # entries of `top_logprobs`, if num_top is set
@@ -50,6 +52,11 @@ class Row:
 
     def __post_init__(self):
         self.random = random.Random(f"{self.sampling.seed}")
+
+    @property
+    def is_adjusted(self):
+        """Whether its logits are changed before a token is drawn."""
+        return self.constraint is not None or self.sampling.has_penalties
 
     def draw(self):
         """A uniform number in [0, 1) for the next token. A forced token needs none."""
@@ -65,9 +72,13 @@ class Row:
         self.tokens.append(token)
         self.mask.append(int(is_sampled))
 
+        if is_sampled and self.constraint is not None:
+            self.constraint.feed(token)
+
         # Only sampled tokens can end the row or call a tool
         if is_sampled and token in self.stop_tokens:
-            self.finish_reason = "stop"
+            is_whole = self.constraint is None or self.constraint.complete
+            self.finish_reason = "stop" if is_whole else "length"
         elif len(self.tokens) >= self.max_tokens or room <= 0:
             self.finish_reason = "length"
         elif is_sampled and self.tool is not None:
@@ -277,13 +288,19 @@ class Decoder:
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
 
     def _adjust(self, rows, logits):
-        """The logits (B, V) after penalties and biases; a copy, if any row has some."""
-        places = [i for i, row in enumerate(rows) if row.sampling.has_penalties]
+        """
+        The logits (B, V) after penalties, biases and constraints; a copy, if any row has some.
+        """
+        places = [i for i, row in enumerate(rows) if row.is_adjusted]
         if places:
             logits = logits.clone()
         for i in places:
             row = rows[i]
-            penalize(logits[i], row.sampling, row.prompt, row.tokens)
+            if row.sampling.has_penalties:
+                penalize(logits[i], row.sampling, row.prompt, row.tokens)
+            allowed = None if row.constraint is None else row.constraint.allowed()
+            if allowed is not None:
+                logits[i].masked_fill_(~allowed.to(logits.device), -torch.inf)
         return logits
 
     def _record_logprobs(self, rows, logits):

@@ -71,12 +71,23 @@ class Request:
         self.held_logprobs = []    # as Event.logprobs
         self.prefill = None        # the generator that reads the prompt, if it is read alone
         self.prompt_logprobs = []  # entries of top_logprobs for all prompt tokens but the first
+        self.held_events = []      # of an answer that may be a call: see ChatResponse
 
         # without tools there are no blocks, only text
         self.block_kinds = {}
         if self.row.tool is not None:
             for name, kind in PART_AFTER.items():
                 self.block_kinds[self.tokenizer.encode_special(name)] = kind
+
+    @property
+    def may_be_call(self):
+        """Whether the answer, as far as it is known, may be a call of a client's function."""
+        constraint = self.row.constraint
+        return constraint is not None and constraint.active and bool(constraint.functions)
+
+    def read_call(self, text):
+        """(name, arguments) if a whole answer is a call of a client's function, else None."""
+        return self.row.constraint.read_call(text) if self.may_be_call else None
 
     @property
     def scores_prompt(self):

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import error_body, overflow_error
 from nanochat.chat_response import ChatResponse, TextResponse, sse
+from nanochat.constraint import describe_functions, get_constraints
 from nanochat.decoder import PromptTooLong, Row
 from nanochat.engine import fit_conversation
 from nanochat.sampling import Sampling
@@ -225,8 +226,11 @@ def with_defaults(body, defaults):
     return body.model_copy(update=missing)
 
 
-def make_requests(body, scheduler, prompts, tools):
-    """`n` requests for each prompt: (ids, text to echo or None). ValueError if one does not fit."""
+def make_requests(body, scheduler, prompts, tools, make_constraint=None):
+    """
+    `n` requests for each prompt: (ids, text to echo or None). make_constraint() gives each its own
+    Row.constraint. ValueError if a prompt does not fit.
+    """
     engine = scheduler.engine
     check_biases(body, engine.tokenizer)
     # the decoder ends a row where the context is full
@@ -252,6 +256,7 @@ def make_requests(body, scheduler, prompts, tools):
             # only chat models have learned to call tools
             tool = ToolState(engine.tokenizer) if tools else None
             row = Row(prompt, sampling, max_tokens, engine.stop_tokens, tool, body.num_top())
+            row.constraint = make_constraint() if make_constraint else None
             requests.append(Request(row, engine.tokenizer, index, body.stops(), echo))
     return requests
 
@@ -274,12 +279,30 @@ def build_chat(body, model, scheduler):
     max_prompt = max_length - kept_free
 
     # the system message and the newest question are always kept
-    messages = [message.as_turn() for message in body.messages]
+    messages = body.turns()
+    functions = body.functions()
+    if functions:
+        messages.insert(0, {"role": "system", "content": describe_functions(functions)})
     prompt, num_dropped = fit_conversation(scheduler.engine.tokenizer, messages, max_prompt)
 
-    requests = make_requests(body, scheduler, [(prompt, None)], tools=True)
+    constraint = choose_constraint(body, functions, scheduler.engine.tokenizer)
+    requests = make_requests(body, scheduler, [(prompt, None)], tools=True, make_constraint=constraint)
     about = {"seed": body.seed, "max_context": max_length, "dropped_messages": num_dropped}
     return ChatResponse(model, requests, len(prompt), about)
+
+
+def choose_constraint(body, functions, tokenizer):
+    """A function that makes the constraint of an answer to a chat, or None: free text."""
+    schema = body.response_format.schema()
+    if schema is None and not functions:
+        return None
+    parameters = {function["name"]: function["parameters"] for function in functions}
+    # without a schema, an answer that need not be a call is free
+    may_answer = body.may_answer_in_text()
+    optional = schema is None and may_answer
+    if functions and not may_answer:
+        schema = None
+    return get_constraints(tokenizer).make(schema, parameters, optional)
 
 
 def build_completion(body, model, scheduler):

@@ -3,7 +3,7 @@
 import pytest
 from starlette.testclient import TestClient
 
-from nanochat.api import UNSUPPORTED
+from nanochat.api_fields import UNSUPPORTED
 from scripts.chat_web import create_app
 from tests.servers import HELLO, URL, chat, tiny_service, wait_for
 
