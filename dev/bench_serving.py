@@ -42,6 +42,7 @@ prompt_words: int = 40        # of the longest prompt; the shortest has one
 churn: int = 1000             # requests, two thirds of which are cut off; 0 = none
 model: str | None = None      # name of the model to ask; None = the server's default
 api_key: str | None = None    # of a server that wants one
+max_waiting: int = 4096       # completions that may wait at that server
 serve: bool = False           # be the server (used by the benchmark itself)
 
 WORDS = "the light of the sea and a boat that came home late in the evening when seven stars were out".split()
@@ -65,12 +66,10 @@ def made_up_tokenizer():
 
 def run_server():
     """Serve random weights on a free port, which is printed first."""
-    import socket
-
     import torch
-    import uvicorn
 
     from nanochat.common import compute_init
+    from nanochat.connections import Server, listen
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.inference import prepare
@@ -93,16 +92,15 @@ def run_server():
         engine.stop_tokens = frozenset()
         return {"random": Scheduler(engine, rows, chunk).warm_up()}
 
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
+    sock = listen("127.0.0.1", 0)
     print(f"http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
-    app = create_app(Service(load, ["random"], max_waiting=4096))
-    uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[sock])
+    service = Service(load, ["random"], max_waiting=max_waiting)
+    Server(create_app(service), service).run(sockets=[sock])
 
 
 def start_server():
     """(process, its address)"""
-    flags = [f"--{name}={globals()[name]}" for name in ("depth", "vocab_size", "max_seq_len", "rows")]
+    flags = [f"--{name}={globals()[name]}" for name in ("depth", "vocab_size", "max_seq_len", "rows", "max_waiting")]
     command = [sys.executable, "-m", "dev.bench_serving", "--serve=True", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, process.stdout.readline().strip()

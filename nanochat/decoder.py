@@ -157,6 +157,15 @@ class Decoder:
         self.staged = []
         self.cache.lengths = [0] * self.num_rows
 
+    def shrink(self):
+        """
+        Give back the memory of caches that have grown. There must be no rows. The prompt that was
+        read last is kept, since a chat's next one begins with it.
+        """
+        # what has grown was not recorded: on a GPU the scheduler's cache has its full size at once
+        self.cache.shrink()
+        self.short_staging = None
+
     @property
     def num_free(self):
         return self.num_rows - len(self.rows)

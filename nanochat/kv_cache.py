@@ -4,10 +4,22 @@ The KV cache: keys and values of the tokens so far. With it, a new token costs o
 Shapes: L layers, B rows, H_kv key and value heads, S cached positions, D head size, T new tokens.
 """
 
+import math
 from functools import partial
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+
+
+def zeros(shape, device, dtype):
+    """
+    Zeros. On a CPU they take no memory until they are written, page by page; torch.zeros writes
+    all of them at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
 class KVCache:
@@ -25,12 +37,10 @@ class KVCache:
             min(length, max_length),
             config.head_dim,
         )
-        self.k = torch.zeros(
-            shape,
-            device=device,
-            dtype=dtype,
-        )
-        self.v = torch.zeros_like(self.k)
+        device = torch.device(device)
+        self.k = zeros(shape, device, dtype)
+        self.v = zeros(shape, device, dtype)
+        self.first_shape = shape
         self.max_length = max_length
         self.lengths = [0] * num_rows  # tokens stored per row
         self.num_active = num_rows     # rows 0 .. num_active - 1 take part in a forward pass
@@ -122,8 +132,24 @@ class KVCache:
         new_capacity = min(new_capacity, self.max_length)
 
         # New positions are 0. Both tensors are replaced, or neither when memory runs out
-        padding = (0, 0, 0, new_capacity - capacity)  # none in D, at the end in S
-        k = F.pad(self.k, padding)
-        v = F.pad(self.v, padding)
+        L, B, H_kv, _, D = self.k.shape
+        shape = (L, B, H_kv, new_capacity, D)
+        k = zeros(shape, self.k.device, self.k.dtype)
+        v = zeros(shape, self.v.device, self.v.dtype)
+
+        # nothing is copied of the rows after the last one that holds something
+        used = [row for row, length in enumerate(self.lengths) if length]
+        num_used = 1 + max(used, default=-1)
+        k[:, :num_used, :, :capacity] = self.k[:, :num_used]
+        v[:, :num_used, :, :capacity] = self.v[:, :num_used]
         self.k = k
         self.v = v
+
+    def shrink(self):
+        """Remove all rows, and give back the memory by which the cache has grown."""
+        self.lengths = [0] * len(self.lengths)
+        if self.k.shape != self.first_shape:
+            device = self.k.device
+            dtype = self.k.dtype
+            self.k = zeros(self.first_shape, device, dtype)
+            self.v = zeros(self.first_shape, device, dtype)

@@ -1,36 +1,40 @@
 """
-Continuous batching: requests for a model are decoded together, by one thread per device.
+Continuous batching: requests for a model are decoded together.
 
 A `Request` waits in the queue of its model. Its prompt is read in chunks between the decoding
 steps of the others (chunked prefill). Then its row joins the batch, until it ends, fails or is
-cancelled. A `Scheduler` does this for one model. A `Batcher` is the thread of one device: it steps
-the schedulers of all models there, so that an event loop never waits for a model. HTTP is in
-service.py.
+cancelled. A `Scheduler` does this for one model, without a thread: batcher.py has that.
+
+Clients share the rows evenly. If all rows are taken and a client with fewer of them waits, the
+client with the most rows gives one back. Its request waits again; later its prompt and the tokens
+it has so far are read once more, and it goes on where it was (preemption by recomputing).
 
 Batching by the step is from Orca (Yu et al., OSDI 2022), reading prompts in chunks from Sarathi
-(arXiv 2308.16369).
+(arXiv 2308.16369), preemption by recomputing from vLLM (arXiv 2309.06180).
 """
 
 import codecs
 import logging
-import threading
-import time
-from collections import deque
+from collections import Counter
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from nanochat.common import compiles
 from nanochat.conversation import PART_AFTER
 from nanochat.decoder import Decoder, Row
+from nanochat.fair_queue import FairQueue
 from nanochat.inference import compile_decoding
 from nanochat.streaming import TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
 
 
-class QueueFull(Exception):
-    """Requests are refused: too many are waiting, or the server is stopping."""
+class RequestFailed(Exception):
+    """Why a request ended without a whole answer."""
+
+
+class ShuttingDown(RequestFailed):
+    """The time that requests had after the server was told to stop is over."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Event:
     # [(token id, entry of top_logprobs, start of the token in the whole text)]
     logprobs: list = field(default_factory=list)
     finish_reason: str | None = None  # 'stop' or 'length'
-    error: str | None = None
+    error: RequestFailed | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -60,6 +64,7 @@ class Request:
     index: int = 0               # of the completion, in a response with several
     stops: tuple[str, ...] = ()  # strings that end the text, which then ends before them
     echo: str | None = None      # text of the prompt, to be sent before the completion
+    client: str = ""             # who asks; clients take turns
     queue: Any = None            # where the events go: the asyncio.Queue of a response
     cancelled: bool = False      # set by the event loop; the row is freed within a step
 
@@ -69,7 +74,7 @@ class Request:
         self.held = ""             # text not sent yet
         self.num_sent = 0          # characters sent so far
         self.held_logprobs = []    # as Event.logprobs
-        self.prefill = None        # the generator that reads the prompt, if it is read alone
+        self.alone = False         # whether its prompt is read alone, since it failed with others
         self.prompt_logprobs = []  # entries of top_logprobs for all prompt tokens but the first
         self.held_events = []      # of an answer that may be a call: see ChatResponse
 
@@ -90,15 +95,25 @@ class Request:
         return self.row.constraint.read_call(text) if self.may_be_call else None
 
     @property
+    def ids(self):
+        """What has to be read before the next token: the prompt, and the tokens so far."""
+        return self.row.prompt + self.row.tokens
+
+    @property
+    def needs_echo(self):
+        """Whether the prompt is still to be sent."""
+        return self.echo is not None and not self.row.tokens
+
+    @property
     def scores_prompt(self):
         """Whether the log-probabilities of the prompt are needed."""
-        return self.echo is not None and self.row.num_top is not None
+        return self.needs_echo and self.row.num_top is not None
 
     def echo_event(self):
         """The prompt as an event. Its first token has no log-probability."""
         self.num_sent = len(self.echo)
         event = Event(self, self.echo, "prompt")
-        if self.scores_prompt:
+        if self.row.num_top is not None:
             # the echo of a text lacks its <|bos|>, which therefore begins before 0
             prompt = self.row.prompt
             start = len(self.echo) - len(self.tokenizer.decode(prompt))
@@ -184,9 +199,11 @@ class Scheduler:
         self.decoder = Decoder(model, num_rows, length=length)
         self.decoder.block = min(chunk, self.decoder.block)
 
-        self.waiting = deque()  # requests in order of arrival
-        self.running = {}       # row -> request, those in the batch
-        self.events = []        # since the last take_events
+        self.waiting = FairQueue()
+        self.reading = None  # the request whose prompt is being read in chunks
+        self.prefill = None  # the generator that reads it
+        self.running = {}    # row -> request, those in the batch
+        self.events = []     # since the last take_events
 
     def warm_up(self):
         """On a GPU, compile and record the steps, which takes seconds. Returns the scheduler."""
@@ -197,7 +214,14 @@ class Scheduler:
 
     @property
     def busy(self):
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.reading)
+
+    def num_waiting(self):
+        """Requests without a row by client, a Counter."""
+        counts = self.waiting.num_by_client()
+        if self.reading:
+            counts[self.reading.client] += 1
+        return counts
 
     def take_events(self):
         events = self.events
@@ -207,14 +231,18 @@ class Scheduler:
     # -- a step
 
     def admit(self):
-        """Read waiting prompts while rows are free, and let their rows join the batch."""
-        self.waiting = deque(request for request in self.waiting if not request.cancelled)
+        """Read waiting prompts while there are rows for them, and let their rows join the batch."""
+        self.waiting.drop_cancelled()
+        if self.reading and self.reading.cancelled:
+            self._stop_reading()
+
         budget = self.chunk
-        while budget > 0 and self.waiting and self.decoder.num_free:
-            short = self._find_short_prompts(budget)
+        while budget > 0 and self._has_row():
+            short = [] if self.reading else self._take_short_prompts(budget)
             if len(short) > 1:
                 budget -= self._prefill_together(short)
             else:
+                self.reading = self.reading or short[0]
                 budget -= self._prefill_block()
 
     def pick(self):
@@ -245,76 +273,125 @@ class Scheduler:
         self._fail(self.running.values(), error)
         self.running.clear()
         self.decoder.reset()  # allocates nothing, since memory may be what ran out
-        for request in self.waiting:
-            request.prefill = None  # begins anew
+        self.prefill = None   # begins anew
 
     def end_all(self, reason):
-        """End all requests with an error."""
-        self._send_error([*self.running.values(), *self.waiting], reason)
+        """End all requests with an error, a RequestFailed."""
+        requests = [*self.running.values(), *self.waiting]
+        if self.reading:
+            requests.append(self.reading)
+        self._send_error(requests, reason)
         self.running.clear()
         self.waiting.clear()
+        self._stop_reading()
+
+    def shrink(self):
+        """Give back the memory of caches that have grown. There must be no rows."""
+        self.decoder.shrink()
 
     # -- parts of a step
 
-    def _find_short_prompts(self, budget):
-        """The first waiting requests whose prompts, padded to one length, fit in the budget."""
-        short = []
-        longest = 0
+    def _has_row(self):
+        """Whether there is a request to be read, and a row for it. Others may have to give one."""
+        if self.reading:
+            return True  # a row has been free since the reading began
+        if not self.waiting:
+            return False
+        return bool(self.decoder.num_free) or self._preempt()
+
+    def _rows_by_client(self):
+        return Counter(request.client for request in self.running.values())
+
+    def _preempt(self):
+        """
+        Free a row of the client that has the most, if the next request's client has at least two
+        fewer. So both get closer, and a row never goes back and forth. Returns whether it did.
+        """
+        num_rows = self._rows_by_client()
+        newcomer = self.waiting.peek(num_rows).client
+        client, most = num_rows.most_common(1)[0]
+        if most - num_rows[newcomer] < 2:
+            return False
+
+        # the one that costs the least to be read again
+        requests = [request for request in self.running.values() if request.client == client]
+        shortest = min(requests, key=lambda request: len(request.ids))
+        del self.running[shortest.row]
+        self.decoder.release(shortest.row)
+        self.waiting.put_back(shortest)
+        return True
+
+    def _take_short_prompts(self, budget):
+        """
+        The next waiting requests, those whose prompts fit in the budget when padded to one length.
+        At least one. They leave the queue.
+        """
+        num_rows = self._rows_by_client()
         most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)
-        for request in islice(self.waiting, most):
-            longest = max(longest, len(request.row.prompt))
-            fits = (len(short) + 1) * longest <= budget
-            # read alone: a prompt that has begun, that failed with others, or that is scored
-            if request.prefill or request.scores_prompt or not fits:
+        taken = []
+        longest = 0
+        while self.waiting and len(taken) < most:
+            request = self.waiting.peek(num_rows)
+            longest = max(longest, len(request.ids))
+            fits = (len(taken) + 1) * longest <= budget
+            # read alone: a prompt that failed with others, or that is scored
+            is_alone = request.alone or request.scores_prompt or not fits
+            if taken and is_alone:
                 break
-            short.append(request)
-        return short
+            taken.append(self.waiting.pop(num_rows))
+            num_rows[request.client] += 1
+            if is_alone:
+                break
+        return taken
 
     def _prefill_together(self, requests):
-        """Read the first waiting prompts in one forward pass. Returns the number of tokens read."""
-        prompts = [request.row.prompt for request in requests]
+        """Read several prompts in one forward pass. Returns the number of tokens read."""
+        prompts = [request.ids for request in requests]
         try:
             logits = self.decoder.prefill_short(prompts)
         except Exception:  # reading them one by one will show which one is the reason
-            for request in requests:
-                request.prefill = self._start_prefill(request)
+            for request in reversed(requests):
+                request.alone = True
+                self.waiting.put_back(request)
             return 0
 
         for i, request in enumerate(requests):
-            self.waiting.popleft()
             self._join_batch(request, logits[i], i)
         return sum(map(len, prompts))
 
     def _prefill_block(self):
         """
-        Read a block of the first waiting prompt. After the last block its row joins the batch.
-        Returns the number of tokens read.
+        Read a block of one prompt. After the last block its row joins the batch. Returns the number
+        of tokens read.
         """
-        request = self.waiting[0]
+        request = self.reading
         num_read = 0
         try:
-            request.prefill = request.prefill or self._start_prefill(request)
-            num_read, logits = next(request.prefill)
+            self.prefill = self.prefill or self._start_prefill(request)
+            num_read, logits = next(self.prefill)
             if logits is None:
                 return num_read
             self._join_batch(request, logits)
         except Exception as error:  # this prompt cannot be read; the others can
             self._fail([request], error)
-        self.waiting.popleft()
+        self._stop_reading()
         return num_read
+
+    def _stop_reading(self):
+        self.reading = None
+        self.prefill = None
 
     def _start_prefill(self, request):
         """A generator that reads the prompt of a request: see Decoder.prefill."""
         request.prompt_logprobs = []
         scores = request.prompt_logprobs if request.scores_prompt else None
-        row = request.row
-        return self.decoder.prefill(row.prompt, scores, row.num_top or 1)
+        return self.decoder.prefill(request.ids, scores, request.row.num_top or 1)
 
     def _join_batch(self, request, logits, short=None):
         """Start decoding after a prompt (short: its number in prefill_short). Sends the echo."""
         row = request.row
         try:
-            if request.echo is not None:
+            if request.needs_echo:
                 self.events.append(request.echo_event())
             if row.max_tokens:
                 self.decoder.admit(row, logits, short)
@@ -326,106 +403,9 @@ class Scheduler:
 
     def _fail(self, requests, error):
         log.error("generation failed", exc_info=error)
-        reason = f"generation failed ({type(error).__name__}); the server's log has the details"
+        name = type(error).__name__
+        reason = RequestFailed(f"generation failed ({name}); the server's log has the details")
         self._send_error(requests, reason)
 
     def _send_error(self, requests, reason):
         self.events.extend(Event(request, error=reason) for request in requests)
-
-
-# -----------------------------------------------------------------------------
-# One device
-
-
-class Batcher(threading.Thread):
-    """
-    The thread that decodes for all models of one device. It calls `load()`, which returns {name:
-    Scheduler}, and `deliver(events)` with lists of events. Any thread may call `submit` and `stop`.
-    """
-
-    def __init__(self, load, deliver, max_waiting):
-        super().__init__(name="batcher", daemon=True)
-        self.load = load
-        self.deliver = deliver
-        self.max_waiting = max_waiting
-        self.schedulers = {}
-        self.inbox = []       # [(model name, request)] that no scheduler has yet
-        self.loaded = threading.Event()
-        self.error = None     # why loading failed
-        self.deadline = None  # set by `stop`: work goes on until then
-        self._changed = threading.Condition()
-
-    @property
-    def num_running(self):
-        return sum(len(scheduler.running) for scheduler in self.schedulers.values())
-
-    @property
-    def num_waiting(self):
-        in_queues = sum(len(scheduler.waiting) for scheduler in self.schedulers.values())
-        return len(self.inbox) + in_queues
-
-    @property
-    def num_rows(self):
-        return sum(scheduler.num_rows for scheduler in self.schedulers.values())
-
-    def submit(self, name, requests):
-        """Queue requests for a model, all or none. Raises QueueFull."""
-        with self._changed:
-            if self.deadline is not None or self.num_waiting >= self.max_waiting:
-                raise QueueFull
-            self.inbox.extend((name, request) for request in requests)
-            self._changed.notify()
-
-    def stop(self, grace_s):
-        """
-        Go on for at most grace_s seconds with the requests there are, then end. Does not wait.
-        """
-        with self._changed:
-            self.deadline = time.monotonic() + grace_s
-            self._changed.notify()
-
-    def run(self):
-        try:
-            self.schedulers = self.load()
-        except Exception as error:  # reported by those who wait for `loaded`
-            self.error = error
-        self.loaded.set()
-
-        while self._wait_for_work():
-            for scheduler in self.schedulers.values():
-                if scheduler.busy:
-                    self._step(scheduler)
-
-        for scheduler in self.schedulers.values():
-            scheduler.end_all("the server is shutting down")
-            self.deliver(scheduler.take_events())
-
-    @property
-    def _busy(self):
-        return any(scheduler.busy for scheduler in self.schedulers.values())
-
-    def _wait_for_work(self):
-        """Sleep until there is work, and give it to the schedulers. False: it is time to end."""
-        with self._changed:
-            # `submit` and `stop` wake this thread up
-            while not self.inbox and not self._busy and self.deadline is None:
-                self._changed.wait()
-            for name, request in self.inbox:
-                self.schedulers[name].waiting.append(request)
-            self.inbox.clear()
-
-        # after `stop` work goes on while there is some and time is left
-        if self.deadline is None:
-            return True
-        return self._busy and time.monotonic() < self.deadline
-
-    def _step(self, scheduler):
-        try:
-            scheduler.admit()
-            scheduler.pick()
-            # clients get this step's text while the model computes the next logits
-            self.deliver(scheduler.take_events())
-            scheduler.forward()
-        except Exception as error:  # out of memory, for example
-            scheduler.fail_batch(error)
-            self.deliver(scheduler.take_events())

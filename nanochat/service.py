@@ -16,18 +16,32 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import error_body, overflow_error
+from nanochat.batcher import Batcher, QueueFull
 from nanochat.chat_response import ChatResponse, TextResponse, sse
 from nanochat.constraint import describe_functions, get_constraints
 from nanochat.decoder import PromptTooLong, Row
 from nanochat.engine import fit_conversation
 from nanochat.sampling import Sampling
-from nanochat.scheduler import Batcher, Event, QueueFull, Request
+from nanochat.scheduler import Event, Request, RequestFailed, ShuttingDown
 from nanochat.streaming import ToolState
 
 PING_S = 15   # seconds between comments on all streams
 GRACE_S = 20  # seconds that open streams may go on once the server is told to stop
-CLIENT_LEFT = "The client has left"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class ClientLeft(RequestFailed):
+    """The client has closed the connection before its answer."""
+
+
+# HTTP status of an answer that failed; others are the server's fault, 500.
+# 499 is nginx's status for a client that has left: nobody reads it, but it is counted
+FAILURE_STATUS = {ClientLeft: 499, ShuttingDown: 503}
+
+
+def failure_status(error):
+    return FAILURE_STATUS.get(type(error), 500)
+
 
 # -----------------------------------------------------------------------------
 # The models and their threads
@@ -40,7 +54,7 @@ class Service:
     them out.
     """
 
-    def __init__(self, load, names, num_devices=1, max_waiting=256,
+    def __init__(self, load, names, num_devices=1, max_waiting=512,
                  temperature=0.8, top_k=50, max_tokens=512, ping_s=PING_S):
         self.names = names  # the first is the default
         self.defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
@@ -161,11 +175,17 @@ class Service:
         """Queue the requests of a response, all or none, at one device. Raises HTTPException."""
         # every device has all models: take the one with the fewest requests
         batcher = min(self.batchers, key=lambda batcher: batcher.num_running + batcher.num_waiting)
+        num_choices = len(response.requests)
+        if num_choices > batcher.most_at_once:
+            most = batcher.most_at_once
+            message = (f"The request is for {num_choices} completions, but of one client at most {most} "
+                       "can wait here: ask for fewer prompts at a time, or a smaller n")
+            raise HTTPException(400, message)
         try:
             batcher.submit(response.model, response.requests)
         except QueueFull as error:
             self.check_ready()  # the server may have been told to stop meanwhile
-            message = "Too many requests are waiting"
+            message = "Too many completions are waiting, or too many of yours"
             raise HTTPException(429, message, {"Retry-After": "2"}) from error
         self.open_responses.add(response)
         self.prompt_tokens.inc(response.prompt_tokens)
@@ -341,11 +361,13 @@ async def respond(service, http_request, body, build):
     except ValueError as error:  # a conversation without a text, a token that does not exist
         raise HTTPException(400, str(error)) from error
 
+    for request in response.requests:
+        request.client = http_request.scope.get("nanochat_client", "")
     # may refuse, so it comes before the status is sent
     service.submit(response)
     if body.stream:
         return EventStream(service, response, body.stream_options.include_usage)
-    return JSONResponse(await complete(service, http_request, response))
+    return await complete(service, http_request, response)
 
 
 class EventStream(StreamingResponse):
@@ -372,7 +394,7 @@ async def stream_events(service, response, include_usage):
         text = ""
         for event in events:
             if event.error:
-                yield text + sse(error_body(event.error, 500))
+                yield text + sse(error_body(str(event.error), failure_status(event.error)))
                 return
             text += response.chunk(event)
         yield text or ": ping\n\n"
@@ -380,12 +402,13 @@ async def stream_events(service, response, include_usage):
 
 
 async def complete(service, http_request, response):
-    """The whole response, a dict."""
+    """The whole response as JSON."""
 
     async def watch_client():  # nothing else notices that a client leaves before its answer
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
-        response.queue.put_nowait(Event(response.requests[0], error=CLIENT_LEFT))
+        left = ClientLeft("the client has left")
+        response.queue.put_nowait(Event(response.requests[0], error=left))
 
     # a client that leaves becomes an event, like the end of an answer
     watcher = asyncio.create_task(watch_client())
@@ -394,11 +417,11 @@ async def complete(service, http_request, response):
         async for events in service.events(response):
             for event in events:
                 if event.error:
-                    # 499: nginx's status for a client that has left. Nobody reads it; it is counted
-                    status = 499 if event.error == CLIENT_LEFT else 500
-                    raise HTTPException(status, event.error)
+                    raise HTTPException(failure_status(event.error), str(event.error))
             collected += events
     finally:
         watcher.cancel()
         service.release(response)
-    return response.whole(collected)
+
+    # the log-probabilities of many choices take seconds: nobody else waits for them
+    return await asyncio.to_thread(lambda: JSONResponse(response.whole(collected)))

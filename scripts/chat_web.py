@@ -12,137 +12,46 @@ Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize
 Operations: /health /ready /metrics
 """
 
-import errno
-import hmac
 import ipaddress
 import math
 import os
 import re
 import secrets
-import socket
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import prometheus_client
 import torch
-import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest, error_body, explain
+from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest
 from nanochat.chat_response import token_text
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
+from nanochat.connections import Server, listen
 from nanochat.engine import Engine
+from nanochat.gate import ERROR_HANDLERS, BodyRoute, Gate, split_keys
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_precision_dtype
 from nanochat.scheduler import Scheduler
-from nanochat.service import GRACE_S, Service, build_chat, build_completion, respond
+from nanochat.service import Service, build_chat, build_completion, respond
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
-MAX_BODY_BYTES = 4 * 2**20  # of a request
-OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")  # need no key
 # nothing but the page's own script and style, and calls of this server
 CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 # -----------------------------------------------------------------------------
-# Middleware, and errors in OpenAI's shape
-
-
-class Gate:
-    """The middleware around the routes: checks key and size of the body, counts the response."""
-
-    def __init__(self, app, service, api_key):
-        self.app = app
-        self.service = service
-        self.api_key = api_key
-
-    async def __call__(self, scope, receive, send):
-        # lifespan messages pass
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 500  # unless a response begins
-
-        async def send_and_note_status(message):
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            app = self.refuse(scope) or self.app
-            await app(scope, self.limit_body(receive), send_and_note_status)
-        finally:
-            # the route, not the path of the request, which may be anything
-            path = getattr(scope.get("route"), "path", "other")
-            self.service.responses.labels(path, str(status)).inc()
-
-    def refuse(self, scope):
-        """The response to a request without the key, or None."""
-        if not self.api_key or scope["path"] in OPEN_PATHS:
-            return None
-        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-        # headers are bytes, which starlette decodes as latin-1
-        if hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
-            return None
-        message = "Invalid or missing API key: send it as 'Authorization: Bearer KEY'"
-        return error_response(401, message, headers={"WWW-Authenticate": "Bearer"})
-
-    @staticmethod
-    def limit_body(receive):
-        """`receive` for a body of limited size; its content-length may be missing or wrong."""
-        num_bytes = 0
-
-        async def receive_and_count():
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"The request is longer than {MAX_BODY_BYTES} bytes")
-            return message
-
-        return receive_and_count
-
-
-def error_response(status, message, param=None, code=None, headers=None):
-    return JSONResponse(error_body(message, status, param, code), status, headers)
-
-
-async def on_http_error(request, error):
-    detail = error.detail if isinstance(error.detail, dict) else {"message": str(error.detail)}
-    return error_response(error.status_code, **detail, headers=error.headers)
-
-
-async def on_invalid_request(request, error):
-    # pydantic's errors of a body that is no JSON, that does not say it is, or that has wrong fields
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        reason = f"{first['ctx']['error']} at character {first['loc'][1]}"
-        return error_response(400, f"The body is not JSON: {reason}")
-    if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
-        return error_response(415, "The request has no header 'Content-Type: application/json'")
-    field, message = explain(error.errors())
-    return error_response(400, f"{field or 'body'}: {message}", param=field or None)
-
-
-async def on_failure(request, error):
-    return error_response(500, "The server failed; its log has the details")
-
-
-# -----------------------------------------------------------------------------
 # The application
 
 
-def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
+def create_app(service, api_keys=(), cors_origin=None, hosts=LOCAL_HOSTS):
     @asynccontextmanager
     async def lifespan(app):
         service.start()
@@ -151,19 +60,15 @@ def create_app(service, api_key=None, cors_origin=None, hosts=LOCAL_HOSTS):
         service.stop(grace_s=0)
         await service.join()
 
-    handlers = {
-        StarletteHTTPException: on_http_error,
-        RequestValidationError: on_invalid_request,
-        Exception: on_failure,
-    }
     # FastAPI's own 422 is never sent; no /docs, since it would load scripts from elsewhere
     refused = {"4XX": {"description": "refused; the body is OpenAI's `error`"}}
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None,
-                  responses=refused, exception_handlers=handlers)
+                  responses=refused, exception_handlers=ERROR_HANDLERS)
+    app.router.route_class = BodyRoute
 
     # the middleware that is added last is the outermost
-    app.add_middleware(Gate, service=service, api_key=api_key)
-    if not api_key:
+    app.add_middleware(Gate, service=service, api_keys=api_keys)
+    if not api_keys:
         # only local names: a web page may give itself our address by DNS (rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if cors_origin:
@@ -277,16 +182,18 @@ def parse_args(argv=None):
         "the first is the default")
     add("-p", "--port", type=int, default=8000, help="0 = any free one (default: 8000)")
     add("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine alone)")
-    add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
-        help="required of every request (default: $NANOCHAT_API_KEY, which other users cannot read)")
+    add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY") or None,
+        help="required of every request; several, with commas between them, tell clients apart "
+        "(default: $NANOCHAT_API_KEY, which other users cannot read)")
     add("--cors_origin", "--cors-origin", action="append",
         help="web origin that may call the API; may be repeated")
     add("-n", "--num_gpus", "--num-gpus", type=int, default=1,
         help="GPUs, each with a copy of the models (default: 1)")
     add("--rows", type=int, help="requests decoded at once on a device (default: by memory, at "
         "most 64 on a CPU, 256 on a GPU)")
-    add("--max_waiting", "--max-waiting", type=int, default=256,
-        help="requests that may wait per device (default: 256)")
+    add("--max_waiting", "--max-waiting", type=int, default=512,
+        help="completions (prompts x n) that may wait per device; a lone client may have half of "
+        "them (default: 512)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     add = parser.add_argument_group("for requests that leave them out").add_argument
     add("-t", "--temperature", type=float, default=0.8, help="default: 0.8")
@@ -301,6 +208,12 @@ def parse_args(argv=None):
             need = f"{low} to {high}" if name in AT_MOST else f"{low} or more"
             example = parser.get_default(name) or low
             raise UserError(f"--{name}={value}: need {need}", f"for example --{name}={example}")
+
+    args.api_keys = split_keys(args.api_key)
+    # somebody meant to have a key: an empty variable, for example
+    if args.api_key is not None and not args.api_keys:
+        raise UserError(f"--api_key={args.api_key!r}: a blank key is no key",
+                        "NANOCHAT_API_KEY=$(openssl rand -hex 16) python -m scripts.chat_web")
     return args
 
 
@@ -378,14 +291,6 @@ def count_rows(config, device, cache_bytes):
     return min(most_rows, max(1, num_rows))
 
 
-class Server(uvicorn.Server):
-    """A signal first stops the service, so that open streams get their time, then the server."""
-
-    def handle_exit(self, sig, frame):
-        self.config.app.state.service.stop()
-        super().handle_exit(sig, frame)
-
-
 def is_loopback(host):
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -393,27 +298,10 @@ def is_loopback(host):
         return False
 
 
-def listen(host, port):
-    """A socket on this address, before anything is loaded. UserError if there can be none."""
-    try:
-        # of a name with several addresses (localhost) the IPv4 one
-        family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        return socket.create_server(address, family=family)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no machine can have such a name
-        flag = "--host=127.0.0.1"
-        # a port that is taken, or below 1024 and not ours to take
-        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-            other_port = port + 1 if 1023 < port < 65535 else 8001
-            flag = f"-p {other_port}"
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on --host={host} --port={port}: {reason}",
-                        f"python -m scripts.chat_web {flag}") from error
-
-
 def main():
     # refuse what cannot work before anything is loaded
     args = parse_args()
-    if not is_loopback(args.host) and not args.api_key:
+    if not is_loopback(args.host) and not args.api_keys:
         command = f"python -m scripts.chat_web --host={args.host}"
         raise UserError(f"--host={args.host} lets other machines in, which needs a key",
                         f"NANOCHAT_API_KEY=$(openssl rand -hex 16) {command}")
@@ -429,11 +317,8 @@ def main():
     load = partial(load_schedulers, models, device.type, args.rows)
     service = Service(load, list(models), args.num_gpus, args.max_waiting,
                       args.temperature, args.top_k, args.max_tokens)
-    app = create_app(service, args.api_key, args.cors_origin, (*LOCAL_HOSTS, args.host))
-    app.state.service = service
-    config = uvicorn.Config(app, log_level="warning", access_log=False,
-                            timeout_graceful_shutdown=GRACE_S + 2)
-    server = Server(config)
+    app = create_app(service, args.api_keys, args.cors_origin, (*LOCAL_HOSTS, args.host))
+    server = Server(app, service)
 
     # a model that cannot be loaded ends the server; its error is raised below
     service.on_failure = lambda: setattr(server, "should_exit", True)

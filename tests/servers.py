@@ -1,17 +1,16 @@
 """What the tests of the server share: a service with a tiny model, in process or behind a real socket."""
 
 import contextlib
-import socket
 import threading
 import time
 
 import torch
-import uvicorn
 
+from nanochat.connections import Server, listen
 from nanochat.engine import Engine
 from nanochat.scheduler import Scheduler
 from nanochat.service import Service
-from scripts.chat_web import Server, create_app
+from scripts.chat_web import create_app
 from tests.tiny import tiny_model
 
 MODEL = "sft-tiny"
@@ -68,13 +67,11 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def running_server(service, **app_settings):
+def running_server(service, grace_s=1, request_s=20, **app_settings):
     """A real server on a free port of 127.0.0.1, in a thread: yields (its address, the uvicorn server)."""
     app = create_app(service, **app_settings)
-    app.state.service = service
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        server = Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+    with listen("127.0.0.1", 0) as sock:
+        server = Server(app, service, grace_s, request_s, log_level="error")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:

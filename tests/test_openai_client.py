@@ -70,7 +70,7 @@ def test_errors_arrive_as_the_client_s_own(client):
 
 
 def test_a_key_is_required_when_there_is_one(tokenizer):
-    with running_server(tiny_service(tokenizer), api_key="sesame") as (address, _):
+    with running_server(tiny_service(tokenizer), api_keys=["sesame"]) as (address, _):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="sesame", max_retries=0).models.list().data

@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
+from nanochat.batcher import Batcher, QueueFull
 from nanochat.decoder import Row
 from nanochat.engine import Engine
 from nanochat.sampling import Sampling
-from nanochat.scheduler import Batcher, Event, QueueFull, Request, Scheduler
+from nanochat.scheduler import Request, Scheduler, ShuttingDown
 from nanochat.streaming import ToolState, split_at_stop
 from tests.servers import tiny_engine, wait_for
 
@@ -298,11 +299,11 @@ def test_after_a_failed_step_the_others_are_served(engine, tokenizer, batchers):
 
 
 def test_a_full_queue_refuses(engine, tokenizer, batchers):
-    batcher, events = batchers(Scheduler(engine, num_rows=1, chunk=64), max_waiting=2)
+    batcher, events = batchers(Scheduler(engine, num_rows=1, chunk=64), max_waiting=6)
     requests = [make_request(tokenizer, max_tokens=100) for _ in range(3)]
     batcher.submit("m", requests)
     with pytest.raises(QueueFull):
-        batcher.submit("m", [make_request(tokenizer)])
+        batcher.submit("m", [make_request(tokenizer) for _ in range(3)])
     assert wait_for(lambda: ended(list(events), requests))
     batcher.submit("m", [make_request(tokenizer)])
 
@@ -326,4 +327,5 @@ def test_stopping_without_grace_ends_those_that_wait_with_an_error(engine, token
     batcher.stop(grace_s=0)
     batcher.join(10)
     assert ended(events, requests)
-    assert Event(requests[-1], error="the server is shutting down") in events
+    errors = {event.request: event.error for event in events if event.error}
+    assert isinstance(errors[requests[-1]], ShuttingDown)

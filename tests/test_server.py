@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from nanochat.api import CompletionRequest
@@ -212,7 +213,7 @@ def test_a_client_that_leaves_before_its_stream_begins_frees_the_row(tokenizer):
         while service.trouble:
             await asyncio.sleep(0.01)
         body = CompletionRequest(prompt="a", max_tokens=4000, stream=True)
-        response = await respond(service, None, body, build_completion)
+        response = await respond(service, Request({"type": "http"}), body, build_completion)
         assert len(service.open_responses) == 1
 
         async def receive():

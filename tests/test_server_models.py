@@ -136,7 +136,7 @@ def refused(monkeypatch, capsys):
     (["-t", "nan"], "--temperature=nan: need 0 to 10", "--temperature=0.8"),
     (["-k", "-1"], "--top_k=-1: need 0 or more", "--top_k=50"),
     (["-m", "0"], "--max_tokens=0: need 1 or more", "--max_tokens=512"),
-    (["--max_waiting", "0"], "--max_waiting=0: need 1 or more", "--max_waiting=256"),
+    (["--max_waiting", "0"], "--max_waiting=0: need 1 or more", "--max_waiting=512"),
     (["--rows", "0"], "--rows=0: need 1 or more", "--rows=1"),
     (["-n", "0"], "--num_gpus=0: need 1 or more", "--num_gpus=1"),
     (["-s", "-1"], "--step=-1: need 0 or more", "--step=0"),

@@ -113,16 +113,14 @@ def test_a_client_that_hangs_up_is_no_failure_of_the_server(tokenizer):
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(tokenizer):
-    service = tiny_service(tokenizer, num_rows=1, max_waiting=1)
+    service = tiny_service(tokenizer, num_rows=1, max_waiting=6)
     with TestClient(create_app(service), base_url=URL) as client:
         assert wait_for(lambda: service.trouble is None)
-        crowd = client.post("/v1/completions", json={"prompt": [[1]] * 5, "max_tokens": 1})  # one call comes in whole
-        assert crowd.status_code == 200
         first = threading.Thread(target=client.post, args=("/v1/completions",),
                                  kwargs={"json": {"prompt": [[1]] * 3, "max_tokens": 100}})
         first.start()
         assert wait_for(lambda: service.num_waiting())
-        refused = chat(client)
+        refused = chat(client, n=3)
         first.join()
     assert not service.open_responses
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
@@ -158,7 +156,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tokenizer):
 
 def test_a_key_is_asked_of_all_but_the_page_and_the_probes(tokenizer):
     service = tiny_service(tokenizer)
-    with TestClient(create_app(service, api_key="sésame"), base_url="http://example.org") as client:
+    with TestClient(create_app(service, api_keys=["sésame"]), base_url="http://example.org") as client:
         assert wait_for(lambda: service.trouble is None)
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             assert client.get(path).status_code == 401
