@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from nanochat.api_fields import CHAT_ONLY, COMPLETION_ONLY, MAX_CHARS, UNSUPPORTED, ModelName, Text, clean_fields
-from nanochat.api_messages import FunctionChoice, Messages, ResponseFormat, Tools
+from nanochat.api_messages import FunctionChoice, Messages, ResponseFormat, Tools, check_tools
 
 MAX_TOKENIZE_CHARS = 100_000  # of a request to /tokenize, whose answer is many times as long
 MAX_PROMPTS = 128             # in one request
@@ -152,13 +152,12 @@ class ChatRequest(CompletionFields):
     @model_validator(mode="after")
     def check_tool_choice(self):
         names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise ValueError("two tools have the same name")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is 'required', and there are no tools")
-        if isinstance(self.tool_choice, FunctionChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which no tool has")
+        check_tools(names, self.tool_choice, self._chosen_name())
         return self
+
+    def _chosen_name(self):
+        is_named = isinstance(self.tool_choice, FunctionChoice)
+        return self.tool_choice.function.name if is_named else None
 
     def num_top(self):
         """Alternatives to report per token; None = no log-probabilities at all (Row.num_top)."""
@@ -168,14 +167,18 @@ class ChatRequest(CompletionFields):
         """The messages in the form of the tokenizer."""
         return [message.as_turn() for message in self.messages]
 
+    def answer_schema(self):
+        """The JSON schema of an answer that is no call; None = free text."""
+        return self.response_format.answer_schema()
+
     def functions(self):
         """The functions that the model may call, dicts."""
         if self.tool_choice == "none":
             return []
-        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools]
-        if isinstance(self.tool_choice, FunctionChoice):
-            name = self.tool_choice.function.name
-            functions = [function for function in functions if function["name"] == name]
+        functions = []
+        for tool in self.tools:
+            if self._chosen_name() in (None, tool.function.name):
+                functions.append(tool.function.model_dump(exclude_none=True))
         return functions
 
     def may_answer_in_text(self):

@@ -64,6 +64,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=2000, fail_fa
 # -----------------------------------------------------------------------------
 # The form of an answer: constraint.py
 
+ANY_OBJECT = {"type": "object"}
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -82,11 +83,11 @@ class ResponseFormat(BaseModel):
             raise ValueError("a format of type json_schema needs the field json_schema")
         return self
 
-    def schema(self):
+    def answer_schema(self):
         """The JSON schema of the answer, a dict; None = plain text."""
         if self.type == "json_schema":
             return self.json_schema.json_schema
-        return {"type": "object"} if self.type == "json_object" else None
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class Function(BaseModel):
@@ -112,3 +113,16 @@ class FunctionChoice(BaseModel):
 
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def check_tools(names, choice, chosen_name):
+    """
+    ValueError if the names of the tools and the choice of one do not fit. choice: 'none', 'auto',
+    'required', or anything else with chosen_name, the name of one.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError("two tools have the same name")
+    if choice == "required" and not names:
+        raise ValueError("tool_choice is 'required', and there are no tools")
+    if chosen_name is not None and chosen_name not in names:
+        raise ValueError(f"tool_choice names {chosen_name}, which no tool has")

@@ -18,7 +18,6 @@ from nanochat.common import UserError
 
 # The white space of Python's json.dumps, and no other: a model could go on with spaces for ever
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-ANY_OBJECT = {"type": "object"}
 
 # -----------------------------------------------------------------------------
 # Grammars, in llguidance's dialect of Lark

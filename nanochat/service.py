@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import error_body, overflow_error
+from nanochat.api_responses import ResponsesResponse
 from nanochat.batcher import Batcher, QueueFull
 from nanochat.chat_response import ChatResponse, TextResponse, sse
 from nanochat.constraint import describe_functions, get_constraints
@@ -288,9 +289,10 @@ def check_biases(body, tokenizer):
         raise ValueError(f"logit_bias: token id {unknown[0]} is not in the vocabulary of {size}")
 
 
-def build_chat(body, model, scheduler):
+def begin_chat(body, scheduler):
     """
-    The response to a ChatRequest. If the conversation is too long, its oldest turns are left out.
+    (requests, tokens of the prompt, the `nanochat` field) for a ChatRequest or a ResponsesRequest.
+    If the conversation is too long, its oldest turns are left out where the request allows it.
     """
     # at least half of the context is for the conversation, even if max_tokens is larger; three
     # quarters if the answer takes what the conversation leaves
@@ -304,16 +306,30 @@ def build_chat(body, model, scheduler):
     if functions:
         messages.insert(0, {"role": "system", "content": describe_functions(functions)})
     prompt, num_dropped = fit_conversation(scheduler.engine.tokenizer, messages, max_prompt)
+    if num_dropped and body.truncation == "disabled":
+        raise PromptTooLong(
+            f"only {max_prompt} tokens fit beside the answer, and truncation is 'disabled'"
+        )
 
     constraint = choose_constraint(body, functions, scheduler.engine.tokenizer)
     requests = make_requests(body, scheduler, [(prompt, None)], tools=True, make_constraint=constraint)
     about = {"seed": body.seed, "max_context": max_length, "dropped_messages": num_dropped}
-    return ChatResponse(model, requests, len(prompt), about)
+    return requests, len(prompt), about
+
+
+def build_chat(body, model, scheduler):
+    """The response to a ChatRequest."""
+    return ChatResponse(model, *begin_chat(body, scheduler))
+
+
+def build_response(body, model, scheduler):
+    """The response to a ResponsesRequest."""
+    return ResponsesResponse(model, *begin_chat(body, scheduler), body)
 
 
 def choose_constraint(body, functions, tokenizer):
     """A function that makes the constraint of an answer to a chat, or None: free text."""
-    schema = body.response_format.schema()
+    schema = body.answer_schema()
     if schema is None and not functions:
         return None
     parameters = {function["name"]: function["parameters"] for function in functions}

@@ -8,7 +8,7 @@ Serve models to many people at once: a chat page, and an API that any OpenAI cli
 All requests for a model are decoded together, by one thread per device. Closing the connection
 frees the row within a step. Chat text is never logged.
 
-Page: / · API: /v1/models /v1/chat/completions /v1/completions /tokenize
+Page: / · API: /v1/models /v1/chat/completions /v1/responses /v1/completions /tokenize
 Operations: /health /ready /metrics
 """
 
@@ -30,6 +30,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest
+from nanochat.api_responses import ResponsesRequest
 from nanochat.chat_response import token_text
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
@@ -40,7 +41,7 @@ from nanochat.gate import ERROR_HANDLERS, BodyRoute, Gate, split_keys
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_precision_dtype
 from nanochat.scheduler import Scheduler
-from nanochat.service import Service, build_chat, build_completion, respond
+from nanochat.service import Service, build_chat, build_completion, build_response, respond
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 # nothing but the page's own script and style, and calls of this server
@@ -92,6 +93,10 @@ def add_api_routes(app, service):
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, http_request: HTTPRequest):
         return await respond(service, http_request, body, build_chat)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, http_request: HTTPRequest):
+        return await respond(service, http_request, body, build_response)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http_request: HTTPRequest):

@@ -7,7 +7,8 @@ import sys
 import pytest
 from starlette.testclient import TestClient
 
-from nanochat.constraint import ANY_OBJECT, get_constraints
+from nanochat.api_messages import ANY_OBJECT
+from nanochat.constraint import get_constraints
 from scripts.chat_web import create_app
 from tests.servers import HELLO, URL, chat, tiny_service, wait_for
 

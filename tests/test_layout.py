@@ -51,8 +51,10 @@ MAY_IMPORT = {
     "api": ["api_fields", "api_messages"],
     "chat_response": [],
     "constraint": ["common"],
+    "api_responses": ["api", "api_fields", "api_messages", "chat_response"],
     "service": [
-        "api", "batcher", "chat_response", "constraint", "decoder", "engine", "sampling", "scheduler", "streaming",
+        "api", "api_responses", "batcher", "chat_response", "constraint", "decoder", "engine", "sampling",
+        "scheduler", "streaming",
     ],
     "gate": ["api"],
     "connections": ["common", "gate", "service"],

@@ -65,8 +65,8 @@ def test_errors_arrive_as_the_client_s_own(client):
         client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=-1)
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[{"type": "function"}])
+    with pytest.raises(openai.BadRequestError, match="functions is not supported: use tools"):
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, functions=[{"name": "add"}])
 
 
 def test_a_key_is_required_when_there_is_one(tokenizer):

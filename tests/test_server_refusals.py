@@ -35,8 +35,8 @@ def client(tokenizer):
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": None}]}, "no message has a content"),
     ({"messages": [{"role": "user", "content": "word " * 500}]}, "the newest message takes"),
-    ({"presence_penalty": 3}, "presence_penalty"), ({"tools": [{"type": "function"}]}, "tools is not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported"), ({"seed": 2**70}, "seed"),
+    ({"presence_penalty": 3}, "presence_penalty"), ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"functions": [{"name": "add"}]}, "functions is not supported: use tools"), ({"seed": 2**70}, "seed"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
      "messages.0.content.0.type: Input should be 'text'"),
 ])
