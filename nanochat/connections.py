@@ -58,6 +58,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self.head_bytes = None
         self._start_timer()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            send_plain(self.cycle)
 
     def on_message_complete(self):
         super().on_message_complete()
@@ -106,6 +108,22 @@ class LimitedProtocol(HttpToolsProtocol):
             lines += [b"connection: close", b"", response.body]
             self.transport.write(b"\r\n".join(lines))
         self.transport.close()
+
+
+def send_plain(cycle):
+    """
+    Let a response, uvicorn's RequestResponseCycle, be sent as it is: its end is the end of the
+    connection. uvicorn would send it in chunks with their sizes, which HTTP/1.0 does not know.
+    """
+    send = cycle.send
+    cycle.chunked_encoding = False
+
+    async def send_any_length(message):
+        # uvicorn compares the length of the whole body with what is left of the announced one
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_any_length
 
 
 # -----------------------------------------------------------------------------

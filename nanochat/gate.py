@@ -1,7 +1,8 @@
 """
 What every request passes before its route, and the errors in OpenAI's shape.
 
-`Gate` checks the key, the size of head and body, notes who asks, and counts the response. A
+`Gate` checks the key, the host name, the size of head and body, notes who asks, and counts the
+response. A
 `BodyRoute` reads large bodies off the event loop.
 """
 
@@ -45,16 +46,19 @@ def split_keys(text):
 
 class Gate:
     """
-    The middleware around the routes. api_keys: one of these is needed, [] = none is.
+    The middleware around the routes. api_keys: one of these is needed, [] = none is. hosts: the
+    names of this server that are answered without a key. A web page may give itself our address by
+    DNS (rebinding), and then calls us by its own name.
 
     The client's name in `scope["nanochat_client"]` is its key, where there are several. A single
     key is the same for all, so then, and without keys, it is the address.
     """
 
-    def __init__(self, app, service, api_keys):
+    def __init__(self, app, service, api_keys, hosts):
         self.app = app
         self.service = service
         self.api_keys = api_keys
+        self.hosts = hosts
 
     async def __call__(self, scope, receive, send):
         # lifespan messages pass
@@ -77,11 +81,15 @@ class Gate:
             self.service.responses.labels(path, str(status)).inc()
 
     def refuse(self, scope):
-        """The response to a request with a long head, or without a key, or None."""
+        """The response to a request with a long head, a strange host, or without a key, or None."""
         if count_head_bytes(scope) > MAX_HEAD_BYTES:
             return long_head_response()
         address = scope.get("client") or ("",)
         scope["nanochat_client"] = address[0]
+        # browsers always send a host name
+        host = strip_port(Headers(scope=scope).get("host", ""))
+        if host and not self.api_keys and host not in self.hosts:
+            return strange_host_response(host)
         if not self.api_keys or scope["path"] in OPEN_PATHS:
             return None
 
@@ -104,6 +112,17 @@ def count_head_bytes(scope):
     for name, value in scope["headers"]:
         num_bytes += len(name) + len(value)
     return num_bytes
+
+
+def strip_port(host):
+    """
+    The name in a Host header, in lower case.
+
+    >>> [strip_port(host) for host in ("Localhost:8000", "[::1]:8000", "[::1]")]
+    ['localhost', '[::1]', '[::1]']
+    """
+    name, _, port = host.lower().rpartition(":")
+    return name if name and port.isdigit() else host.lower()
 
 
 def limit_body(receive):
@@ -167,9 +186,32 @@ def long_head_response():
     return error_response(431, message, headers={"Connection": "close"})
 
 
+def strange_host_response(host):
+    message = (
+        f"Without a key only requests to this machine's own names are answered, not to {host!r:.100}:"
+        f" start the server with --allow_host={host:.100}, or with a key in NANOCHAT_API_KEY"
+    )
+    return error_response(400, message, code="host_not_allowed")
+
+
 async def on_http_error(request, error):
     detail = error.detail if isinstance(error.detail, dict) else {"message": str(error.detail)}
+    # Starlette's own errors, of a path or a method without a route
+    if error.detail == "Not Found":
+        detail = {"message": f"There is no {request.url.path!r:.200} here. There is: {list_paths(request.app)}"}
+    elif error.detail == "Method Not Allowed":
+        allowed = (error.headers or {}).get("Allow", "")
+        detail = {"message": f"{request.url.path} takes {allowed}, not {request.method}"}
     return error_response(error.status_code, **detail, headers=error.headers)
+
+
+def list_paths(app):
+    """The paths that an app answers, as text."""
+    paths = []
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.include_in_schema:
+            paths.append(f"{'/'.join(route.methods)} {route.path}")
+    return ", ".join(paths)
 
 
 async def on_invalid_request(request, error):

@@ -27,7 +27,6 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanochat.api import ChatRequest, CompletionRequest, TokenizeRequest
 from nanochat.api_responses import ResponsesRequest
@@ -43,7 +42,7 @@ from nanochat.precision import get_precision_dtype
 from nanochat.scheduler import Scheduler
 from nanochat.service import Service, build_chat, build_completion, build_response, respond
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 # nothing but the page's own script and style, and calls of this server
 CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -68,10 +67,7 @@ def create_app(service, api_keys=(), cors_origin=None, hosts=LOCAL_HOSTS):
     app.router.route_class = BodyRoute
 
     # the middleware that is added last is the outermost
-    app.add_middleware(Gate, service=service, api_keys=api_keys)
-    if not api_keys:
-        # only local names: a web page may give itself our address by DNS (rebinding)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(Gate, service=service, api_keys=api_keys, hosts=hosts)
     if cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=cors_origin, allow_methods=["*"], allow_headers=["*"])
@@ -190,6 +186,9 @@ def parse_args(argv=None):
     add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY") or None,
         help="required of every request; several, with commas between them, tell clients apart "
         "(default: $NANOCHAT_API_KEY, which other users cannot read)")
+    add("--allow_host", "--allow-host", action="append", default=[],
+        help="name by which others call this server, such as host.docker.internal; may be repeated "
+        "(with a key any name is answered)")
     add("--cors_origin", "--cors-origin", action="append",
         help="web origin that may call the API; may be repeated")
     add("-n", "--num_gpus", "--num-gpus", type=int, default=1,
@@ -322,7 +321,8 @@ def main():
     load = partial(load_schedulers, models, device.type, args.rows)
     service = Service(load, list(models), args.num_gpus, args.max_waiting,
                       args.temperature, args.top_k, args.max_tokens)
-    app = create_app(service, args.api_keys, args.cors_origin, (*LOCAL_HOSTS, args.host))
+    hosts = (*LOCAL_HOSTS, args.host, *(name.lower() for name in args.allow_host))
+    app = create_app(service, args.api_keys, args.cors_origin, hosts)
     server = Server(app, service)
 
     # a model that cannot be loaded ends the server; its error is raised below

@@ -133,7 +133,8 @@ def test_a_call_is_an_item_whole_and_streamed(client):
     ({"previous_response_id": "resp_1"}, "send the whole conversation as input"), ({"background": True}, "background"),
     ({"messages": HELLO["messages"]}, "use input"), ({"input": []}, "input"), ({"n": 2}, "n"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0"),
-    ({"tools": [{"type": "web_search", "name": "x"}]}, "tools.0.type"), ({"text": {"format": {"type": "json_schema"}}}, "schema"),
+    ({"tools": [{"type": "web_search", "name": "x"}]}, "tools.0.type"),
+    ({"text": {"format": {"type": "json_schema"}}}, "schema"),
     ({"tools": [ADD], "tool_choice": {"type": "function", "name": "sub"}}, "which no tool has"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"max_output_tokens": 0}, "max_output_tokens"),
 ])
