@@ -169,5 +169,5 @@ def get_constraints(tokenizer):
     except ImportError as error:
         raise UserError(
             "response_format and tools need the package llguidance on the server",
-            "pip install 'nanochat[constraints]'",
+            "pip install llguidance",
         ) from error

@@ -180,5 +180,5 @@ def test_without_the_package_the_refusal_says_what_to_install(client, monkeypatc
     monkeypatch.setitem(sys.modules, "llguidance", None)  # as if it were not installed
     get_constraints.cache_clear()
     response = chat(client, response_format={"type": "json_object"})
-    assert response.status_code == 400 and "pip install 'nanochat[constraints]'" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "pip install llguidance" in response.json()["error"]["message"]
     assert chat(client).status_code == 200
