@@ -35,6 +35,7 @@ depth: int = 4                # of the server's model
 vocab_size: int = 8192        # of that model
 max_seq_len: int = 1024       # of that model
 rows: int = 64                # answers that the server decodes at once
+max_waiting: int = 512        # completions that may wait
 seed: int = 1                 # of all that is drawn
 close_s: float = 45.0         # a half-sent request must be gone after so long
 idle_s: float = 30.0          # until memory is measured at the end
@@ -285,7 +286,7 @@ class Soak:
         """Always the most completions that one client may have."""
         visitor = self.visitor(2000, random.Random(seed))
         while not self.is_over:
-            prompts = [visitor.words(4) for _ in range(64)]
+            prompts = [visitor.words(4) for _ in range(max(1, max_waiting // 8))]
             data = post(COMPLETIONS, prompt=prompts, n=4, max_tokens=200)
             outcome = await visitor.ask(data)
             self.tally.note(self.run_greedy, outcome)
@@ -354,7 +355,7 @@ async def soak(address, process):
 
 
 def main():
-    for name in ("depth", "vocab_size", "max_seq_len", "rows"):
+    for name in ("depth", "vocab_size", "max_seq_len", "rows", "max_waiting"):
         setattr(bench_serving, name, globals()[name])
     process, address = bench_serving.start_server()
     try:

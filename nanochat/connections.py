@@ -46,13 +46,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data):
         if self.head_bytes is not None:
             self._start_timer()
-        super().data_received(data)
-
-        # the head has not ended with this piece. Those that have are counted by the Gate
-        if self.head_bytes is not None:
             self.head_bytes += len(data)
-            if self.head_bytes > MAX_HEAD_BYTES:
-                self._close_with(long_head_response())
+        super().data_received(data)
+        # the head has not ended with this piece. The Gate counts those that have
+        if (self.head_bytes or 0) > MAX_HEAD_BYTES:
+            self._close_with(long_head_response())
 
     def on_headers_complete(self):
         self.head_bytes = None
