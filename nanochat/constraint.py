@@ -70,7 +70,7 @@ def describe_functions(functions):
 
 class Constraint:
     """
-    What one row may write next: `allowed` before each token, `feed` after it. It must end with
+    What one row may write next: `banned` before each token, `feed` after it. It must end with
     `stop_token`, which is allowed once the answer is complete.
 
     others: None, or the tokens (V,) with which the row may begin instead. It is free after one of
@@ -84,16 +84,16 @@ class Constraint:
         self.functions = functions
         self.active = True  # False: the row is free
 
-    def allowed(self):
-        """The tokens that may come next, a bool tensor (V,) on the CPU, or None for all."""
+    def banned(self):
+        """The tokens that may not come next, a bool tensor (V,) on the CPU; None if all may."""
         if not self.active:
             return None
         # a byte for each token, not 0 if it is allowed. After an error only the stop token is
-        mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
-        mask = mask.bool()
+        allowed = bytearray(self.matcher.compute_logit_bias())
+        banned = torch.frombuffer(allowed, dtype=torch.uint8) == 0
         if self.others is not None:
-            mask |= self.others
-        return mask
+            banned &= ~self.others
+        return banned
 
     def feed(self, token):
         """Take the row's next token."""

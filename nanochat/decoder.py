@@ -297,19 +297,18 @@ class Decoder:
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
 
     def _adjust(self, rows, logits):
-        """
-        The logits (B, V) after penalties, biases and constraints; a copy, if any row has some.
-        """
+        """The logits (B, V) after penalties, biases and constraints, in place where nobody sees it."""
         places = [i for i, row in enumerate(rows) if row.is_adjusted]
-        if places:
+        # log-probabilities are those of the model itself
+        if places and any(row.num_top is not None for row in rows):
             logits = logits.clone()
         for i in places:
             row = rows[i]
             if row.sampling.has_penalties:
                 penalize(logits[i], row.sampling, row.prompt, row.tokens)
-            allowed = None if row.constraint is None else row.constraint.allowed()
-            if allowed is not None:
-                logits[i].masked_fill_(~allowed.to(logits.device), -torch.inf)
+            banned = None if row.constraint is None else row.constraint.banned()
+            if banned is not None:
+                logits[i].masked_fill_(banned.to(logits.device), -torch.inf)
         return logits
 
     def _record_logprobs(self, rows, logits):
