@@ -238,9 +238,11 @@ class Tokenizer:
         for plan in plans:
             pieces = []
             for item, _, is_excluded in plan:
-                tokens = next(encoded).astype(np.int32) if isinstance(item, str) else np.int32([item])
-                pieces.append(~tokens if is_excluded else tokens)
-            rows.append(np.concatenate(pieces))
+                tokens = next(encoded) if isinstance(item, str) else [item]
+                if is_excluded:
+                    tokens = ~np.asarray(tokens, dtype=np.int32)
+                pieces.append(tokens)
+            rows.append(np.concatenate(pieces).astype(np.int32))
         return rows
 
     def _encode_plan(self, plan):
