@@ -197,7 +197,7 @@ def _read_weight(message, index):
 def _read_calls(message, index):
     """The texts of an assistant message's tool calls, in the two forms that OpenAI has had."""
     calls = message.get("tool_calls") or []
-    if message.get("function_call"):
+    if message.get("function_call") and not calls:
         calls = [{"function": message["function_call"]}]
     texts = []
     try:

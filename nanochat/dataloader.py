@@ -255,8 +255,13 @@ def conversation_rows(dataset, indices, tokenizer, max_len):
 
 
 def shift(rows):
-    """Rows (R, T + 1) -> inputs and targets, (R, T) each. IGNORE stays among the targets."""
-    return np.maximum(rows[:, :-1], 0), rows[:, 1:]
+    """
+    Rows (R, T + 1) -> inputs and targets, (R, T) each. A token ~id is id among the inputs and
+    IGNORE among the targets. IGNORE itself, which fills a last row, is ~0.
+    """
+    inputs = np.where(rows < 0, ~rows, rows)[:, :-1]
+    targets = np.where(rows < 0, IGNORE, rows)[:, 1:]
+    return inputs, targets
 
 
 def to_device(array, device):

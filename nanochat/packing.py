@@ -2,8 +2,8 @@
 Documents packed into rows.
 
 A row holds T + 1 tokens (inputs are the first T, targets the last T). It starts with <|bos|>, as
-each document does. Rows are made in blocks, each of about BLOCK_TOKENS of consecutive documents of
-one epoch:
+each document does. A token that is no target, in a turn of weight 0, stands as ~id. Rows are made
+in blocks, each of about BLOCK_TOKENS of consecutive documents of one epoch:
   - a document longer than a row is cut; the rest becomes a document with its own <|bos|>;
   - the others are packed best-fit: the longest that still fits, until none does. Then the start of
     a document fills the gap, and its rest waits again;

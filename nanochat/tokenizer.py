@@ -220,21 +220,28 @@ class Tokenizer:
 
     def render_batch(self, conversations):
         """
-        The ids of each conversation as an int32 array, without masks: the fast path of packing.
+        The ids of each conversation as an int32 array: the fast path of packing, for training on
+        all that is said. Only in a turn of the assistant of weight 0, a token is not for training
+        either, and stands as ~id.
         """
         plans = [self._plan(_read_turns(conversation)) for conversation in conversations]
 
         # Encode all texts at once
         texts = []
         for plan in plans:
-            texts += [item for item, _ in plan if isinstance(item, str)]
+            texts += [item for item, _, _ in plan if isinstance(item, str)]
         ids, offsets = self.encode_to_numpy(texts)
         encoded = iter(np.split(ids, offsets[1:]))
 
         # Put the special tokens between them
         rows = []
         for plan in plans:
-            pieces = [next(encoded) if isinstance(item, str) else [item] for item, _ in plan]
+            pieces = []
+            for item, _, is_excluded in plan:
+                tokens = next(encoded) if isinstance(item, str) else [item]
+                if is_excluded:
+                    tokens = ~np.asarray(tokens, dtype=np.int32)
+                pieces.append(tokens)
             rows.append(np.concatenate(pieces).astype(np.int32))
         return rows
 
@@ -242,7 +249,7 @@ class Tokenizer:
         # Each text is encoded alone, so no token crosses a special token
         ids = []
         mask = []
-        for item, trained in plan:
+        for item, trained, _ in plan:
             tokens = self._encode_one(item) if isinstance(item, str) else [item]
             ids += tokens
             mask += [trained] * len(tokens)
@@ -250,21 +257,23 @@ class Tokenizer:
 
     def _plan(self, turns):
         """
-        A conversation before encoding: [(text or id of a special token, 1 if it is trained on)].
+        A conversation before encoding: [(text or id of a special token, 1 if it is in the mask,
+        whether it is excluded from all training)].
         """
-        plan = [(self.get_bos_token_id(), 0)]
+        plan = [(self.get_bos_token_id(), 0, False)]
         for turn in turns:
             role = turn["role"]
             # The start of the assistant's turn is given to it; the end it must write itself
             trained = turn["weight"]
-            plan.append((self.encode_special(f"<|{role}_start|>"), 0))
+            is_excluded = role == "assistant" and not trained
+            plan.append((self.encode_special(f"<|{role}_start|>"), 0, is_excluded))
             for part in turn["content"]:
                 # A start and an end, or none
                 fences = [self.encode_special(name) for name in PART_FENCES[part["type"]]]
                 items = fences[:1] + [part["text"]] + fences[1:]
                 mask = 0 if part["type"] == "python_output" else trained
-                plan += [(item, mask) for item in items]
-            plan.append((self.encode_special(f"<|{role}_end|>"), trained))
+                plan += [(item, mask, is_excluded) for item in items]
+            plan.append((self.encode_special(f"<|{role}_end|>"), trained, is_excluded))
         return plan
 
     def visualize_tokenization(self, ids, mask):

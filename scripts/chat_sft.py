@@ -46,7 +46,7 @@ source: Literal["mid", "base"] = "mid"  # stage to start from
 model_tag: str | None = None          # its tag, and the result's; None = the one saved last
 model_step: int | None = None         # its step; None = the last
 # Data: your own conversations, and sizes of the mixture's parts
-data: str | None = None               # JSONL file of conversations to add, tasks/customjson.py
+data: str | None = None               # file of conversations to add, tasks/customjson.py
 smoltalk_size: Count = 10000          # SmolTalk conversations
 identity_epochs: Count = 1            # how often the mixture repeats the identity conversations
 spelling_size: Count = 300            # SimpleSpelling words

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from nanochat.checkpoint_manager import stage_managers
-from nanochat.common import ceil_div, compiles, print0, run_script
+from nanochat.common import IGNORE, ceil_div, compiles, print0, run_script
 from nanochat.configurator import (
     Count,
     CountOrOff,
@@ -62,7 +62,7 @@ seed: int = 42                        # of the data order
 model_tag: str | None = None          # its tag, and the result's; None = the one saved last
 model_step: int | None = None         # its step; None = the last
 # Data: your own conversations, and how often the mixture holds each part
-data: str | None = None               # JSONL file of conversations to add, tasks/customjson.py
+data: str | None = None               # file of conversations to add, tasks/customjson.py
 identity_epochs: Count = 2            # how often the mixture repeats the identity conversations
 spelling_size: Count = 200000         # SimpleSpelling words
 spellingbee_size: Count = 80000       # SpellingBee questions
@@ -117,9 +117,10 @@ class PackedRows:
         self.loader = packed_conversations(self.mixture, stage.tokenizer, max_seq_len, seed, state)
 
     def next(self, step):
-        rows = self.loader.next_rows(self.num_rows)
-        inputs, targets = shift(rows[self.my_rows])
-        return (inputs, targets, None), self.batch_tokens, self.batch_tokens
+        inputs, targets = shift(self.loader.next_rows(self.num_rows))
+        num_targets = max(1, int((targets != IGNORE).sum()))  # without turns of weight 0
+        mine = (inputs[self.my_rows], targets[self.my_rows], None)
+        return mine, num_targets, self.batch_tokens
 
     def state(self):
         return self.loader.state()

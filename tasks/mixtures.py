@@ -26,7 +26,7 @@ def identity_tasks(epochs):
 
 
 def own_conversations(data):
-    """The user's --data, a JSONL file of conversations, as a list of one task; empty without it."""
+    """The user's --data, a file of conversations, as a list of one task; empty without it."""
     return [CustomJSON(data)] if data is not None else []
 
 

@@ -15,11 +15,14 @@ from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.dataloader import (
     IGNORE,
+    conversation_rows,
     count_used,
     describe_position,
     eval_batches,
     eval_rows,
     even_weights,
+    packed_conversations,
+    shift,
     token_documents,
     training_rows,
 )
@@ -201,6 +204,61 @@ def test_eval_batches_shift_by_one_and_ignore_padding():
     ((x, y),) = eval_batches(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), 8, torch.device("cpu"))
     assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
     assert x.dtype == y.dtype == torch.int64
+
+
+# -----------------------------------------------------------------------------
+# Conversations
+
+
+def talk(*texts, **fields):
+    """A conversation that the user begins. fields: of the assistant's messages."""
+    messages = []
+    for i, text in enumerate(texts):
+        messages.append({"role": "assistant", **fields} if i % 2 else {"role": "user"})
+        messages[-1]["content"] = text
+    return {"messages": messages}
+
+
+def packed_targets(conversations, tokenizer, sequence_len):
+    """(inputs, targets) of three passes over the conversations, packed as midtraining does."""
+    loader = packed_conversations(conversations, tokenizer, sequence_len)
+    num_tokens = sum(len(ids) for ids in tokenizer.render_batch(conversations))
+    rows = loader.next_rows(3 * num_tokens // sequence_len)
+    loader.close()
+    return shift(rows)
+
+
+def test_a_turn_of_weight_0_is_read_and_not_trained_on_in_midtraining(tokenizer):
+    conversations = [talk("Hi", "bad " * 9, weight=0), talk("Ho", "good " * 9)]
+    inputs, targets = packed_targets(conversations, tokenizer, 64)
+    read = tokenizer.decode(inputs.ravel())
+    trained = tokenizer.decode(targets[targets != IGNORE])
+    assert read.count("bad") > 10 and trained.count("bad") == 0
+    assert trained.count("Hi") > 0 and trained.count("good") > 10
+    unweighted = packed_targets([talk("Hi", "bad " * 9), conversations[1]], tokenizer, 64)
+    assert np.array_equal(inputs, unweighted[0])  # the same tokens at the same places
+
+
+def test_a_conversation_cut_to_the_context_does_not_end_there_in_finetuning(tokenizer):
+    end = tokenizer.encode_special("<|assistant_end|>")
+    whole = talk("Hi", "short")
+    cut = talk("Ho", "word " * 200)
+    inputs, targets, num_cut = conversation_rows([whole, cut], [0, 1], tokenizer, max_len=64)
+    ids, _ = tokenizer.render_conversation(cut)
+    assert num_cut == 1 and (targets == end).sum(axis=1).tolist() == [1, 0]
+    assert targets[1, -1] == ids[64] and inputs[1].tolist() == ids[:64]  # the next word, up to the last place
+
+
+def test_a_conversation_cut_to_the_context_does_not_end_there_in_midtraining(tokenizer):
+    end = tokenizer.encode_special("<|assistant_end|>")
+    inputs, targets = packed_targets([talk("Ho", f"{i} " * (50 + 20 * i)) for i in range(9)], tokenizer, 64)
+    begins = targets == tokenizer.get_bos_token_id()
+    assert begins.sum() > 5 and (inputs[begins] == end).all()
+
+
+def test_the_sign_of_a_token_says_whether_it_is_a_target():
+    inputs, targets = shift(np.array([[0, 5, ~6, ~0, 7, IGNORE]], dtype=np.int32))
+    assert inputs.tolist() == [[0, 5, 6, 0, 7]] and targets.tolist() == [[5, IGNORE, IGNORE, 7, IGNORE]]
 
 
 def test_even_weights_make_every_row_with_targets_count_the_same():

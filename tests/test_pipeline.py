@@ -130,12 +130,57 @@ def test_a_resumed_run_cannot_change_which_examples_a_step_has(stage):
         run_stage(stage, resume_from_step=2, examples_per_step=3)
 
 
+@pytest.fixture
+def dirty(tmp_path):
+    """A file of 40 rows with the field `story`. Rows 5 and 38, one of the two held out, hold none."""
+    rows = [{"story": f"Tom went to the market {i} times. " * 9, "text": "not this"} for i in range(40)]
+    rows[5]["story"] = rows[38]["story"] = None
+    (tmp_path / "dirty.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return dict(data=str(tmp_path / "dirty.jsonl"), text_field="story", model_tag="dirty")
+
+
+def test_a_run_goes_past_rows_without_text_and_names_them(dirty, capsys):
+    run_stage("base", **dirty, num_iterations=12, total_batch_size=512)
+    out = capsys.readouterr().out
+    assert f"rows without text: 2 skipped, first in each file: {dirty['data']}:6: field story is missing" in out
+    assert CheckpointManager(get_checkpoint_dir("base", "dirty")).steps()[-1] == 12
+
+
+def test_strict_stops_before_training_starts(dirty, capsys):
+    with pytest.raises(UserError, match=r"dirty.jsonl:6: field story is missing or null"):
+        run_stage("base", **dirty, strict=True)
+    assert "step" not in capsys.readouterr().out.replace("steps", "")
+    assert not get_checkpoint_dir("base", "dirty").exists()
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_own_conversations_of_another_shape_are_trained_on(stage, tmp_path, capsys):
+    rows = [{"conversations": [{"from": "human", "value": f"Say {i}"}, {"from": "gpt", "value": str(i)}]}
+            for i in range(30)]
+    (tmp_path / "sharegpt.json").write_text(json.dumps(rows), encoding="utf-8")
+    sizes = []
+    for data in (None, str(tmp_path / "sharegpt.json")):
+        run_stage(stage, num_iterations=1, data=data)
+        printed = capsys.readouterr().out.partition("mixture: ")[2]
+        sizes.append(int(printed.split(" conversations")[0].replace(",", "")))
+    assert sizes[1] == sizes[0] + 30
+
+
 def test_base_loss_scores_both_splits(monkeypatch, capsys):
     monkeypatch.setattr(base_loss, "eval_tokens", 300)
     monkeypatch.setattr(base_loss, "model_tag", "d1")
     base_loss.main()
     out = capsys.readouterr().out
     assert "train bpb: " in out and "val bpb: " in out and "sample: " in out
+
+
+def test_base_loss_reads_another_field_and_names_rows_without_text(monkeypatch, dirty, capsys):
+    for name, value in {"eval_tokens": -1, **dirty, "model_tag": "d1"}.items():
+        monkeypatch.setattr(base_loss, name, value)
+    base_loss.main()
+    train, val = [line for line in capsys.readouterr().out.splitlines() if "rows without text" in line]
+    assert "1 skipped" in train and "dirty.jsonl:6: field story" in train
+    assert "1 skipped" in val and "dirty.jsonl:39: field story" in val
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -73,6 +73,18 @@ def test_train_saves_what_the_class_learns_from_the_same_documents(monkeypatch, 
     assert f"saved: {base_dir / 'tokenizer'} | hash: {same.hash()[:16]}" in capsys.readouterr().out
 
 
+def test_train_reads_another_field_and_names_rows_without_text(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"story": "sun and rain " * 20}, {"story": None}, {"story": ""}, {"story": "wind " * 20}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = (f"--data={path}", "--text_field=story", "--vocab_size=300")
+    run_as_command(monkeypatch, "tok_train", *flags)
+    assert f"rows without text: 2 skipped, first in each file: {path}:2: field story" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_as_command(monkeypatch, "tok_train", *flags, "--strict")
+    assert f"error: {path}:2: field story is missing or null" in capsys.readouterr().err
+
+
 def test_train_records_its_facts(monkeypatch, base_dir, corpus):
     for name, value in {"data": corpus, "vocab_size": 400, "doc_cap": 100}.items():
         monkeypatch.setattr(tok_train, name, value)
