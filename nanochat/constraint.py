@@ -12,6 +12,7 @@ writes the calls of a conversation.
 import functools
 import json
 
+import numpy as np
 import torch
 
 from nanochat.common import UserError
@@ -85,15 +86,25 @@ class Constraint:
         self.active = True  # False: the row is free
 
     def banned(self):
-        """The tokens that may not come next, a bool tensor (V,) on the CPU; None if all may."""
+        """The tokens that may not come next, a bool array (V,); None if all may."""
         if not self.active:
             return None
         # a byte for each token, not 0 if it is allowed. After an error only the stop token is
-        allowed = bytearray(self.matcher.compute_logit_bias())
-        banned = torch.frombuffer(allowed, dtype=torch.uint8) == 0
+        allowed = np.frombuffer(self.matcher.compute_logit_bias(), np.uint8)
+        banned = allowed == 0
         if self.others is not None:
             banned &= ~self.others
         return banned
+
+    def ban(self, logits):
+        """Ban these tokens in a row's logits (V,), in place."""
+        banned = self.banned()
+        if banned is None:
+            return
+        if logits.device.type == "cpu":  # a third of the time that torch takes
+            np.copyto(logits.numpy(), -np.inf, where=banned)
+        else:
+            logits.masked_fill_(torch.from_numpy(banned).to(logits.device), -torch.inf)
 
     def feed(self, token):
         """Take the row's next token."""
@@ -143,7 +154,7 @@ class Constraints:
 
         # an answer that may be a call is one if it begins with a brace
         is_other = [not token.startswith(b"{") for token in encode.tokens]
-        self.not_brace = torch.tensor(is_other)
+        self.not_brace = np.array(is_other)
 
     def make(self, schema=None, functions=None, optional=False):
         """

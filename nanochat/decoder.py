@@ -306,9 +306,8 @@ class Decoder:
             row = rows[i]
             if row.sampling.has_penalties:
                 penalize(logits[i], row.sampling, row.prompt, row.tokens)
-            banned = None if row.constraint is None else row.constraint.banned()
-            if banned is not None:
-                logits[i].masked_fill_(banned.to(logits.device), -torch.inf)
+            if row.constraint is not None:
+                row.constraint.ban(logits[i])
         return logits
 
     def _record_logprobs(self, rows, logits):

@@ -45,7 +45,7 @@ def events_of(response):
 
 
 def allowed_by(constraint):
-    return set((~constraint.banned()).nonzero().flatten().tolist())
+    return set((~constraint.banned()).nonzero()[0].tolist())
 
 
 @needs_llguidance
