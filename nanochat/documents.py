@@ -126,8 +126,16 @@ def iter_parquet(path: Path) -> Iterator[dict]:
             for batch in _read_batches(path, file, group):
                 for row in batch.to_pylist():
                     for name in json_columns:
-                        row[name] = json.loads(row[name] or "null")
+                        row[name] = _parse_value(row[name], f"{path}: column {name}")
                     yield row
+
+
+def _parse_value(text, where):
+    """The value of a column of JSON in one row; None for null."""
+    try:
+        return None if text is None else _parse_json(text, where, "JSON")
+    except BadRowError as error:
+        raise UserError(str(error), "mend or delete that row") from error
 
 
 def _is_string(column_type):

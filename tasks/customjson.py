@@ -104,7 +104,7 @@ def read_rows(path):
     # Some files of this name hold an array, some a row on each line
     try:
         value = json.loads(b"".join(read_lines(path)))
-    except ValueError:
+    except (ValueError, RecursionError):
         yield from read_jsonl(path)
         return
     rows = value if isinstance(value, list) else [value]
