@@ -43,7 +43,9 @@ churn: int = 1000             # requests, two thirds of which are cut off; 0 = n
 model: str | None = None      # name of the model to ask; None = the server's default
 api_key: str | None = None    # of a server that wants one
 max_waiting: int = 4096       # completions that may wait at that server
+beside: int = 0               # processes that keep a core busy meanwhile
 serve: bool = False           # be the server (used by the benchmark itself)
+probe: str = ""               # be the one that asks for /health at this address (used by the benchmark itself)
 
 WORDS = "the light of the sea and a boat that came home late in the evening when seven stars were out".split()
 
@@ -198,13 +200,31 @@ def read_chunk(chunk, answer):
 # Measurements
 
 
-async def probe_health(address, latencies):
-    """Ask /health four times a second, until cancelled."""
+async def run_probe():
+    """Ask for /health 20 times a second and print the latencies, in seconds, until ended."""
     while True:
         begin = time.perf_counter()
-        await fetch(address, "/health")
-        latencies.append(time.perf_counter() - begin)
-        await asyncio.sleep(0.25)
+        await fetch(probe, "/health")
+        print(time.perf_counter() - begin, flush=True)
+        await asyncio.sleep(0.05)
+
+
+def start_probe(address):
+    """A process of its own, since the clients here would delay what it measures."""
+    command = [sys.executable, "-m", "dev.bench_serving", f"--probe={address}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def end_probe(process):
+    """Its latencies."""
+    process.terminate()
+    output, _ = process.communicate()
+    return [float(line) for line in output.splitlines()]
+
+
+def start_busy_processes():
+    command = [sys.executable, "-c", "while True: pass"]
+    return [subprocess.Popen(command) for _ in range(beside)]
 
 
 def quantile_ms(seconds, q):
@@ -218,7 +238,7 @@ def quantile_ms(seconds, q):
 async def measure(address, num_clients):
     """A row of the table: `seconds` of num_clients that ask again and again."""
     answers = []
-    health = []
+    health_probe = start_probe(address)
     begin = time.perf_counter()
 
     async def client(i):
@@ -226,10 +246,9 @@ async def measure(address, num_clients):
         while time.perf_counter() < begin + seconds:
             answers.append(await stream(address, rng))
 
-    probe = asyncio.create_task(probe_health(address, health))
     await asyncio.gather(*map(client, range(num_clients)))
     elapsed = time.perf_counter() - begin
-    probe.cancel()
+    health = end_probe(health_probe)
 
     complete = [answer for answer in answers if answer.complete]
     first = [answer.times[0] - answer.begin for answer in complete]
@@ -242,6 +261,7 @@ async def measure(address, num_clients):
         "first p95 ms": quantile_ms(first, 0.95),
         "gap p50 ms": quantile_ms(gaps, 0.5),
         "gap p99 ms": quantile_ms(gaps, 0.99),
+        "health p99 ms": quantile_ms(health, 0.99),
         "health max ms": quantile_ms(health, 1.0),
         "refused": len(answers) - len(complete),
     }
@@ -305,6 +325,9 @@ def main():
     if serve:
         run_server()
         return
+    if probe:
+        asyncio.run(run_probe())
+        return
     if url:
         process = None
         address = url.rstrip("/")
@@ -314,12 +337,13 @@ def main():
         load = statistics.fmean(os.getloadavg())
         print(f"load average: {load:.1f} on {os.cpu_count()} cores | depth {depth} | vocabulary {vocab_size} | "
               f"{max_tokens} tokens an answer", flush=True)
+    busy = start_busy_processes()
     try:
         asyncio.run(bench(address, process))
     finally:
-        if process:
-            process.terminate()
-            process.wait()
+        for other in busy + [process] * bool(process):
+            other.terminate()
+            other.wait()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, C width, H heads, H_kv key and value heads, D head siz
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -167,4 +168,24 @@ def packed_linear(x, weight, packed):
     one_row = x.numel() == x.size(-1)
     if packed is None or one_row:
         return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    x_rows = x.reshape(-1, x.size(-1))
+    num_rows = len(x_rows)
+    padding = round_up(num_rows) - num_rows
+    if padding:
+        x_rows = F.pad(x_rows, (0, 0, 0, padding))  # rows of zeros
+    y = torch.ops.mkldnn._linear_pointwise(x_rows, packed, None, "none", [], "")
+    return y[:num_rows].view(*x.shape[:-1], -1)
+
+
+def round_up(num_rows):
+    """
+    The number of rows that a matmul is done with: 1 to 8, then four numbers up to each power of 2.
+    For each one that it meets oneDNN makes code of 0.6 MB, which takes 0.05 s, and keeps 1,024 of
+    them. Prompts have any length, so a server grew by 600 MB.
+
+    >>> [round_up(n) for n in (7, 9, 17, 31, 33, 100)]
+    [7, 10, 20, 32, 40, 112]
+    """
+    step = max(1, 2 ** ((num_rows - 1).bit_length() - 3))
+    return math.ceil(num_rows / step) * step

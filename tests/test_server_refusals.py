@@ -11,7 +11,8 @@ from starlette.testclient import TestClient
 
 from nanochat.api import ChatRequest, CompletionRequest
 from nanochat.common import UserError
-from nanochat.service import Service
+from nanochat.scheduler import RequestFailed, ShuttingDown
+from nanochat.service import ClientLeft, Service, failure_status
 from scripts.chat_web import create_app, find_models, is_loopback, main, parse_args
 from tests.servers import HELLO, MODEL, URL, chat, running_server, tiny_service, wait_for
 
@@ -214,3 +215,29 @@ def test_models_are_named_by_stage_and_tag(monkeypatch, tmp_path):
         find_models(parse_args([]))
     with pytest.raises(UserError, match="stage:tag"):
         find_models(parse_args(["--models", "base:d4:x"]))
+
+
+@pytest.mark.parametrize("key", ["", " ", ",", "\t\n"])
+def test_a_blank_key_is_no_key(monkeypatch, key):
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    with pytest.raises(UserError, match="a blank key is no key"):
+        parse_args(["--host", "0.0.0.0", "--api_key", key])
+    with pytest.raises(UserError, match="a blank key is no key"):
+        parse_args(["--api_key", key])  # somebody meant to have one
+    monkeypatch.setenv("NANOCHAT_API_KEY", key)
+    if key:
+        with pytest.raises(UserError, match="a blank key is no key"):
+            parse_args([])
+    else:  # an empty variable is the same as none
+        assert parse_args([]).api_keys == []
+
+
+def test_several_keys_are_separated_by_commas_and_stripped(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_API_KEY", " one,two , ,")
+    assert parse_args([]).api_keys == ["one", "two"]
+    assert parse_args(["--api_key", "three\n"]).api_keys == ["three"]
+
+
+def test_how_an_answer_failed_is_told_by_the_type_of_the_error():
+    errors = [ClientLeft("x"), ShuttingDown("x"), RequestFailed("the client has left")]
+    assert [failure_status(error) for error in errors] == [499, 503, 500]
