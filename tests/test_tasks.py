@@ -11,19 +11,11 @@ import tasks.common
 import tasks.gsm8k
 import tasks.spellingbee
 from nanochat.common import UserError
-from nanochat.execution import sandbox_walls
 from tasks.arc import ARC
 from tasks.common import Task, TaskChain, TaskMixture, TaskSequence, parse_answer, render_mc
 from tasks.gsm8k import GSM8K, solution_parts
-from tasks.humaneval import HumanEval, build_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
-
-needs_walls = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system has not all walls of the sandbox")
-
-ADD = {"task_id": "T/0", "prompt": 'import math\n\n\ndef add(a, b):\n    """ The sum. """\n',
-       "canonical_solution": "    return a + b\n", "entry_point": "add",
-       "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"}
 
 
 def mmlu_rows(split, count):
@@ -41,7 +33,7 @@ def mirror(tmp_path_factory):
                               for i in range(30)],
         "tasks/gsm8k_test": [{"question": f"test {i}", "answer": f"#### {i}"} for i in range(5)],
         "tasks/mmlu_auxiliary_train": mmlu_rows("auxiliary_train", 80), "tasks/mmlu_test": mmlu_rows("test", 8),
-        "tasks/arc_easy_train": [arc], "tasks/humaneval_test": [ADD],
+        "tasks/arc_easy_train": [arc],
     }
     for name, rows in files.items():
         (root / name).parent.mkdir(exist_ok=True)
@@ -219,24 +211,3 @@ def test_the_splits_of_mmlu_go_by_two_names():
 def test_an_unknown_split_is_named_with_those_there_are(make):
     with pytest.raises(UserError, match="need '"):
         make()
-
-
-# -----------------------------------------------------------------------------
-# Programs
-
-
-@needs_walls
-@pytest.mark.parametrize("completion, right", [
-    ("    return a + b\n", True), ("return a + b", True), ("    return a - b\n", False), ("I do not know.", False),
-    ("def add(a, b):\n    return sum([a, b])\n", True),
-    ("Here:\n```python\ndef add(a, b):\n    return a + b\n```\n.", True),
-    ("```\nprint(1)\n```\nand\n```py\ndef add(a, b):\n    return a + b\n```", True), ("```python\nreturn a + b", True),
-    ("    return math.floor(a + b)\n", True), ("import os\nos._exit(0)", False), ("", False)])
-def test_a_program_is_right_if_its_tests_pass(completion, right):
-    task = HumanEval()
-    assert task.evaluate(task[0], completion) is right
-
-
-def test_a_program_keeps_the_imports_of_its_prompt():
-    program = build_program(ADD["prompt"], "```\ndef add(a, b):\n    return a\n```", ADD["test"], "add")
-    assert program.startswith("import math") and program.endswith("check(add)\n") and "```" not in program
