@@ -221,7 +221,8 @@ def test_a_process_that_ends_early_never_passes_even_when_the_other_does_not_not
 VALUES = [
     None, True, False, 0, -5, 10**400, 1.5, -0.0, math.inf, -math.inf, "", "it's \"é\"\n\0 😀", "\udcff", b"\x00\xff",
     [], [1, [2, "x"], []], (), (1,), ((1, 2), [3]), set(), {1, "a", (2, 3)}, frozenset({1}), {},
-    {"a": [1], 2: {"b": ()}}, 1 + 2j, range(3, 9, 2), bytearray(b"ab"), Decimal("1.10"), Fraction(1, 3), [0.1 + 0.2, 1e300], -(2**70),
+    {"a": [1], 2: {"b": ()}}, 1 + 2j, range(3, 9, 2), bytearray(b"ab"),
+    Decimal("1.10"), Fraction(1, 3), [0.1 + 0.2, 1e300], -(2**70),
 ]
 
 
@@ -265,9 +266,8 @@ def test_a_message_that_makes_no_sense_is_an_error(data):
 
 
 def test_long_arguments_and_long_answers_cross():
-    program = "def add(a, b): return a + b"
-    tests = "x = list(range(200_000)); y = add(x, x); assert len(y) == 400_000 and y[-1] == 199_999"
-    assert grade(program, tests=tests, timeout=30, max_memory_bytes=1 << 30).success
+    tests = "x = list(range(20_000)); y = add(x, x); assert len(y) == 40_000 and y[-1] == 19_999"
+    assert grade(RIGHT, tests=tests, timeout=30).success
 
 
 def test_a_long_number_crosses():

@@ -12,7 +12,6 @@ from nanochat.execution import sandbox_walls
 from tasks.humaneval import MAX_CHARS, HumanEval, build_program, extract_code
 
 needs_walls = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system has not all walls of the sandbox")
-DATA = Path(__file__).parents[1] / "shared/data"
 
 ADD = {"task_id": "T/0", "prompt": 'import math\n\n\ndef twice(x):\n    return 2 * x\n\n\ndef add(a, b):\n'
        '    """ The sum. """\n', "canonical_solution": "    return a + b\n", "entry_point": "add",
