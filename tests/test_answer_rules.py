@@ -39,7 +39,8 @@ def test_a_word_problem_is_solved_with_its_own_people_and_numbers():
            "Then 24 - 8 = 16", "In the Park? 16.", "tom: 16",
            "Without those that is 16.", "Altogether, Tom has 16."],
           [f"Tom has 20 - 4 = {other}16 marbles left.", f"Mia has 24 - 8 = {call}16 marbles left.", "10 + 6 = 16",
-           "Tom gave them to Mia. 16", "Mia's marbles: 16", "So, Mia: 16", f"Tom has 24 - 8 = {call}15", "20-4=16"], [question])
+           "Tom gave them to Mia. 16", "Mia's marbles: 16", "So, Mia: 16", f"Tom has 24 - 8 = {call}15", "20-4=16"],
+          [question])
     check({"number": 4, "own": [10, 2, 3]}, ["2 * 3 = 6, 10 - 6 = 4", "10 - 2 * 3 = 4", "You have 4."],
           ["5 - 1 = 4", "2 * 3 = 6, 11 - 7 = 4", "Sam has 4."], ["i have 10 dollars, i buy 2 for 3 each"])
 
