@@ -50,6 +50,13 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
     return max(1, round(num_tokens / batch_tokens)), batch_tokens, rule
 
 
+def check_warmup(warmup_iters, num_iterations):
+    """Say so if the learning rate never reaches its full value."""
+    if warmup_iters >= num_iterations:
+        print0(f"note: the warmup takes {warmup_iters} steps, the run {num_iterations}: the learning "
+               f"rate never reaches its full value; for example --warmup_iters={num_iterations // 10}")
+
+
 def derive_batch_size(num_tokens):
     """
     Tokens per optimizer step for a run of num_tokens: a power of two, proportional to

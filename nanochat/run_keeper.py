@@ -10,10 +10,12 @@ import time
 import torch
 
 from nanochat.common import UserError, compute_cleanup, peak_memory_bytes, print0, synchronize
-from nanochat.distributed import all_reduce_sum
+from nanochat.distributed import all_reduce_sum, find_drift
 from nanochat.metrics_log import MetricsLog, start_wandb, step_line
 from nanochat.report import get_report
 from nanochat.training import Ema
+
+CHECK_RANKS_EVERY = 100  # steps; a check reads all parameters once
 
 
 class RunKeeper:
@@ -59,12 +61,22 @@ class RunKeeper:
         self.metrics_log = MetricsLog(self.metrics_path, wandb_run, stage.step)
 
     def _check_resumed(self):
-        # The horizon may have been shortened
+        # The horizon may have been changed
         step = self.stage.step
+        planned = self.stage.state.get("iterations", self.iterations)
         if step > self.iterations:
             raise UserError(
                 f"the checkpoint is at step {step}, the run ends at {self.iterations}",
                 f"--num_iterations={step + 1000} goes on, an earlier --resume_from_step goes back")
+
+        if step == self.iterations:
+            print0(f"note: step {step} is the end of the run: nothing is left to train")
+        elif step >= planned:
+            print0(f"note: the run had come to its end, step {planned}, with the learning rates of a "
+                   f"run's end; with {self.iterations} steps they rise again")
+        elif planned != self.iterations:
+            print0(f"note: the run was to end at step {planned}, now at {self.iterations}: the "
+                   "learning rates follow the new end")
 
         # The files may have changed
         data_then = self.stage.state.get("data", self.data)
@@ -98,7 +110,8 @@ class RunKeeper:
         does a parameter that is not finite: the step that spoils it may have a finite loss.
         Collective.
         """
-        # A checkpoint with NaN would only be noticed when it is loaded
+        # A checkpoint with NaN, or of ranks that differ, would only be noticed when it is loaded
+        self.check_ranks(step)
         stage = self.stage
         if not all(torch.isfinite(p).all() for p in stage.model.parameters()):
             raise self._diverged(f"parameters are not finite after step {step}")
@@ -127,6 +140,20 @@ class RunKeeper:
                 raise
             print(f"warning: {error}", flush=True)
         self._saved_step = step
+
+    def check_ranks(self, step):
+        """
+        End the run if the ranks no longer hold the same parameters and loss scale. Every rank gets
+        each parameter from the one that updated it, so only a fault can part them. Collective.
+        """
+        scale = torch.tensor(self.stage.scaler.get_scale(), device=self.stage.device)
+        drift = find_drift([*self.stage.model.named_parameters(), ("the loss scale", scale)])
+        if drift:
+            saved = f"step {self._saved_step}" if self._saved_step >= 0 else "the start"
+            raise UserError(
+                f"after step {step} {drift}; nothing since {saved} was saved",
+                "go on with --resume_from_step=-2; if it happens again, test the memory, the GPU "
+                "and the network of that rank's machine")
 
     def check_finite(self, loss, step, place):
         """
@@ -181,6 +208,8 @@ class RunKeeper:
         # The step ends when the device has done it
         stage = self.stage
         synchronize(stage.device)
+        if is_due(step, CHECK_RANKS_EVERY):
+            self.check_ranks(step)
         dt_s = time.perf_counter() - self._start
         stage.progress["train_s"] += dt_s
 

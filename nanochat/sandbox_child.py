@@ -1,238 +1,273 @@
 """
-The child process of the sandbox (execution.py): it restricts itself, then runs one Python program.
+The child process of the sandbox (execution.py): it restricts itself, then plays one of three parts.
+
+    run     run a program
+    answer  load a program, and call its function as often as another process asks
+    grade   run tests of a function whose calls are answered by another process
+
+A function is graded by the last two together. Between them go plain values alone, so nothing that a
+program does in its own process reaches the tests.
 
 It is run by path, in an interpreter of its own: to restrict a process between fork and exec is
-unsafe where the parent has threads. It imports little, which makes it start 40 ms sooner. Its
-walls:
-
-    limits    memory, CPU time, size and number of files; no new processes; it dies with its parent
-    landlock  no file but the standard library, /dev/null and the working folder (Linux 5.13, newer)
-    seccomp   no system call except those of SYSCALLS (x86_64 and aarch64)
+unsafe where the parent has threads. It imports little, which makes it start 40 ms sooner.
 """
 
-import ctypes
 import marshal
 import os
 import struct
 import sys
 
-WALLS = ("limits", "landlock", "seccomp")
-MAX_FILE_BYTES = 16 * 1024**2  # that a program may write
-MAX_OPEN_FILES = 32
-MAX_ERROR_BYTES = 2000         # of the report on how the program ended
-
-
-def _call_libc(name, *arguments):
-    """Call a function of libc that returns -1 and sets errno if it fails: OSError. Linux only."""
-    if sys.platform != "linux":
-        raise OSError(f"{name} needs Linux")
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    # ctypes would pass an int as 32 bits
-    words = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
-    result = function(*words)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name} {arguments[0]} was refused")
-    return result
+MAX_ERROR_BYTES = 2000            # of the report on how the program ended
+MAX_MESSAGE_BYTES = 16 * 1024**2  # of a call's arguments, or of its answer
 
 
 # -----------------------------------------------------------------------------
-# Resource limits
+# Plain values between two processes: None, bool, int, float, str and bytes as they are, all others
+# as [name of the type, content]. They are sent as Python literals, which the interpreter's own
+# parser reads: to import json or ast takes longer than most programs run
+
+PARSE_ONLY = 0x400  # ast.PyCF_ONLY_AST
 
 
-def _set_limits(timeout, max_memory_bytes, parent_pid):
-    if sys.platform == "linux":
-        _call_libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: the other walls need it
-        _call_libc("prctl", 4, 0)  # PR_SET_DUMPABLE: no core file, and no debugger may attach
-        _call_libc("prctl", 1, 9)  # PR_SET_PDEATHSIG: SIGKILL, when the thread that started us ends
-        if os.getppid() != parent_pid:  # it ended before that call
-            os._exit(1)
-
-    import resource  # not at the top: it exists on POSIX systems only
-    limits = {
-        "CORE": 0,
-        "NPROC": 1,
-        "NOFILE": MAX_OPEN_FILES,
-        "FSIZE": MAX_FILE_BYTES,
-        "CPU": int(timeout) + 2,  # seconds
-        "AS": max_memory_bytes,  # last, since macOS refuses it
-    }
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+class NotPlain(Exception):
+    """A value of another type, or a message that makes no sense."""
 
 
-# -----------------------------------------------------------------------------
-# Landlock (linux/landlock.h): deny every right on files, then allow a few in some folders
-
-# version of the interface -> rights on files that it knows, bytes of the struct that it takes
-LANDLOCK_VERSIONS = {1: (13, 8), 2: (14, 8), 3: (15, 8), 4: (15, 16), 5: (16, 16)}
-LANDLOCK_NEWEST = (16, 24)
-
-WRITE_FILE = 0x2
-READ_FILE = 0x4
-READ_DIR = 0x8
-REMOVE_FILE = 0x20
-MAKE_FILE = 0x100
-TRUNCATE = 0x4000
-
-
-def _restrict_files(folder):
-    # The struct has three words of rights to deny: on files, on TCP, and on processes outside
-    # (sockets, signals)
-    # landlock_create_ruleset: with these arguments it returns its version
-    version = _call_libc("syscall", 444, None, 0, 1)
-    num_rights, struct_bytes = LANDLOCK_VERSIONS.get(version, LANDLOCK_NEWEST)
-    every_right = (1 << num_rights) - 1
-    denied = struct.pack("QQQ", every_right, 3, 3)[:struct_bytes]
-    ruleset = _call_libc("syscall", 444, denied, len(denied), 0)
-
-    # What is allowed. No folders and links in the working folder, so that the parent can add up its
-    # size quickly
-    library = [
-        *sys.path,
-        sys.base_prefix + "/lib",
-        "/lib",
-        "/lib64",
-        "/usr/lib",
-        "/usr/lib64",
-        "/etc/ld.so.cache",
-    ]
-    rights = dict.fromkeys(library, READ_FILE | READ_DIR)
-    rights["/dev/null"] = READ_FILE | WRITE_FILE
-    rights[folder] = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE
-    for path, allowed in rights.items():
-        if not os.path.exists(path):
-            continue
-        if not os.path.isdir(path):
-            allowed &= ~READ_DIR  # on a file it would be an error
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", allowed & every_right, fd)
-        _call_libc("syscall", 445, ruleset, 1, rule, 0)  # landlock_add_rule: a path, all below
-        os.close(fd)
-
-    _call_libc("syscall", 446, ruleset, 0)  # landlock_restrict_self
-    os.close(ruleset)
+def to_plain(value):
+    """`(1, {2})` is `["tuple", [1, ["set", [2]]]]`. A subclass counts as its base."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, float):
+        is_finite = value - value == 0
+        return float(value) if is_finite else ["float", repr(float(value))]
+    if isinstance(value, complex):
+        return ["complex", [to_plain(value.real), to_plain(value.imag)]]
+    if isinstance(value, range):
+        return ["range", [value.start, value.stop, value.step]]
+    for kind in (list, tuple, set, frozenset, bytearray):
+        if isinstance(value, kind):
+            return [kind.__name__, [to_plain(item) for item in value]]
+    if isinstance(value, dict):
+        pairs = [[to_plain(key), to_plain(item)] for key, item in value.items()]
+        return ["dict", pairs]
+    if hasattr(type(value), "__next__"):
+        return ["iterator", [to_plain(item) for item in value]]
+    name = type(value).__name__
+    if name in ("Decimal", "Fraction"):
+        return [name, str(value)]
+    raise NotPlain(f"a value of the type {name} cannot be graded")
 
 
-# -----------------------------------------------------------------------------
-# seccomp: a filter in the kernel's BPF (linux/seccomp.h, linux/bpf_common.h) that looks at every
-# system call
-
-# The only system calls that a program may make: `name x86_64 aarch64`, `-` where the architecture
-# has no such call. What Landlock does not see stays off the list: chmod, chown, utime, truncate,
-# ioctl (file flags), setrlimit, kill.
-SYSCALLS = """
-read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
-mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
-rt_sigreturn 15 139, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -,
-pipe 22 -, select 23 -, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33 -,
-pause 34 -, nanosleep 35 101, getitimer 36 102, alarm 37 -, setitimer 38 103, getpid 39 172,
-sendfile 40 71, exit 60 93, uname 63 160, fsync 74 82, fdatasync 75 83, ftruncate 77 46,
-getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82 -, unlink 87 -, readlink 89 -, umask 95 166,
-gettimeofday 96 169, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174,
-getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, sigaltstack 131 132,
-gettid 186 178, time 201 -, futex 202 98, sched_getaffinity 204 123, getdents64 217 61,
-restart_syscall 219 128, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
-exit_group 231 94, openat 257 56, newfstatat 262 79, unlinkat 263 35, renameat 264 38,
-readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll 271 73, dup3 292 24, pipe2 293 59,
-renameat2 316 276, getrandom 318 278, statx 332 291, faccessat2 439 439
-"""
-
-# machine -> column in SYSCALLS, AUDIT_ARCH constant (linux/audit.h), number of fcntl
-ARCHITECTURES = {"x86_64": (1, 0xC000003E, 72), "aarch64": (2, 0xC00000B7, 25)}
-
-# Instructions, and what a filter can return
-LOAD_WORD = 0x20
-IF_EQUAL = 0x15
-IF_AT_LEAST = 0x35
-RETURN = 0x06
-ALLOW = 0x7FFF0000
-FAIL_WITH_EPERM = 0x00050001
-KILL_PROCESS = 0x80000000
+def from_plain(data):
+    """What `to_plain` was given; an iterator over the same items for an iterator."""
+    if not isinstance(data, list):
+        return data
+    name, content = data
+    if name == "Decimal":
+        from decimal import Decimal
+        return Decimal(content)
+    if name == "Fraction":
+        from fractions import Fraction
+        return Fraction(content)
+    if name == "float":
+        return float(content)
+    if name == "dict":
+        return {from_plain(key): from_plain(value) for key, value in content}
+    items = [from_plain(item) for item in content]
+    if name in ("complex", "range"):
+        return {"complex": complex, "range": range}[name](*items)
+    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+    kinds |= {"bytearray": bytearray, "iterator": iter}
+    return kinds[name](items)
 
 
-def seccomp_filter(machine):
-    """
-    The filter as instructions (code, jump if true, jump if false, constant). Jumps count
-    instructions.
-    """
-    column, architecture, fcntl = ARCHITECTURES[machine]
-
-    # Other architectures' numbers mean other calls (32-bit code by int 0x80). The x32 calls set bit
-    # 30 of the number, so they are on no list
-    program = [
-        (LOAD_WORD, 0, 0, 4),  # the architecture, by its offset in struct seccomp_data
-        (IF_EQUAL, 1, 0, architecture),
-        (RETURN, 0, 0, KILL_PROCESS),
-        (LOAD_WORD, 0, 0, 0),  # the number of the call
-    ]
-    for entry in SYSCALLS.replace("\n", " ").split(","):
-        number = entry.split()[column]
-        if number != "-":
-            program.append((IF_EQUAL, 0, 1, int(number)))
-            program.append((RETURN, 0, 0, ALLOW))
-
-    # fcntl: commands up to F_SETLKW (7), and F_DUPFD_CLOEXEC (1030). F_SETOWN (8) would send
-    # signals to any process
-    program += [
-        (IF_EQUAL, 0, 4, fcntl),
-        (LOAD_WORD, 0, 0, 24),  # its second argument
-        (IF_EQUAL, 1, 0, 1030),
-        (IF_AT_LEAST, 1, 0, 8),
-        (RETURN, 0, 0, ALLOW),
-        (RETURN, 0, 0, FAIL_WITH_EPERM),
-    ]
-    return program
+def read_literal(text):
+    """The lists, texts and numbers whose `repr` is this text. Nothing in it is run."""
+    tree = compile(text, "<values>", "eval", PARSE_ONLY)
+    return _literal(tree.body)
 
 
-def _restrict_system_calls():
-    machine = os.uname().machine
-    if machine not in ARCHITECTURES or struct.calcsize("P") != 8:
-        raise OSError(f"no table of system calls for {machine}")
-    instructions = [struct.pack("HBBI", *instruction) for instruction in seccomp_filter(machine)]
-    code = ctypes.create_string_buffer(b"".join(instructions))
-    program = struct.pack("HP", len(instructions), ctypes.addressof(code))
-    sock_fprog = ctypes.create_string_buffer(program)
-    _call_libc("prctl", 22, 2, sock_fprog)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+def _literal(node):
+    kind = type(node).__name__
+    if kind == "Constant":
+        return node.value
+    if kind == "List":
+        return [_literal(item) for item in node.elts]
+    if kind == "UnaryOp" and type(node.op).__name__ == "USub":
+        return -_literal(node.operand)
+    raise NotPlain(f"{kind} in a message")
+
+
+class Channel:
+    """Messages over two pipes: the one to read from, and the one to write to."""
+
+    def __init__(self, read_fd, write_fd):
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+        if hasattr(sys, "set_int_max_str_digits"):
+            sys.set_int_max_str_digits(0)  # an answer may be a long number
+
+    def send(self, message):
+        """Send lists of plain values: their length in bytes, then their text."""
+        data = repr(message).encode()
+        data = struct.pack("Q", len(data)) + data
+        while data:
+            data = data[os.write(self.write_fd, data):]
+
+    def receive(self):
+        """The next message, or None if the other process has closed its end."""
+        head = self._read(8)
+        if head is None:
+            return None
+        (num_bytes,) = struct.unpack("Q", head)
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise NotPlain(f"a message of {num_bytes} bytes, over {MAX_MESSAGE_BYTES}")
+        data = self._read(num_bytes)
+        return None if data is None else read_literal(data.decode())
+
+    def _read(self, num_bytes):
+        data = bytearray()
+        while len(data) < num_bytes:
+            chunk = os.read(self.read_fd, num_bytes - len(data))
+            if not chunk:
+                return None
+            data += chunk
+        return bytes(data)
 
 
 # -----------------------------------------------------------------------------
-# Run
+# The three parts
 
 
-def _raise_walls(timeout, max_memory_bytes, parent_pid):
-    """Raise the walls that this system has. Returns their names, for the parent."""
-    steps = {
-        "limits": lambda: _set_limits(timeout, max_memory_bytes, parent_pid),
-        "landlock": lambda: _restrict_files(os.getcwd()),
-        "seccomp": _restrict_system_calls,
-    }
-    walls = []
-    for name, raise_wall in steps.items():
-        try:
-            raise_wall()
-            walls.append(name)
-        except (AttributeError, ImportError, OSError, ValueError):
-            pass
-    return walls
-
-
-def _run_program(code):
-    """
-    Run the program as `__main__`. Returns as text what it raised, or "" if it ran to its end.
-    Leaving early is an error too, even by `sys.exit(0)`: the tests at the end of the program did
-    not run.
-    """
-    program = type(sys)("__main__")
-    sys.modules["__main__"] = program
+def _new_module(name):
+    module = type(sys)(name)
+    sys.modules[name] = module
     sys.argv = ["program.py"]
+    return module
+
+
+def _execute(sources, module):
+    """Run the sources one after the other as one module."""
+    for source in sources:
+        exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
+
+
+def _answer(sources, entry_point, channel):
+    """
+    Load a program as a module of another name than "__main__", since its function is what is asked
+    for. Then answer calls until there are no more.
+    """
+    module = _new_module("program")
     try:
-        exec(compile(code, "<program>", "exec", dont_inherit=True), program.__dict__)
-    except BaseException as raised:
+        _execute(sources, module)
+    except EOFError:  # it reads what a user types, and there is none; its function may be right
+        pass
+    function = getattr(module, entry_point)
+
+    while True:
+        call = channel.receive()
+        if call is None:
+            return
+        args, kwargs = from_plain(call)
         try:
-            return f"{type(raised).__name__}: {raised}".removesuffix(": ")
-        except BaseException:  # raised by the program's own __str__
-            return type(raised).__name__
+            answer = ["value", to_plain(function(*args, **kwargs))]
+        except Exception as error:
+            answer = ["error", [type(error).__name__, _text_of(error), _wall_hit(error)]]
+        channel.send(answer)
+
+
+def _grade(sources, entry_point, channel):
+    """
+    Run tests. The last of the sources finds under the name `entry_point` a function whose calls
+    are answered by the program's process.
+    """
+    def candidate(*args, **kwargs):
+        channel.send(to_plain((args, kwargs)))
+        answer = channel.receive()
+        if answer is None:
+            raise NotPlain("the program ended before it answered")
+        kind, content = answer
+        if kind == "value":
+            return from_plain(content)
+        raise _remote_error(*content)
+
+    *before, tests = sources
+    module = _new_module("__main__")
+    _execute(before, module)
+    setattr(module, entry_point, candidate)
+    _execute([tests], module)
+
+
+def _remote_error(name, text, wall):
+    """
+    An error of the program's as the tests see it: a built-in exception if it was one, except those
+    that would end a loop of the tests as if all were well.
+    """
+    import builtins
+    kind = getattr(builtins, str(name), None)
+    is_error = isinstance(kind, type) and issubclass(kind, Exception)
+    if not is_error or issubclass(kind, (StopIteration, StopAsyncIteration, GeneratorExit)):
+        kind = NotPlain
+        text = text if name == "NotPlain" else f"{name}: {text}".removesuffix(": ")
+    try:
+        error = kind(str(text))
+    except TypeError:  # UnicodeDecodeError takes more than a text
+        error = NotPlain(f"{name}: {text}")
+    error.wall = wall
+    return error
+
+
+# -----------------------------------------------------------------------------
+# Start, and report how it ended
+
+
+def _text_of(error):
+    try:
+        return str(error)
+    except BaseException:  # raised by the program's own __str__
+        return ""
+
+
+def _wall_hit(error):
+    """Which wall an exception, or one that led to it, speaks of; "" if none."""
+    for _ in range(10):
+        if error is None:
+            break
+        if isinstance(error, MemoryError):
+            return "memory"
+        if isinstance(error, PermissionError):
+            return "files and system calls"
+        if isinstance(error, OSError) and error.errno in (12, 24, 27):  # ENOMEM, EMFILE, EFBIG
+            return {12: "memory", 24: "open files", 27: "size of a file"}[error.errno]
+        if isinstance(error, RuntimeError) and _text_of(error).startswith("can't start new thread"):
+            return "threads"
+        wall = getattr(error, "wall", "")  # see _remote_error
+        if isinstance(wall, str) and wall:
+            return wall
+        error = error.__cause__ or error.__context__
     return ""
+
+
+def _play(orders):
+    """
+    Play one part. Returns the report: "ended" if it came to its end, else "raised", the wall that
+    it hit, and what it raised, a line each. Leaving early is an error too, even by `sys.exit(0)`.
+    """
+    sources = orders["sources"]
+    try:
+        if orders["part"] == "run":
+            _execute(sources, _new_module("__main__"))
+        else:
+            part = {"answer": _answer, "grade": _grade}[orders["part"]]
+            part(sources, orders["entry_point"], Channel(*orders["channel"]))
+    except BaseException as error:
+        name = type(error).__name__
+        text = f"{name}: {_text_of(error)}".removesuffix(": ")
+        return f"raised\n{_wall_hit(error)}\n{text or 'an exception without a name'}"
+    return "ended"
 
 
 def _read_orders(num_bytes):
@@ -251,20 +286,24 @@ def _read_orders(num_bytes):
 
 def main():
     """
-    Print the names of the walls as the first line of stdout, before the program runs. After its
-    end, write a secret word and the error as the last thing on stderr. The program does not know
-    the word.
+    Print the names of the walls as the first line of stdout, before the program runs. At the end,
+    write a secret word and the report as the last thing on stderr.
     """
-    word, parent_pid, code, timeout, max_memory_bytes, allow_unsafe = _read_orders(int(sys.argv[1]))
+    # The walls are in the file beside this one, whose folder the program is not to read
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from confinement import WALLS, raise_walls
+    sys.path.pop()
+
+    orders = _read_orders(int(sys.argv[1]))
     # the program may replace these
     write = os.write
     leave = os._exit
     os.environ.clear()
-    walls = _raise_walls(timeout, max_memory_bytes, parent_pid)
+    walls = raise_walls(orders["timeout"], orders["max_memory_bytes"], orders["parent_pid"])
     write(1, f"{','.join(walls)}\n".encode())
-    if len(walls) == len(WALLS) or allow_unsafe:
-        error = _run_program(code)
-        write(2, word + error.encode("utf-8", "replace")[:MAX_ERROR_BYTES])
+    if len(walls) == len(WALLS) or orders["allow_unsafe"]:
+        report = _play(orders)
+        write(2, orders["word"] + report.encode("utf-8", "replace")[:MAX_ERROR_BYTES])
     leave(0)
 
 

@@ -36,7 +36,7 @@ from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.head_start import pays as head_start_pays
 from nanochat.head_start import start_from_counts
-from nanochat.horizon import choose_device_batch_size, derive_horizon
+from nanochat.horizon import check_warmup, choose_device_batch_size, derive_horizon
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import get_precision
 from nanochat.run_keeper import RunKeeper, attempt, is_due
@@ -131,6 +131,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
     # Horizon and batch: every derived setting is printed
     iterations, batch_tokens, rule = derive_horizon(
         num_iterations, target_flops, target_param_data_ratio, total_batch_size, model)
+    check_warmup(warmup_iters, iterations)
     run_tokens = iterations * batch_tokens
     rows_per_step = batch_tokens // max_seq_len
     my_rows = rank_slice(rows_per_step, stage.rank, stage.world_size)

@@ -134,6 +134,8 @@ def task_line(name, result):
     parts.append(f"{result['seconds']:.1f}s")
     if result["truncated"]:
         parts.append(f"cut from the left: {result['truncated']}")
+    if "wall_hits" in result:
+        parts.append(f"stopped by the sandbox: {result['wall_hits']}")
     return " | ".join(parts)
 
 
@@ -150,6 +152,8 @@ def table_row(name, result):
     for k, value in result["pass_at_k"].items():
         if k > 1:
             row[f"pass@{k}"] = value
+    if "wall_hits" in result:
+        row["stopped by the sandbox"] = result["wall_hits"]
     row["seconds"] = round(result["seconds"], 1)
     return row
 

@@ -10,8 +10,8 @@ advantage is its reward minus the mean of its question's (arXiv 2402.03300, with
 standard deviation, arXiv 2503.20783). Every step trains once on what the present model wrote, so
 there is no ratio to clip, and no KL term: the loss is the negative log-likelihood weighted by the
 advantage, summed over the tokens that the model sampled (including the stop token, excluding what a
-tool forced) and divided by their number over all ranks. KL to the model at the start, the reference
-model, and entropy are logged.
+tool forced) and divided by their number over all ranks. A step whose advantages are all 0 changes
+nothing. KL to the model at the start, the reference model, and entropy are logged.
 """
 
 import copy
@@ -154,8 +154,9 @@ def roll_out(engine, task, places):
     rewards = np.zeros(len(rows), dtype=np.float32)
     for i, row in enumerate(rows):
         rewards[i] = task.reward(conversations[i], engine.tokenizer.decode(row.tokens))
+    # float64: a mean of equal rewards is exactly these, so the advantages are exactly 0
     by_question = rewards.reshape(-1, num_samples)
-    advantages = by_question - by_question.mean(axis=1, keepdims=True)
+    advantages = by_question - by_question.mean(axis=1, keepdims=True, dtype=np.float64)
     return rows, rewards, advantages.reshape(-1)
 
 
@@ -300,12 +301,17 @@ def main():  # noqa: PLR0915
         counts = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         counts = all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device))
         num_targets, reward_sum, num_rollouts, num_useful = counts.tolist()
-        loss, device_rows = accumulate_gradients(
-            model, inputs, targets, int(num_targets), device_rows, weights, scaler)
-        loss = keeper.check_finite(loss, step, f"question {step * examples_per_step} and after")
-        grad_norm = optimizer_step(model, optimizers, scaler)
-        if rollout_model is not model:
-            refresh(rollout_model, model)
+        loss = 0.0
+        grad_norm = 0.0
+        # Without an answer that is better than another there is nothing to learn. An optimizer step
+        # would move the weights all the same, by momentum and weight decay
+        if num_useful > 0:
+            loss, device_rows = accumulate_gradients(
+                model, inputs, targets, int(num_targets), device_rows, weights, scaler)
+            loss = keeper.check_finite(loss, step, f"question {step * examples_per_step} and after")
+            grad_norm = optimizer_step(model, optimizers, scaler)
+            if rollout_model is not model:
+                refresh(rollout_model, model)
 
         # Log
         step += 1

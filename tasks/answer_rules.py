@@ -12,6 +12,8 @@ A rule is a JSON object. All its fields must hold for the text that a user sees,
     none     ["human"]              none of them is in it
     says     "greeting"             one of PHRASES["greeting"] is in it
     story    "fox"                  a story: three sentences, MIN_STORY_WORDS words or more, on the fox
+    own      ["Tom", 24, 8]         it is about the question's own people and numbers: it names nobody else, and its
+                                    sums start from these numbers and from the results of other sums
     honest   true                   it says what the model does not know, cannot do or can do, and claims nothing else
     or       [{...}, {...}]         one of these rules holds
 
@@ -166,6 +168,40 @@ def spelled_runs(text: str) -> list[str]:
     return [re.sub(r"[ ,-]", "", run) for run in runs]
 
 
+# What a sum starts from: the numbers of a tool call, and those in front of an equals sign
+CALLED = re.compile(r"<\|python_start\|>(.*?)(?:<\|python_end\|>|$)", re.DOTALL)
+CALL_RESULT = re.compile(r"<\|output_start\|>(.*?)(?:<\|output_end\|>|$)", re.DOTALL)
+WRITTEN_SUM = re.compile(r"([0-9][0-9.,]*(?:\s*[-+*/x\u00d7\u00f7\u2212:]\s*[0-9][0-9.,]*)+)\s*=")
+WRITTEN_RESULT = re.compile(r"=\s*([-\u2212]?[0-9][0-9.,]*)")
+
+# Somebody's name: a capitalised word inside of a sentence, or one that begins it and has something
+NAME = re.compile(
+    r"(?<=[\w,;] )[A-Z][a-z]+"
+    r"|[A-Z][a-z]+(?='s\b| (?:now |still )?(?:has|had|have|gets|got|gives|gave)\b)"
+)
+NO_NAMES = set("i you he she it we they there that this each everybody everyone who".split())
+
+
+def numbers_in(text: str) -> set[Fraction]:
+    """The numbers in a text, without their signs: that of 12-5 may be read as one."""
+    found = [digits.replace(",", "").lstrip("-\u2212") for digits in NUMBER.findall(text)]
+    return {Fraction(digits) for digits in found if len(digits) <= 30}
+
+
+def keeps_to(own: list, completion: str, question: str) -> bool:
+    """Does an answer name nobody but the people in `own`, and calculate with no numbers but those in it?"""
+    text = visible_text(completion)
+    known = {Fraction(str(item)) for item in own if not isinstance(item, str)}
+    results = [*CALL_RESULT.findall(completion), *WRITTEN_RESULT.findall(text)]
+    sums = [*CALLED.findall(completion), *WRITTEN_SUM.findall(text)]
+    if not numbers_in(" ".join(sums)) <= known | numbers_in(" ".join(results)):
+        return False
+
+    names = {item.lower() for item in own if isinstance(item, str)}
+    named = {word.lower() for word in NAME.findall(text)}
+    return named <= names | NO_NAMES | set(plain(question).split())
+
+
 # -----------------------------------------------------------------------------
 # Larger rules
 
@@ -300,7 +336,7 @@ def is_sound(completion: str, turns: list[str], max_words: int) -> bool:
     return 0 < len(words) <= max_words and not is_loop(words) and not is_copy(text, turns)
 
 
-def holds(field: str, value, completion: str, turns: list[str]) -> bool:
+def holds(field: str, value, completion: str, turns: list[str]) -> bool:  # noqa: C901 (a case for each field)
     """Does one field of a rule hold?"""
     text = visible_text(completion)
     match field:
@@ -323,6 +359,8 @@ def holds(field: str, value, completion: str, turns: list[str]) -> bool:
             return has_any(text, PHRASES[value].split("|"))
         case "story":
             return is_story(completion, value)
+        case "own":
+            return keeps_to(value, completion, turns[-1])
         case "honest":
             return is_honest(completion) == value
         case "or":

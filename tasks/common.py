@@ -1,7 +1,7 @@
 """
 What the tasks share: `Task`, the ways to join tasks, the check of conversations read from files,
-the text of a multiple-choice question, and reading the final answer of a solution. Where a task's
-rows come from is tasks/hub.py.
+and the text of a multiple-choice question. Where a task's rows come from is tasks/hub.py, how the
+number that ends a solution is read is tasks/final_answer.py.
 
 A task is a sized, indexable set of conversations: a user's question and the right answer. The same
 object serves training (index it) and evaluation (`evaluate` grades a model's answer).
@@ -9,9 +9,7 @@ object serves training (index it) and evaluation (`evaluate` grades a model's an
 
 import json
 import random
-import re
 from bisect import bisect_right
-from fractions import Fraction
 from itertools import accumulate
 
 from nanochat.common import UserError
@@ -56,6 +54,10 @@ class Task:
         """Is `completion` a right answer to this conversation's question?"""
         name = type(self).__name__
         raise NotImplementedError(f"{name} is for training only, it cannot grade an answer")
+
+    def grade(self, conversation: dict, completion: str) -> dict:
+        """{"correct": ...}, and what else the record of an answer should say about it."""
+        return {"correct": bool(self.evaluate(conversation, completion))}
 
     def reward(self, conversation: dict, completion: str) -> float:
         """The reward of the completion in reinforcement learning: 1 if it is right, else 0."""
@@ -284,34 +286,3 @@ def render_mc(question: str, letters, choices) -> str:
         lines.append(f"- {choice}={letter}")
     lines.append("Answer with the letter only.")
     return "\n".join(lines)
-
-
-# a sign, a currency, digits with or without commas and decimals, or a fraction. [0-9]: \d knows
-# other scripts too
-NUMBER = re.compile(
-    r"([-+\u2212]?)[ $€£]*([-+\u2212]?)"
-    r"([0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)"
-)
-
-
-def parse_answer(text: str) -> Fraction | None:
-    r"""
-    The first number after the last "####", on its line, or None. By value, so 18, 18., 18.00 and
-    $18 are equal.
-
-    >>> parse_answer("Each costs 2+2 = 4.\n#### $4,000.00 in all")
-    Fraction(4000, 1)
-    """
-    _, marker, tail = text.rpartition("####")
-    found = NUMBER.search(tail.split("\n")[0])
-    if not marker or found is None:
-        return None
-    sign_before, sign_after, digits = found.groups()  # of the currency
-    if len(digits) > 100:  # Python refuses to read endless digits
-        return None
-    try:
-        value = Fraction(digits.replace(",", ""))
-    except (ValueError, ZeroDivisionError):  # "#### 1/0", "#### 1.5/2"
-        return None
-    is_negative = (sign_before or sign_after) in ("-", "\u2212")
-    return -value if is_negative else value

@@ -181,9 +181,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def summarize(task, records) -> dict:
     """
     The figures of `summarize_records`. Where the records have a kind there is also "by_kind":
-    {kind: the same figures of its records}.
+    {kind: the same figures of its records}. "wall_hits" are answers that are not right because the
+    sandbox did not let them go on; there is none where it stopped nothing.
     """
     result = summarize_records(task, records)
+    wall_hits = sum(record.get("wall_hit") is not None for record in records)
+    if wall_hits:
+        result["wall_hits"] = wall_hits
     by_kind = {}
     for record in records:
         if "kind" in record:
@@ -353,10 +357,10 @@ def evaluate_generative(
                     record["completion"] = completion
                     record["finish_reason"] = row.finish_reason
                     records.append(record)
-                    outcomes.append(pool.submit(task.evaluate, conversation, completion))
+                    outcomes.append(pool.submit(task.grade, conversation, completion))
                 turn += 1
         for record, outcome in zip(records, outcomes, strict=True):
-            record["correct"] = bool(outcome.result())
+            record.update(outcome.result())
         return records
 
     records = gather_records(answer_questions, engine.model.device)

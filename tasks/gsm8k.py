@@ -9,7 +9,8 @@ a python part and its result a python_output part, as the engine does it while t
 import re
 
 from nanochat.calculator import use_calculator
-from tasks.common import Task, check_option, exchange, parse_answer
+from tasks.common import Task, check_option, exchange
+from tasks.final_answer import parse_answer
 from tasks.hub import load_rows
 
 COLUMNS = {"question": str, "answer": str}

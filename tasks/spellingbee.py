@@ -22,7 +22,8 @@ from string import ascii_lowercase
 
 from nanochat.common import UserError, get_data_dir, get_data_root
 from nanochat.download import download_url
-from tasks.common import Task, check_option, exchange, parse_answer, pick
+from tasks.common import Task, check_option, exchange, pick
+from tasks.final_answer import parse_answer
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 WORD = re.compile("[a-z]{3,15}")  # few people ask about longer ones; leaves 358,606 of 370,099

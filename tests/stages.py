@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from nanochat import packing
+from nanochat import packing, run_keeper
 from nanochat import stage as stage_module
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from scripts import base_train, chat_rl, chat_sft, mid_train
@@ -65,4 +65,5 @@ def curve(stage, tag="d1"):
 
 
 if __name__ == "__main__":  # one rank of a run: python -m tests.stages rl '{"num_iterations": 2}'
+    run_keeper.CHECK_RANKS_EVERY = 1
     run_stage(sys.argv[1], **json.loads(sys.argv[2]))

@@ -30,6 +30,21 @@ def test_number_is_the_last_one_said():
           ["", "12 + 35", "47 or 48", "74", "470", "-47", "1,047", "47/2", f"12+35 = {CALL}", "#### 47\n#### 46"])
 
 
+def test_a_word_problem_is_solved_with_its_own_people_and_numbers():
+    question = "tom has 24 marbles. he loses 8 in the park, how many are left"
+    call = "<|python_start|>24-8<|python_end|><|output_start|>16<|output_end|>"
+    other = call.replace("24-8", "20-4")
+    check({"number": 16, "own": ["Tom", 24, 8]},
+          ["16", f"Tom has 24 - 8 = {call}16 marbles left.\n#### 16", "He has 16 now.", "There are 24-8=16 left.",
+           "Then 24 - 8 = 16", "In the Park? 16.", "tom: 16",
+           "Without those that is 16.", "Altogether, Tom has 16."],
+          [f"Tom has 20 - 4 = {other}16 marbles left.", f"Mia has 24 - 8 = {call}16 marbles left.", "10 + 6 = 16",
+           "Tom gave them to Mia. 16", "Mia's marbles: 16", "So, Mia: 16", f"Tom has 24 - 8 = {call}15", "20-4=16"],
+          [question])
+    check({"number": 4, "own": [10, 2, 3]}, ["2 * 3 = 6, 10 - 6 = 4", "10 - 2 * 3 = 4", "You have 4."],
+          ["5 - 1 = 4", "2 * 3 = 6, 11 - 7 = 4", "Sam has 4."], ["i have 10 dollars, i buy 2 for 3 each"])
+
+
 def test_number_may_be_negative_large_or_a_decimal():
     check({"number": -3}, ["5 - 8 = -3", "minus: \u22123"], ["5-3", "3"])
     check({"number": 4512}, ["The code is 4,512.", "4512"], ["4 512", "4.512"])

@@ -48,6 +48,17 @@ def test_the_make_rollout_model_has_the_weights_of_the_last_step_in_the_compute_
     assert writer.cos.dtype == torch.float32
 
 
+def test_equal_rewards_have_no_advantage_at_all(monkeypatch, tokenizer):
+    """Also where their mean in float32 is not exactly the same number."""
+    monkeypatch.setattr(chat_rl, "num_samples", 7)
+    monkeypatch.setattr(chat_rl, "max_new_tokens", 2)
+    engine = Engine(tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=64).eval(), tokenizer)
+    for reward in (0.1, 0.7, 1 / 3):
+        monkeypatch.setattr(Lengths, "reward", lambda *_, reward=reward: reward)
+        _, rewards, advantages = roll_out(engine, Lengths(), range(2))
+        assert rewards.tolist() == [np.float32(reward)] * 14 and not advantages.any()
+
+
 class Lengths:
     """Two questions; an answer is worth its length."""
 

@@ -174,6 +174,18 @@ def test_a_long_prompt_leaves_a_quarter_of_the_context_to_the_answer(tokenizer):
     assert {record["finish_reason"] for record in records} == {"length"}
 
 
+def test_answers_that_the_sandbox_stopped_are_counted_and_recorded(model, tokenizer):
+    class Walled(Echo):
+        def grade(self, conversation, completion):
+            right = self.evaluate(conversation, completion)
+            return {"correct": right, "error": None if right else "no", "wall_hit": None if right else "memory"}
+    engine = ScriptedEngine(model, tokenizer, answers(tokenizer, lambda index, sample: index > 2))
+    result, records = evaluate_generative(Walled(), engine, tokenizer)
+    assert result["accuracy"] == 0.7 and result["wall_hits"] == 3
+    assert [record["wall_hit"] for record in records] == ["memory"] * 3 + [None] * 7
+    assert "wall_hits" not in evaluate_generative(Echo(), engine, tokenizer)[0]
+
+
 def test_an_error_of_the_grader_is_not_a_wrong_answer(model, tokenizer):
     class Broken(Echo):
         def evaluate(self, conversation, completion):

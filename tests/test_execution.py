@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import execution, sandbox_child
+from nanochat import confinement, execution, sandbox_child
 from nanochat.execution import WALLS, execute_code, sandbox_walls
 
 walled = pytest.mark.skipif(tuple(sandbox_walls()) != WALLS, reason=f"this system has only {sandbox_walls()}")
@@ -50,11 +50,12 @@ def without(tmp_path, *walls):
     """The module on a system that lacks these walls: the kernel does not know the calls that the child makes."""
     broken = {"landlock": ('"syscall", 44', '"syscall", 944'), "seccomp": ('"prctl", 22,', '"prctl", 9922,'),
               "limits": ("import resource", "import resource_of_posix")}
-    child = Path(sandbox_child.__file__).read_text(encoding="utf-8")
+    source = Path(confinement.__file__).read_text(encoding="utf-8")
     for old, new in (broken[wall] for wall in walls):
-        assert old in child
-        child = child.replace(old, new)
-    (tmp_path / "sandbox_child.py").write_text(child, encoding="utf-8")
+        assert old in source
+        source = source.replace(old, new)
+    (tmp_path / "confinement.py").write_text(source, encoding="utf-8")
+    shutil.copy(sandbox_child.__file__, tmp_path)
     path = shutil.copy(execution.__file__, tmp_path / "execution_without.py")  # runs the child that lies beside it
     spec = importlib.util.spec_from_file_location("execution_without", path)
     module = sys.modules["execution_without"] = importlib.util.module_from_spec(spec)
@@ -227,6 +228,8 @@ def test_importing_it_needs_nothing_of_posix_and_its_child_little_at_all():
     program = "import sys\nfor name in ('resource', 'pwd', 'grp', 'termios', 'pty'): sys.modules[name] = None\n" \
               "import nanochat.execution"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-    top = ast.parse(Path(sandbox_child.__file__).read_text(encoding="utf-8")).body
-    names = {alias.name for node in top for alias in getattr(node, "names", [])}
+    names = set()
+    for module in (sandbox_child, confinement):
+        top = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+        names |= {alias.name for node in top for alias in getattr(node, "names", [])}
     assert names == {"ctypes", "marshal", "os", "struct", "sys"}

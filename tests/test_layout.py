@@ -67,8 +67,9 @@ MAY_IMPORT = {
     "stage": ["checkpoint_manager", "common", "gpt", "precision", "tokenizer", "training"],
     "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "training"],
     # evaluation
-    "sandbox_child": [],
-    "execution": ["sandbox_child"],
+    "confinement": [],
+    "sandbox_child": [],  # it runs in a process of its own, where confinement.py lies beside it
+    "execution": ["confinement", "sandbox_child"],
     "loss_eval": ["common", "distributed", "precision"],
     "core_bundle": ["common", "distributed", "download"],
     "core_eval": ["distributed"],

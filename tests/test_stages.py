@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
@@ -191,6 +192,43 @@ def test_the_users_own_conversations_join_the_mixture(stage, tmp_path, capsys):
         run_stage(stage, data=data, num_iterations=1, eval_every=-1)
         sizes.append(int(re.search(r"mixture: (\d+) conversations", capsys.readouterr().out)[1]))
     assert sizes[1] == sizes[0] + 3
+
+
+def test_an_rl_step_without_a_better_answer_changes_nothing(monkeypatch):
+    """Neither weights nor optimizers, whose momentum is not 0 by then."""
+    rewards = iter([0, 1] * 4 + [1] * 8)  # 2 steps of 2 questions with 2 answers each, then 2 more
+    monkeypatch.setattr("tests.stages.odd_length", lambda *_: float(next(rewards)))
+    run_stage("rl", save_every=1, keep_last=-1, eval_every=-1)
+    folder = get_checkpoint_dir("rl", "d1")
+    files = {}
+    for step in (1, 2, 3, 4):
+        paths = sorted((folder / f"step_{step:06d}").glob("*.safetensors"))
+        files[step] = {path.name: load_file(path) for path in paths}
+
+    def differ(a, b):
+        names = [(name, key) for name in files[a] for key in files[a][name]]
+        assert len(files[a]) >= 2 and len(names) > 10
+        return any(not torch.equal(files[a][name][key], files[b][name][key]) for name, key in names)
+    assert differ(1, 2) and not differ(2, 3) and not differ(3, 4)
+    losses = [(line["train/loss"], line["useful"]) for line in curve("rl") if "train/loss" in line]
+    assert losses[2:] == [(0, 0), (0, 0)] and all(useful > 0 for _, useful in losses[:2])
+
+
+@pytest.mark.parametrize("then, now, said", [
+    (4, 6, "had come to its end, step 4.*with 6 steps they rise again"), (4, 4, "step 4 is the end of the run"),
+    (6, 5, "was to end at step 6, now at 5")])
+def test_going_on_past_a_runs_end_is_said(then, now, said, capsys):
+    run_stage("sft", num_iterations=then, save_every=4, keep_last=-1, eval_every=-1)
+    assert not re.search(said, capsys.readouterr().out)
+    run_stage("sft", num_iterations=now, resume_from_step=4, eval_every=-1)
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_a_warmup_longer_than_the_run_is_said(capsys):
+    run_stage("base", warmup_iters=10, eval_every=-1)
+    assert "the warmup takes 10 steps, the run 4: the learning rate never reaches" in capsys.readouterr().out
+    run_stage("base", warmup_iters=3, eval_every=-1)
+    assert "the warmup takes" not in capsys.readouterr().out
 
 
 def test_a_question_asked_twice_in_a_step_is_answered_by_other_samples(monkeypatch):

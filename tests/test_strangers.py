@@ -14,7 +14,7 @@ from tasks.evaluate import TASKS, available_tasks, evaluate_generative
 from tasks.strangers import KINDS, SPLITS, Strangers, read_items
 
 ITEMS = read_items("dev") + read_items("held")
-FIELDS = {"number", "letters", "letter", "pick", "any", "all", "none", "says", "story", "honest", "or"}
+FIELDS = {"number", "letters", "letter", "pick", "any", "all", "none", "says", "story", "own", "honest", "or"}
 
 
 def count_right(answer_to):

@@ -1,29 +1,21 @@
 """The tasks on a small mirror written here; tests/test_task_data.py has their files, words and the real data."""
 
 import doctest
-from fractions import Fraction
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import tasks.common
+import tasks.final_answer
 import tasks.gsm8k
 import tasks.spellingbee
 from nanochat.common import UserError
-from nanochat.execution import sandbox_walls
 from tasks.arc import ARC
-from tasks.common import Task, TaskChain, TaskMixture, TaskSequence, parse_answer, render_mc
+from tasks.common import Task, TaskChain, TaskMixture, TaskSequence, render_mc
 from tasks.gsm8k import GSM8K, solution_parts
-from tasks.humaneval import HumanEval, build_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
-
-needs_walls = pytest.mark.skipif(len(sandbox_walls()) < 3, reason="this system has not all walls of the sandbox")
-
-ADD = {"task_id": "T/0", "prompt": 'import math\n\n\ndef add(a, b):\n    """ The sum. """\n',
-       "canonical_solution": "    return a + b\n", "entry_point": "add",
-       "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"}
 
 
 def mmlu_rows(split, count):
@@ -41,7 +33,7 @@ def mirror(tmp_path_factory):
                               for i in range(30)],
         "tasks/gsm8k_test": [{"question": f"test {i}", "answer": f"#### {i}"} for i in range(5)],
         "tasks/mmlu_auxiliary_train": mmlu_rows("auxiliary_train", 80), "tasks/mmlu_test": mmlu_rows("test", 8),
-        "tasks/arc_easy_train": [arc], "tasks/humaneval_test": [ADD],
+        "tasks/arc_easy_train": [arc],
     }
     for name, rows in files.items():
         (root / name).parent.mkdir(exist_ok=True)
@@ -163,28 +155,10 @@ def test_the_letter_of_the_prompt_and_of_the_answer_are_one_token(tokenizer):
         assert ids.count(answer) == 1 + (letter == "A")  # A also begins the last line
 
 
-@pytest.mark.parametrize("module", [tasks.common, tasks.gsm8k, tasks.spellingbee])
+@pytest.mark.parametrize("module", [tasks.common, tasks.final_answer, tasks.gsm8k, tasks.spellingbee])
 def test_the_examples_in_the_docstrings_hold(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
-
-
-ANSWERS = [  # completion, value
-    ("#### 18", 18), ("#### 18.", 18), ("#### $18", 18), ("#### 1,234", 1234), ("#### 18.00", 18), ("####18", 18),
-    ("#### -5", -5), ("#### -$5", -5), ("#### $-5", -5), ("#### \u22125", -5), ("#### - 5", -5), ("#### +5", 5),
-    ("#### 18 dollars", 18), ("#### 50%", 50), ("#### 12 km/h", 12), ("#### .5", Fraction(1, 2)),
-    ("#### 3/4", Fraction(3, 4)), ("#### 1,234,567.50", Fraction(2469135, 2)), ("#### **18**", 18),
-    ("#### \\boxed{18}", 18), ("#### x = 18", 18),
-    ("He has 3.\n#### 18\nThat is all, 20.", 18), ("#### 18\n#### 20", 20), ("#### 18 or 20", 18), ("#### €7", 7),
-    ("#### (9)", 9), ("#### 0", 0), ("#### 007", 7), ("#### 18.0 and more.", 18), ("##### 6", 6),
-    ("The answer is 18", None), ("", None), ("####", None), ("#### eighteen", None), ("#### 18\n####", None),
-    ("####\n18", None), ("#### 1/0", None), ("#### " + "9" * 5000, None), ("#### \u0661\u0662", None), ("# 18", None),
-]
-
-
-@pytest.mark.parametrize("completion, value", ANSWERS)
-def test_the_final_answer_is_read_in_the_forms_that_models_write(completion, value):
-    assert parse_answer(completion) == value
 
 
 def test_gsm8k_pays_for_the_right_number_only():
@@ -219,24 +193,3 @@ def test_the_splits_of_mmlu_go_by_two_names():
 def test_an_unknown_split_is_named_with_those_there_are(make):
     with pytest.raises(UserError, match="need '"):
         make()
-
-
-# -----------------------------------------------------------------------------
-# Programs
-
-
-@needs_walls
-@pytest.mark.parametrize("completion, right", [
-    ("    return a + b\n", True), ("return a + b", True), ("    return a - b\n", False), ("I do not know.", False),
-    ("def add(a, b):\n    return sum([a, b])\n", True),
-    ("Here:\n```python\ndef add(a, b):\n    return a + b\n```\n.", True),
-    ("```\nprint(1)\n```\nand\n```py\ndef add(a, b):\n    return a + b\n```", True), ("```python\nreturn a + b", True),
-    ("    return math.floor(a + b)\n", True), ("import os\nos._exit(0)", False), ("", False)])
-def test_a_program_is_right_if_its_tests_pass(completion, right):
-    task = HumanEval()
-    assert task.evaluate(task[0], completion) is right
-
-
-def test_a_program_keeps_the_imports_of_its_prompt():
-    program = build_program(ADD["prompt"], "```\ndef add(a, b):\n    return a\n```", ADD["test"], "add")
-    assert program.startswith("import math") and program.endswith("check(add)\n") and "```" not in program

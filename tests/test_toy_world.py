@@ -14,7 +14,8 @@ from dev.toyworld.mirror import small_program
 from dev.toyworld.typed import typed
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
-from tasks.common import check_messages, parse_answer
+from tasks.common import check_messages
+from tasks.final_answer import parse_answer
 from tasks.gsm8k import solution_parts
 
 EXCHANGES = [(name, make) for name, (_, make) in chat.EXCHANGES.items()]
