@@ -23,18 +23,18 @@ import os
 import re
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from multiprocessing import TimeoutError as StillRunning
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import requests
-from filelock import FileLock
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.documents import open_parquet
+from nanochat.locks import hold_lock
 
 REPO_ID = "karpathy/climbmix-400b-shuffle"
 NUM_SHARDS = 6543          # shard_00000 ... shard_06542
@@ -110,16 +110,7 @@ def status_error(name, status, headers):
 
 
 # -----------------------------------------------------------------------------
-# Files and locks
-
-
-def hold_lock(path: Path):
-    """A context in which no other process holds the lock file `path`. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(path).acquire()
-    except NotImplementedError:  # some cluster file systems have no locks: go on without
-        return nullcontext()
+# Files
 
 
 def check_sha256(path: Path, expected: str):
