@@ -1,15 +1,18 @@
 """Checkpoints: only whole ones are seen, none fails to load, and what is saved is what comes back."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from nanochat import locks
 from nanochat.checkpoint_files import FORMAT_VERSION, meta_checksum
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
@@ -204,6 +207,27 @@ sys.stdin.read()"""
         other.kill()
     manager.claim(CPU)  # whatever ends a process ends its claim
     CheckpointManager(manager.checkpoint_dir).claim(CPU)  # the stages of one process follow each other
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available"),
+                                   OSError(errno.EOPNOTSUPP, "Operation not supported")])
+def test_a_file_system_without_locks_is_written_to_all_the_same(error, manager, monkeypatch):
+    def acquire(lock, **kwargs):
+        raise error
+    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+    manager.claim(CPU)
+    monkeypatch.setattr(locks, "NO_LOCKS", ())
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match=error.strerror):
+            manager.claim(CPU)
+
+
+def test_a_run_that_resumes_by_itself_waits_for_the_one_before_it(manager):
+    first = locks.hold_lock(manager.checkpoint_dir.with_name(f".{manager.checkpoint_dir.name}.lock"))
+    with pytest.raises(UserError, match="another run is writing to"):
+        manager.claim(CPU, wait_s=0.1)
+    threading.Timer(0.5, first.__exit__, (None, None, None)).start()
+    manager.claim(CPU, wait_s=60)
 
 
 def test_another_tokenizer_is_refused(manager, saved, tokenizer, story):

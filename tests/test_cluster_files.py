@@ -86,7 +86,8 @@ def test_the_train_job_is_one_of_kubeflows():
 def test_skypilot_parses_its_file():
     if subprocess.run([sys.executable, "-c", "import sky"], capture_output=True).returncode != 0:
         pytest.skip("no skypilot")
-    code = f"import sky; task = sky.Task.from_yaml({str(CLUSTER / 'skypilot.yaml')!r}); print(task.num_nodes, task.name)"
+    path = str(CLUSTER / "skypilot.yaml")
+    code = f"import sky; task = sky.Task.from_yaml({path!r}); print(task.num_nodes, task.name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["2", "nanochat-d20"], done.stderr[-2000:]
 
