@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import cpu_kernels
-from nanochat.common import ceil_div
+from nanochat.common import ceil_div, copy_to_cpu
 from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 
 
@@ -130,17 +130,17 @@ class DistAdamW(torch.optim.Optimizer):
     # A checkpoint holds full tensors by parameter name, so it loads on any number of ranks.
 
     @torch.no_grad()
-    def full_state(self):
+    def full_state(self, copy=copy_to_cpu):
         """
         {'<name>.exp_avg': full tensor on the CPU, ...} on rank 0, {} on the others. Collective.
+        copy(name, tensor) makes each of them.
         """
         tensors = {}
         for name, p, state in self._named_states():
             for key in ("exp_avg", "exp_avg_sq"):
                 full = self._full(state[key], p)
-                # a copy, since the next step overwrites the tensor
                 if rank() == 0:
-                    tensors[f"{name}.{key}"] = full.to("cpu", copy=True)
+                    tensors[f"{name}.{key}"] = copy(f"{name}.{key}", full)
                     tensors[f"{name}.step"] = torch.tensor(state["step"])
         return tensors
 

@@ -1,107 +1,73 @@
 """
-Checkpoints of all stages: found, saved and loaded. Only complete ones are seen, and a damaged or
-wrong one is an error. The files of one checkpoint are in checkpoint_files.py.
+Checkpoints of all stages: saved and loaded. Only complete ones are seen, and a damaged or wrong one
+is an error. checkpoint_files.py has the files of one checkpoint, checkpoint_folders.py where they
+are.
 
     <base>/<stage folder>/<tag>/step_001000/
 
 Saving never overwrites. A folder that is in the way, of an earlier run or of a damaged step, is
 renamed to the first free <name>.old<n>. Lists of models and steps leave such folders out. A renamed
 model can be loaded by its name (--model_tag=d20.old1).
+
+A training run saves in the background (`start_saving`): its loop stops while the state is copied,
+and a thread of rank 0 writes the copy.
 """
 
-import re
+import json
+import shlex
 import shutil
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from nanochat.background_writer import BackgroundWriter
 from nanochat.checkpoint_files import (
+    check_version,
     is_complete,
+    is_file_intact,
     load_tensors,
     read_meta,
     rename_aside,
     upgrade,
     write_checkpoint,
 )
-from nanochat.common import UserError, get_base_dir, print0
-from nanochat.distributed import FailedElsewhere, barrier, rank, run_together
+from nanochat.checkpoint_folders import (
+    STAGE_DIRS,  # noqa: F401, scripts take all that concerns checkpoints from here
+    complete_steps,
+    find_checkpoint_dir,
+    get_checkpoint_dir,
+    missing_error,
+    step_folder,
+)
+from nanochat.common import UserError, is_finite, print0
+from nanochat.distributed import barrier, gather_objects, rank, run_together
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prepare
+from nanochat.locks import hold_lock
 from nanochat.precision import precision_note
 from nanochat.tokenizer import get_tokenizer
 
-# stage -> folder below the base directory
-STAGE_DIRS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
-# stage -> script that trains it
-STAGE_SCRIPTS = {
-    "base": "base_train",
-    "mid": "mid_train",
-    "sft": "chat_sft",
-    "rl": "chat_rl",
-}
+# How long other machines may take to see a new folder on a network's file system: NFS caches names
+# for up to 60 s
+VISIBLE_WAIT_S = 90
 
 
-# -----------------------------------------------------------------------------
-# Where checkpoints are
-
-
-def get_checkpoint_dir(stage, model_tag):
-    """The folder of a model's steps: <base>/<stage folder>/<tag>. A tag is a name, never a path."""
-    if not re.fullmatch(r"\w[\w .+-]*", model_tag):
-        raise UserError(
-            f"--model_tag={model_tag!r} is no name: use letters, digits and _ . + -",
-            "--model_tag=d20",
-        )
-    return get_base_dir() / STAGE_DIRS[stage] / model_tag
-
-
-def find_checkpoint_dir(stage, model_tag=None):
-    """
-    The checkpoint_dir of a stage. Without a tag: that of the model saved last, with a complete
-    checkpoint.
-    """
-    # A stage comes from a user's flag
-    if stage not in STAGE_DIRS:
-        raise UserError(f"stage {stage!r} is unknown", f"use one of {', '.join(STAGE_DIRS)}")
-    if model_tag is not None:
-        return get_checkpoint_dir(stage, model_tag)
-
-    # No tag: the model saved last
-    checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
-    managers = _find_models(checkpoints_dir, moved_aside=False)
-    if not managers:
-        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}", _training_hint(stage))
-    newest = max(managers, key=CheckpointManager.last_saved_at)
-    return newest.checkpoint_dir
-
-
-def _find_models(checkpoints_dir, moved_aside):
-    """Managers of a stage's models with a complete checkpoint: those moved aside, or all others."""
-    managers = []
-    for folder in checkpoints_dir.glob("*"):
-        is_aside = re.search(r"\.old\d+$", folder.name) is not None
-        manager = CheckpointManager(folder)
-        if is_aside == moved_aside and manager.steps():
-            managers.append(manager)
-    return managers
-
-
-def _training_hint(stage):
-    return f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}"
-
-
-def stage_managers(stage, source, model_tag, resume_from_step):
+def stage_managers(stage, source, model_tag, resume_from_step, auto_resume=False):
     """
     (manager of a stage's own checkpoints, manager of the stage it starts from), both under one tag.
     Without model_tag it is the tag of the model saved last: in this stage if a run is resumed, else
-    in the source stage.
+    in the source stage. A run that resumes by itself needs a tag, since by then another model may
+    have been saved.
     """
+    if auto_resume and model_tag is None:
+        tag = find_checkpoint_dir(source).name
+        raise UserError(
+            "--auto_resume needs a --model_tag: started again, it must find the same run",
+            f"--auto_resume=True --model_tag={tag}",
+        )
     # A resumed run has its own checkpoints, perhaps not its source's any more
     tag_stage = source if resume_from_step == -1 else stage
     tag = find_checkpoint_dir(tag_stage, model_tag).name
@@ -120,59 +86,47 @@ class CheckpointManager:
         manager = CheckpointManager(folder)
         manager.save_model(model, step=100)
         model = manager.load_model(device, step=100)
+
+    verify: whether files that are read are compared with their checksums.
     """
 
-    def __init__(self, base_dir):
+    def __init__(self, base_dir, verify=True):
         self.checkpoint_dir = Path(base_dir)
+        self.verify = verify
+        self.save_s = None  # seconds that the last save took to write
+        self._writer = BackgroundWriter()
 
     def steps(self):
         """Steps of the complete checkpoints, ascending."""
-        # Unfinished and truncated ones are left out
-        found = []
-        for folder in self.checkpoint_dir.glob("step_*"):
-            # The name alone is not enough: step_000100.old1 is one that was moved aside
-            match = re.fullmatch(r"step_(\d+)", folder.name)
-            if match and is_complete(folder):
-                found.append(int(match[1]))
-        return sorted(found)
+        return complete_steps(self.checkpoint_dir)
 
     def last_step(self):
         """The last step of `steps`, or None."""
         return max(self.steps(), default=None)
 
-    def last_saved_at(self):
-        """When the last step was saved (seconds since 1970)."""
-        return (self._folder(self.last_step()) / "meta.json").stat().st_mtime
-
     def _folder(self, step):
-        # six digits: names sort by step
-        return self.checkpoint_dir / f"step_{step:06d}"
+        return step_folder(self.checkpoint_dir, step)
 
     # -- before a run
 
-    def claim(self, device):
+    def claim(self, device, wait_s=0):
         """
         Lock this folder, since two runs under one tag would mix their checkpoints. UserError if
-        another process holds the lock. It ends with this object or its process, even if that is
-        killed. Collective.
+        another process still holds the lock after wait_s seconds. It ends with this object or its
+        process, even if that is killed. Collective.
         """
         def lock():
             if rank() > 0:
                 return
             # The lock file stands beside the folder, which may be moved aside
-            self.checkpoint_dir.parent.mkdir(parents=True, exist_ok=True)
             path = self.checkpoint_dir.with_name(f".{self.checkpoint_dir.name}.lock")
-            # one process may claim again
-            self._claim = FileLock(path, timeout=0, is_singleton=True)
             try:
-                self._claim.acquire()
+                self._claim = hold_lock(path, wait_s, once_per_process=True)
             except Timeout:
                 raise UserError(
                     f"another run is writing to {self.checkpoint_dir}",
                     "wait for it to end, or give this one a name of its own: --model_tag=NAME",
                 ) from None
-            except NotImplementedError:  # some cluster file systems have no locks: continue without
-                pass
 
         run_together(lock, device)
 
@@ -207,34 +161,73 @@ class CheckpointManager:
         return self.save(step, model)
 
     def save(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
+        """Save the state of training, and return when it is on the disk. As the two that follow."""
+        folder = self.start_saving(step, model, optimizers, tokenizer, meta, keep_last)
+        self.finish_saving(model.device)
+        return folder
+
+    def start_saving(self, step, model, optimizers=(), tokenizer=None, meta=None, keep_last=-1):
         """
-        Save the state of training. Collective: the optimizers gather their shards, rank 0 writes.
+        Copy the state of training, and begin to write it in a thread of rank 0. Returns the folder
+        that the checkpoint will have. If the save before is not done, waits for it. Collective: the
+        optimizers gather their shards.
+
         `meta` is a dict for JSON: settings, loader state, metrics. keep_last > 0: keep only this
-        many of the newest checkpoints. A failed write (a full disk) is a UserError on every rank,
-        and the other checkpoints stay as they were.
+        many of the newest checkpoints. The copy takes the memory of the parameters and the
+        optimizers' state once more, in rank 0's process; it is kept for the next save.
         """
+        self.warn_of_failure(wait=True)
+        folder = self._folder(step)
         # Gathered on rank 0, by parameter name; the other ranks get nothing
         optimizer_state = {}
         for optimizer in optimizers:
-            optimizer_state |= optimizer.full_state()
-        folder = self._folder(step)
+            optimizer_state |= optimizer.full_state(self._writer.copy)
+        if rank() > 0:
+            return folder
 
-        # Rank 0 writes; its error reaches all ranks
+        # torch.compile puts a prefix in front of all names
+        weights = {}
+        for name, p in model.state_dict().items():
+            name = name.removeprefix("_orig_mod.")
+            weights[name] = self._writer.copy(name, p)
+        meta = {"step": step, "model_config": asdict(model.config), **(meta or {})}
+        meta = json.loads(json.dumps(meta))  # a copy, since the loop changes its counters
+
         def write():
-            if rank() == 0:
-                write_checkpoint(folder, step, model, optimizer_state, tokenizer, meta or {})
-                self._prune(keep_last, step)
+            start = time.perf_counter()
+            try:
+                write_checkpoint(folder, weights, optimizer_state, tokenizer, meta)
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint {folder} could not be written: {error}; "
+                    "earlier checkpoints are intact",
+                    "free disk space, or set NANOCHAT_BASE_DIR to a larger disk, and resume",
+                ) from error
+            self._prune(keep_last, step)
+            self.save_s = time.perf_counter() - start
 
-        # Errors that are not the disk's pass through
-        try:
-            run_together(write, model.device)
-        except (OSError, FailedElsewhere) as error:
-            raise UserError(
-                f"checkpoint {folder} could not be written: {error}; "
-                "earlier checkpoints are intact",
-                "free disk space, or set NANOCHAT_BASE_DIR to a larger disk, and resume",
-            ) from error
+        self._writer.start(write)
         return folder
+
+    def copied_bytes(self):
+        """The memory that the copy takes in this process."""
+        return self._writer.copied_bytes()
+
+    def warn_of_failure(self, wait=False):
+        """
+        Print a warning if the save that was started has failed. Nothing if it is still being
+        written, unless wait. Only rank 0 writes, so only rank 0 can warn.
+        """
+        error = self._writer.failure(wait)
+        if error is not None:
+            print(f"warning: {error}", flush=True)
+
+    def finish_saving(self, device):
+        """
+        Wait until the save that was started is on the disk. A failed write (a full disk) is a
+        UserError on every rank, and the other checkpoints stay as they were. Collective.
+        """
+        run_together(self._writer.finish, device)
 
     def _prune(self, keep_last, newest):
         """Keep the last keep_last steps up to `newest`. Later ones belong to another run."""
@@ -254,51 +247,70 @@ class CheckpointManager:
 
     # -- loading
 
+    def find_intact_step(self, device):
+        """
+        The last step whose files are as they were saved, or None if there is no checkpoint at all.
+        Damaged ones after it are named in a warning. Rank 0 looks and tells the others, since
+        machines may see a network's folder differently. Collective.
+        """
+        def find():
+            steps = self.steps() if rank() == 0 else []
+            error = None
+            for step in reversed(steps):
+                try:
+                    self._check_all(step)
+                    return [step]
+                except UserError as damage:
+                    error = damage
+                    print(f"warning: {damage}", flush=True)
+            # a new run would move all of them aside, and begin again unasked
+            if error is not None:
+                raise error
+            return []
+
+        # the list of rank 0, with one step or none
+        found = gather_objects(run_together(find, device))
+        return found[0] if found else None
+
+    def _check_all(self, step):
+        """UserError if any file of a checkpoint is not as it was saved."""
+        meta = read_meta(self._folder(step))
+        for name in ["meta.json", *meta["files"]]:
+            self._check_file(step, meta, name)
+
+    def wait_until_visible(self, step):
+        """Give a network's file system time to show a checkpoint that another machine has saved."""
+        end = time.monotonic() + VISIBLE_WAIT_S
+        while not is_complete(self._folder(step)) and time.monotonic() < end:
+            time.sleep(1)
+
     def load_meta(self, step=None):
         """(step, meta) of a checkpoint; step None = the latest complete one."""
         if step is None:
             step = self.last_step()
         if step is None or not is_complete(self._folder(step)):
-            raise self._missing(step)
+            raise missing_error(self.checkpoint_dir, step)
         folder = self._folder(step)
-        return step, upgrade(read_meta(folder), folder)
+        meta = read_meta(folder)
+        check_version(meta, folder)
+        self._check_file(step, meta, "meta.json")
+        return step, upgrade(meta, folder)
 
-    def _missing(self, step):
-        """The error for a missing checkpoint. It says which ones there are."""
-        # Another step was asked for
-        steps = self.steps()
-        if steps:
-            listing = ", ".join(map(str, steps))
-            return UserError(
-                f"no whole checkpoint of step {step} in {self.checkpoint_dir}",
-                f"there are the steps {listing}; without a step the last one is taken, in training "
-                "by --resume_from_step=-2",
-            )
+    def _check_file(self, step, meta, name):
+        """UserError if a file of a checkpoint is not as it was saved."""
+        if self.verify and not is_file_intact(self._folder(step), meta, name):
+            raise self._damaged(step, f"{self._folder(step) / name} is damaged: its checksum differs")
 
-        # A run that ended before its first save has moved those of the run before it aside. The
-        # newest of these has the highest number
-        checkpoints_dir = self.checkpoint_dir.parent
-        aside = []
-        for manager in _find_models(checkpoints_dir, moved_aside=True):
-            if manager.checkpoint_dir.stem == self.checkpoint_dir.name:
-                aside.append(manager.checkpoint_dir)
-        if aside:
-            newest = max(aside, key=lambda folder: int(folder.suffix.removeprefix(".old")))
-            return UserError(
-                f"no checkpoint in {self.checkpoint_dir}; those of the run before it are in "
-                f"{newest}",
-                f"--model_tag={newest.name} takes them",
-            )
-
-        # Other models of this stage
-        stages = {folder: stage for stage, folder in STAGE_DIRS.items()}
-        stage = stages.get(checkpoints_dir.name, "base")
-        managers = _find_models(checkpoints_dir, moved_aside=False)
-        tags = sorted(manager.checkpoint_dir.name for manager in managers)
-        hint = _training_hint(stage)
-        if tags:
-            hint = f"the {stage} models here are {', '.join(tags)}"
-        return UserError(f"no checkpoint in {self.checkpoint_dir}", hint)
+    def _damaged(self, step, message):
+        """The error for a damaged checkpoint. It offers the step before it."""
+        earlier = [other for other in self.steps() if other < step]
+        if not earlier:
+            return UserError(message, "there is no step before it: restore the file from a backup, "
+                             "or train again")
+        # Under another name it is not seen, and whatever takes the latest step takes that one
+        folder = shlex.quote(str(self._folder(step)))
+        return UserError(message, f"mv {folder} {folder}.damaged  # then step {max(earlier)} is the "
+                         "last one, and the same command takes it")
 
     def load_model(self, device, step=None):
         """The model of a checkpoint, float32, in training mode, on the device."""
@@ -314,6 +326,7 @@ class CheckpointManager:
             model = GPT(config)
 
         # Every parameter must be there, and no other
+        self._check_file(step, meta, "model.safetensors")
         weights = load_tensors(self._folder(step) / "model.safetensors", device)
         expected = {name: p.shape for name, p in model.state_dict().items()}
         found = {name: p.shape for name, p in weights.items()}
@@ -322,6 +335,10 @@ class CheckpointManager:
             name, _ = min(wrong)
             raise UserError(f"{where}: parameter {name} does not fit the config",
                             "this checkpoint was changed after it was saved; load another step")
+        # A model of NaN answers nonsense, in training and in serving
+        for name, p in weights.items():
+            if not is_finite(p):
+                raise self._damaged(step, f"{where}: parameter {name} is not finite")
 
         # assign: the loaded tensors themselves become the parameters, without a copy
         model.load_state_dict(weights, assign=True)
@@ -338,6 +355,8 @@ class CheckpointManager:
                 f"{path} is missing: this checkpoint holds a model alone and cannot be resumed",
                 "resume from another step, or start a new run",
             )
+        _, meta = self.load_meta(step)
+        self._check_file(step, meta, path.name)
         tensors = load_tensors(path, "cpu")
         for optimizer in optimizers:
             optimizer.load_full_state(tensors)
@@ -348,6 +367,9 @@ class CheckpointManager:
         """
         # The tokenizer's own files have a hash too; this one ties it to the model
         _, meta = self.load_meta(step)
+        for name in meta["files"]:
+            if name.startswith("tokenizer/"):
+                self._check_file(step, meta, name)
         folder = self._folder(step) / "tokenizer"
         tokenizer = get_tokenizer(folder)
         if tokenizer.hash() != meta.get("tokenizer_hash"):
@@ -358,13 +380,13 @@ class CheckpointManager:
         return tokenizer
 
 
-def load_checkpoint(stage, device, model_tag=None, step=None):
+def load_checkpoint(stage, device, model_tag=None, step=None, verify=True):
     """
     (model, tokenizer, meta) of a stage ('base', 'mid', 'sft', 'rl') for inference: in evaluation
     mode, with parameters in the compute dtype. Default: the latest step of the newest model.
     """
     # A note where the requested precision is not used
-    manager = CheckpointManager(find_checkpoint_dir(stage, model_tag))
+    manager = CheckpointManager(find_checkpoint_dir(stage, model_tag), verify)
     step, meta = manager.load_meta(step)
     note = precision_note(torch.device(device).type)
     if note:

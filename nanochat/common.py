@@ -241,6 +241,17 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def is_finite(tensor):
+    """Whether all numbers of a tensor are finite."""
+    # a sum is not finite if one of them is not, and needs no memory; the sum itself may overflow
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def copy_to_cpu(name, tensor):
+    """A copy on the CPU of the tensor of that name, which the next step may overwrite."""
+    return tensor.to("cpu", copy=True)
+
+
 def peak_memory_bytes(device):
     """Most memory used so far: on CUDA by PyTorch's allocator, elsewhere by the process."""
     if device.type == "cuda":

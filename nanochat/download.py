@@ -7,7 +7,8 @@ one.
 
 The hub: by huggingface_hub, which knows the hub's protocols and continues after a broken
 connection. It checks only the size (2.4.0). So the sha256 that the hub states for a large file is
-compared here.
+compared here. Where a mirror states none, a warning says that the content is not verified: for the
+shards of the default corpus no list of sums is known that could be pinned.
 
 Other hosts: by `requests`. After a broken connection it starts over: these files have a few
 megabytes.
@@ -23,18 +24,18 @@ import os
 import re
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from multiprocessing import TimeoutError as StillRunning
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import requests
-from filelock import FileLock
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.documents import open_parquet
+from nanochat.locks import hold_lock
 
 REPO_ID = "karpathy/climbmix-400b-shuffle"
 NUM_SHARDS = 6543          # shard_00000 ... shard_06542
@@ -110,16 +111,7 @@ def status_error(name, status, headers):
 
 
 # -----------------------------------------------------------------------------
-# Files and locks
-
-
-def hold_lock(path: Path):
-    """A context in which no other process holds the lock file `path`. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(path).acquire()
-    except NotImplementedError:  # some cluster file systems have no locks: go on without
-        return nullcontext()
+# Files
 
 
 def check_sha256(path: Path, expected: str):
@@ -201,10 +193,10 @@ def base_data_dir() -> Path:
     return get_base_dir() / "base_data"
 
 
-def fetch_shard(name: str, folder: Path, staging: Path) -> None:
+def fetch_shard(name: str, folder: Path, staging: Path) -> bool:
     """
-    Download one shard into `staging`, check it, move it to `folder`. Raises TryAgain or a
-    UserError.
+    Download one shard into `staging`, check it, move it to `folder`. Returns whether a sha256 was
+    there to compare its content with. Raises TryAgain or a UserError.
     """
     from huggingface_hub import hf_hub_download
 
@@ -222,7 +214,8 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
 
     # a mirror may state no sha256: then only the parquet footer can be checked
     temporary = Path(downloaded)
-    if re.fullmatch("[0-9a-f]{64}", facts.etag or ""):
+    is_verified = re.fullmatch("[0-9a-f]{64}", facts.etag or "") is not None
+    if is_verified:
         check_sha256(temporary, facts.etag)
     try:
         open_parquet(temporary).close()
@@ -230,6 +223,7 @@ def fetch_shard(name: str, folder: Path, staging: Path) -> None:
         temporary.unlink()
         raise TryAgain(str(error).split("\n")[0]) from error
     move_into_place(temporary, folder / name)
+    return is_verified
 
 
 def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=time.sleep) -> None:
@@ -242,11 +236,14 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
     staging = folder / "incoming"
     # the validation shard first: without it none of the others can be used
     names = [shard_name(index) for index in (NUM_SHARDS - 1, *range(num_train))]
+    unverified = []
 
     # runs in a thread, so errors are returned: one shard's failure must not end the others
     def try_shard(name):
         try:
-            retry(lambda: fetch(name, folder, staging), name, sleep)
+            is_verified = retry(lambda: fetch(name, folder, staging), name, sleep)
+            if not is_verified:
+                unverified.append(name)
         except UserError as error:
             return name, error
         except OSError as error:
@@ -269,6 +266,13 @@ def download_shards(num_train: int, workers: int = 8, fetch=fetch_shard, sleep=t
         # only the library's own notes are left there
         shutil.rmtree(staging, ignore_errors=True)
 
+    if unverified:
+        log.warning(
+            "%s states no sha256, so the content of %d shards is not verified: a truncated file "
+            "was excluded, a changed one not",
+            hub_endpoint(),
+            len(unverified),
+        )
     # the same command downloads only these
     if failed:
         raise UserError(

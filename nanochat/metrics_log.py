@@ -35,15 +35,25 @@ def step_line(metrics, iterations, eta_s):
     return " | ".join([*parts, f"eta: {eta_s / 60:.1f}m"])
 
 
-def start_wandb(settings):
-    """The wandb run that --run names, on rank 0; None without a name."""
+def start_wandb(settings, run_id=None):
+    """
+    The wandb run that --run names, on rank 0; None without a name. run_id: of the run to go on
+    with. Steps that it has already are ignored by wandb when they come again.
+    """
     # "dummy" is the default: metrics.jsonl alone
     if settings["run"] in ("", "dummy") or get_dist_info()[0] != 0:
         return None
     # imported only here: it takes a second, and most runs do not use it
     try:
         import wandb
-        return wandb.init(project="nanochat", name=settings["run"], config=settings)
+        # allow: go on with the run of that id, if there is one
+        return wandb.init(
+            project="nanochat",
+            name=settings["run"],
+            config=settings,
+            id=run_id,
+            resume="allow",
+        )
     except Exception as error:  # no login, no network: its errors have no class in common
         raise UserError(
             f"wandb cannot begin the run --run={settings['run']}: {error}",

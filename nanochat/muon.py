@@ -15,7 +15,7 @@ together. With several ranks, each rank updates K / ranks of them.
 
 import torch
 
-from nanochat.common import ceil_div, compiles
+from nanochat.common import ceil_div, compiles, copy_to_cpu
 from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
@@ -217,9 +217,10 @@ class DistMuon(torch.optim.Optimizer):
             p.copy_(new)
 
     @torch.no_grad()
-    def full_state(self):
+    def full_state(self, copy=copy_to_cpu):
         """
         {'<name>.momentum_buffer': (M, N) on the CPU, ...} on rank 0, {} on the others. Collective.
+        copy(name, tensor) makes each of them.
         """
         tensors = {}
         for group in self.param_groups:
@@ -228,7 +229,7 @@ class DistMuon(torch.optim.Optimizer):
                 if rank() > 0:
                     continue
                 for name, tensor in zip(group["names"], full, strict=False):
-                    tensors[f"{name}.{key}"] = tensor.to("cpu", copy=True)
+                    tensors[f"{name}.{key}"] = copy(f"{name}.{key}", tensor)
         return tensors
 
     @torch.no_grad()

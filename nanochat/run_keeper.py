@@ -3,25 +3,33 @@ All around the loop of a training script: saving, stopping on a signal, logging,
 """
 
 import math
+import os
 import signal
 import sys
 import time
 
 import torch
 
-from nanochat.common import UserError, compute_cleanup, peak_memory_bytes, print0, synchronize
+from nanochat.common import (
+    UserError,
+    compute_cleanup,
+    is_finite,
+    peak_memory_bytes,
+    print0,
+    synchronize,
+)
 from nanochat.distributed import all_reduce_sum, find_drift
 from nanochat.metrics_log import MetricsLog, start_wandb, step_line
 from nanochat.report import get_report
 from nanochat.training import Ema
 
 CHECK_RANKS_EVERY = 100  # steps; a check reads all parameters once
+GRACE_S = 30  # between a request to stop and a kill: torchrun's, Slurm's and Kubernetes' default
 
 
 class RunKeeper:
     """
     Made when all else is set up, so that a run that cannot start moves no checkpoints. It then
-      - refuses a run if another one is still writing to the same folder;
       - moves the checkpoints of an older run aside, in a resumed run those of later steps;
       - refuses to resume a run past its end;
       - warns if the data of a resumed run changed. `data` is a line that describes them.
@@ -37,13 +45,13 @@ class RunKeeper:
         # State of the loop
         self.stopping = False     # True after a signal
         self._saved_step = stage.step if stage.state else -1  # the last checkpoint's
+        self._knows_save_s = False  # whether the time that a save takes was looked at
         self._start = 0.0         # time.perf_counter() when this step began
         self._step_s = Ema(0.95)  # seconds; forgets the first step, which compiles
         self._smooth_loss = Ema(*stage.state.get("smooth_loss", ()))
 
-        # First the two that may fail: another run may write here, wandb may lack a login
-        stage.manager.claim(stage.device)
-        wandb_run = start_wandb(stage.settings)
+        # First what may fail: wandb may lack a login
+        self._wandb_run = start_wandb(stage.settings, stage.state.get("wandb_id"))
 
         # No checkpoint of another run stays among those of this one
         if stage.state:
@@ -58,7 +66,7 @@ class RunKeeper:
         # From here on signals are noted, and metrics are written
         self._signal = StopSignal(stage.device)
         self.metrics_path = stage.manager.checkpoint_dir / "metrics.jsonl"
-        self.metrics_log = MetricsLog(self.metrics_path, wandb_run, stage.step)
+        self.metrics_log = MetricsLog(self.metrics_path, self._wandb_run, stage.step)
 
     def _check_resumed(self):
         # The horizon may have been changed
@@ -88,9 +96,15 @@ class RunKeeper:
     # -- saving
 
     def save_if_due(self, step, eval_due, **state):
-        """Save a checkpoint, with `state` in its meta data, if it is time. Collective."""
+        """
+        Save a checkpoint, with `state` in its meta data, if it is time. At the end of the run, and
+        before a stop, it is on the disk when this returns, or a UserError is raised. Collective.
+        """
+        self._look_at_last_save()
         if self.save_due(step, eval_due):
             self.save(step, **state)
+        if self.stopping or step == self.iterations:
+            self.stage.manager.finish_saving(self.stage.device)
 
     def save_due(self, step, eval_due):
         """
@@ -105,15 +119,15 @@ class RunKeeper:
 
     def save(self, step, **state):
         """
-        Save a checkpoint, with `state` in its meta data. If writing fails, the run goes on with a
-        warning, since space may be freed before the next one. The last save of a run raises. So
-        does a parameter that is not finite: the step that spoils it may have a finite loss.
+        Begin to save a checkpoint in the background, with `state` in its meta data. If writing
+        fails, the run goes on with a warning, since space may be freed before the next one. A
+        parameter that is not finite raises: the step that spoils it may have a finite loss.
         Collective.
         """
         # A checkpoint with NaN, or of ranks that differ, would only be noticed when it is loaded
         self.check_ranks(step)
         stage = self.stage
-        if not all(torch.isfinite(p).all() for p in stage.model.parameters()):
+        if not all(is_finite(p) for p in stage.model.parameters()):
             raise self._diverged(f"parameters are not finite after step {step}")
 
         # A resumed run needs this besides parameters and optimizers
@@ -124,21 +138,17 @@ class RunKeeper:
             "scaler": stage.scaler.state_dict() or None,
             "progress": stage.progress,
             "smooth_loss": self._smooth_loss.state(),
+            "wandb_id": self._wandb_run.id if self._wandb_run else None,
             **state,
         }
-        try:
-            stage.manager.save(
-                step,
-                stage.model,
-                stage.optimizers,
-                stage.tokenizer,
-                meta,
-                stage.settings["keep_last"],
-            )
-        except UserError as error:
-            if self.stopping or step == self.iterations:
-                raise
-            print(f"warning: {error}", flush=True)
+        stage.manager.start_saving(
+            step,
+            stage.model,
+            stage.optimizers,
+            stage.tokenizer,
+            meta,
+            stage.settings["keep_last"],
+        )
         self._saved_step = step
 
     def check_ranks(self, step):
@@ -155,6 +165,26 @@ class RunKeeper:
                 "go on with --resume_from_step=-2; if it happens again, test the memory, the GPU "
                 "and the network of that rank's machine")
 
+    def _look_at_last_save(self):
+        """
+        Warn if the last save has failed. After the first one: say what it cost, and warn if a stop
+        by a signal may not leave enough time for one.
+        """
+        manager = self.stage.manager
+        manager.warn_of_failure()
+        if self._knows_save_s or manager.save_s is None:
+            return
+        self._knows_save_s = True
+        copied_mb = manager.copied_bytes() / 1e6
+        print(f"a checkpoint takes {manager.save_s:.1f} s to write, in the background, and "
+              f"{copied_mb:,.0f} MB of memory for the copy", flush=True)
+        # a signal may come when a save has just begun: that one has to end before the last one
+        if 2 * manager.save_s > GRACE_S:
+            print(f"warning: torchrun, Slurm and Kubernetes kill a run {GRACE_S} s after they ask "
+                  f"it to stop, and to save may take {2 * manager.save_s:.0f} s: the steps since "
+                  "the last checkpoint may be lost; dev/cluster/README.md says how to get more "
+                  "time", flush=True)
+
     def check_finite(self, loss, step, place):
         """
         The loss, summed over ranks, as a float. If it is not finite the run ends. `place` is the
@@ -170,8 +200,9 @@ class RunKeeper:
         The UserError for a loss or parameters that are not finite. It names the last good
         checkpoint.
         """
-        # There may be no checkpoint yet
+        # There may be no checkpoint yet, or one on its way
         manager = self.stage.manager
+        manager.warn_of_failure(wait=True)
         saved = manager.last_step()
         last = "nor is there an earlier checkpoint"
         way_on = "start again with a smaller --matrix_lr"
@@ -267,8 +298,8 @@ class RunKeeper:
             return
 
         # Stopped by a signal: how to go on
-        if self._saved_step >= 0:
-            step = self._saved_step
+        step = self.stage.manager.last_step()
+        if step is not None:
             print0(f"stopped at step {step}; go on with --resume_from_step={step}")
         else:
             print0("stopped before the first step: nothing to save")
@@ -277,16 +308,21 @@ class RunKeeper:
 
 class StopSignal:
     """
-    SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a lost connection) ask the loop to save and end. A second
-    SIGINT interrupts at once. `received` is the number of the first signal, or 0.
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost connection) and SIGUSR1 (Slurm's warning) ask the loop
+    to save and end. So does the end of torchrun, if that was killed and could not pass a signal on.
+    A second SIGINT interrupts at once. `received` is the number of the first signal, or 0.
     """
 
     def __init__(self, device):
         self.received = 0
         self._device = device
+        # Only torchrun's processes end with their parent: nohup's and a shell's outlive theirs
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # A background job of a shell script starts with SIGINT ignored: here it is not. SIGHUP
-        # stays ignored under nohup, whose purpose that is. Windows has no SIGHUP.
+        # stays ignored under nohup, whose purpose that is. Windows has neither SIGHUP nor SIGUSR1.
         numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGUSR1"):
+            numbers.append(signal.SIGUSR1)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._receive) for number in numbers}
@@ -299,9 +335,13 @@ class StopSignal:
 
     def asked(self):
         """
-        Whether any rank received a signal. Collective, so that all ranks leave the loop at the same
-        step.
+        Whether any rank received a signal or lost its torchrun. Collective, so that all ranks leave
+        the loop at the same step.
         """
+        # a process whose parent ends gets another one
+        if self._parent is not None and os.getppid() != self._parent and not self.received:
+            self.received = signal.SIGTERM
+            print("warning: torchrun is gone: saving, then ending", flush=True)
         # one flag per rank
         received = torch.tensor(float(self.received > 0), device=self._device)
         return all_reduce_sum(received).item() > 0

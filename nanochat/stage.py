@@ -13,6 +13,12 @@ from nanochat.precision import describe_precision, get_precision_dtype
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import NO_SCALING, make_scaler
 
+# How long a run that resumes by itself waits for the run before it to save and end. A server of NFS
+# gives the locks of a lost machine back after 90 s
+CLAIM_WAIT_S = 150
+# Settings that do not make another run
+NOT_COMPARED = ("resume_from_step", "auto_resume", "verify")
+
 
 @dataclass
 class Stage:
@@ -52,6 +58,9 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
     --resume_from_step asks for it, else the model of `source`, the CheckpointManager of an earlier
     stage.
 
+    One run at a time may write to the manager's folder. One that resumes by itself waits for the
+    run before it, whose processes may still be saving.
+
     fixed: settings that a resumed run cannot change. progress: the loop's counters at the start of
     a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
     FLOP/s.
@@ -66,8 +75,10 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
         peak_flops, origin = get_peak_flops(device, get_precision_dtype(device.type))
         print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({origin})")
 
-    # A new run, or the state of the one to resume
-    step, state = resume_step(manager, settings["resume_from_step"], settings, fixed)
+    # A new run, or the state of the one to resume. Claimed first: the run before may still be saving
+    manager.verify = settings["verify"]
+    manager.claim(device, CLAIM_WAIT_S if settings["auto_resume"] else 0)
+    step, state = resume_step(manager, settings, device, fixed)
     progress = {"train_s": 0.0, **(progress or {}), **state.get("progress", {})}
     stage = Stage(settings, device, rank, world_size, peak_flops, manager, step, state, progress)
 
@@ -76,6 +87,7 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
         source = manager
         source_step = step
     elif source is not None:
+        source.verify = settings["verify"]
         source_step, _ = source.load_meta(settings["model_step"])
     else:
         return stage
@@ -87,19 +99,16 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
     return stage
 
 
-def resume_step(manager, resume_from_step, settings, fixed=()):
+def resume_step(manager, settings, device, fixed=()):
     """
-    (step, meta data) of the checkpoint to resume from; (0, {}) for a new run (resume_from_step =
-    -1). -2 is the latest whole checkpoint. Settings that differ from the saved run's are printed.
-    Those in `fixed` are refused, since another value would make it another run.
+    (step, meta data) of the checkpoint to resume from; (0, {}) for a new run. Settings that differ
+    from the saved run's are printed. Those in `fixed` are refused, since another value would make
+    it another run. Collective.
     """
-    # Which checkpoint
-    if resume_from_step == -1:
+    step = choose_step(manager, settings["resume_from_step"], settings["auto_resume"], device)
+    if step is None:
         return 0, {}
-    if resume_from_step < -2:
-        raise UserError(f"--resume_from_step={resume_from_step}: need a step, -2 for the latest "
-                        "checkpoint, or -1 for a new run", "--resume_from_step=-2")
-    step, meta = manager.load_meta(None if resume_from_step == -2 else resume_from_step)
+    step, meta = manager.load_meta(step)
     if "settings" not in meta:
         raise UserError(f"step {step} in {manager.checkpoint_dir} holds a model alone and cannot "
                         "be resumed", "resume from another step, or start a new run")
@@ -107,11 +116,40 @@ def resume_step(manager, resume_from_step, settings, fixed=()):
     # Compare the settings
     for name, saved in meta["settings"].items():
         now = settings.get(name)
-        if name == "resume_from_step" or now == saved:
+        if name in NOT_COMPARED or now == saved:
             continue
         if name in fixed:
             raise UserError(
                 f"--{name}={now}, but the run that is resumed has {saved}",
-                f"resume with --{name}={saved}, or leave --resume_from_step out for a new run")
+                f"resume with --{name}={saved}, or leave --resume_from_step and --auto_resume out "
+                "for a new run")
         print0(f"note: --{name}={now} now, {saved} in the run that is resumed")
     return step, meta
+
+
+def choose_step(manager, resume_from_step, auto_resume, device):
+    """
+    The step to resume from, or None for a new run. --resume_from_step: a step, -2 for the latest
+    whole checkpoint, or -1 for a new run. --auto_resume: the latest whole one whose files are as
+    they were saved, or a new run if there is no checkpoint. Collective.
+    """
+    if auto_resume:
+        if resume_from_step != -1:
+            raise UserError(
+                f"--auto_resume=True and --resume_from_step={resume_from_step} contradict each other",
+                "leave one of them out",
+            )
+        step = manager.find_intact_step(device)
+        if step is not None:
+            manager.wait_until_visible(step)
+            print0(f"resuming step {step} of {manager.checkpoint_dir}")
+        return step
+    if resume_from_step == -1:
+        return None
+    if resume_from_step < -2:
+        raise UserError(f"--resume_from_step={resume_from_step}: need a step, -2 for the latest "
+                        "checkpoint, or -1 for a new run", "--resume_from_step=-2")
+    if resume_from_step == -2:
+        step, _ = manager.load_meta()
+        return step
+    return resume_from_step

@@ -82,6 +82,8 @@ sample_every: CountOrOff = 2000       # steps between samples; -1 = at the end o
 save_every: CountOrOff = 1000         # steps between checkpoints, besides those at evaluations
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+auto_resume: bool = False             # go on from the latest checkpoint, if there is one
+verify: bool = True                   # compare checkpoints with their checksums when they are read
 model_tag: str | None = None          # folder of the checkpoints; None = d<depth>
 compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 

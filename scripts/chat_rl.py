@@ -88,6 +88,8 @@ eval_samples: Positive = 1            # answers to each, for pass@k; 1 = greedy
 save_every: CountOrOff = 60           # steps between checkpoints, besides those at evaluations
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+auto_resume: bool = False             # go on from the latest checkpoint, if there is one
+verify: bool = True                   # compare checkpoints with their checksums when they are read
 
 # Settings that a resumed run cannot change; model_step: see load_reference
 FIXED = ("seed", "source", "examples_per_step")
@@ -207,7 +209,8 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
 def main():  # noqa: PLR0915
     # Device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    manager, source_manager = stage_managers("rl", source, model_tag, resume_from_step)
+    manager, source_manager = stage_managers(
+        "rl", source, model_tag, resume_from_step, auto_resume)
     source_step, _ = source_manager.load_meta(model_step)
     progress = {"start": None, "accuracy": None, "rollouts": 0, "reference_step": source_step}
     stage = open_stage(settings, manager, source_manager, FIXED, progress, mfu=False)

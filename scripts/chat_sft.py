@@ -69,6 +69,8 @@ eval_examples: CountOrOff = 256       # held-out conversations to score; -1 = al
 save_every: CountOrOff = 500          # steps between checkpoints, besides those at evaluations
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+auto_resume: bool = False             # go on from the latest checkpoint, if there is one
+verify: bool = True                   # compare checkpoints with their checksums when they are read
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "examples_per_step")
@@ -90,7 +92,8 @@ def held_out_batches(dataset, stage, device_rows):
 def main():
     # Device, ranks, the model to start from, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    manager, source_manager = stage_managers("sft", source, model_tag, resume_from_step)
+    manager, source_manager = stage_managers(
+        "sft", source, model_tag, resume_from_step, auto_resume)
     progress = {"val_loss": None, "used": 0, "cut": 0, "targets": 0}
     stage = open_stage(settings, manager, source_manager, FIXED, progress)
     model = stage.model

@@ -89,6 +89,8 @@ eval_tokens: CountOrOff = 2097152     # tokens of held-out conversations to scor
 save_every: CountOrOff = 500          # steps between checkpoints, besides those at evaluations
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
+auto_resume: bool = False             # go on from the latest checkpoint, if there is one
+verify: bool = True                   # compare checkpoints with their checksums when they are read
 compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 
 # Settings that a resumed run cannot change
@@ -202,7 +204,8 @@ def count_lessons(num_questions):
 def main():  # noqa: PLR0915
     # Device, ranks, the base model, or this stage's own checkpoint to resume
     settings = get_settings(globals())
-    manager, base_manager = stage_managers("mid", "base", model_tag, resume_from_step)
+    manager, base_manager = stage_managers(
+        "mid", "base", model_tag, resume_from_step, auto_resume)
     stage = open_stage(settings, manager, base_manager, FIXED, {"tokens": 0, "val_bpb": None})
     model = stage.model
     progress = stage.progress

@@ -1,16 +1,19 @@
 """Checkpoints: only whole ones are seen, none fails to load, and what is saved is what comes back."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.checkpoint_files import FORMAT_VERSION
+from nanochat import locks
+from nanochat.checkpoint_files import FORMAT_VERSION, meta_checksum
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
 from nanochat.stage import resume_step
@@ -58,6 +61,14 @@ def test_any_tag_resolves(tag, tmp_path, monkeypatch):
     assert find_checkpoint_dir("base").name == tag
 
 
+def edit_meta(manager, change):
+    """change(meta) in the meta data of step 20, as its writer would have done it: with a checksum that fits."""
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta | {"checksum": meta_checksum(meta)}))
+
+
 def files_of(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
@@ -84,10 +95,7 @@ def test_meta_data_that_is_none_makes_the_checkpoint_invisible(manager, saved, c
 
 
 def test_a_config_of_another_release_is_one_line(manager, saved):
-    path = manager.checkpoint_dir / "step_000020" / "meta.json"
-    meta = json.loads(path.read_text())
-    meta["model_config"]["experts"] = 8
-    path.write_text(json.dumps(meta))
+    edit_meta(manager, lambda meta: meta["model_config"].update(experts=8))
     with pytest.raises(UserError, match="model_config does not fit.*experts"):
         manager.load_model(CPU, 20)
 
@@ -201,26 +209,42 @@ sys.stdin.read()"""
     CheckpointManager(manager.checkpoint_dir).claim(CPU)  # the stages of one process follow each other
 
 
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available"),
+                                   OSError(errno.EOPNOTSUPP, "Operation not supported")])
+def test_a_file_system_without_locks_is_written_to_all_the_same(error, manager, monkeypatch):
+    def acquire(lock, **kwargs):
+        raise error
+    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+    manager.claim(CPU)
+    monkeypatch.setattr(locks, "NO_LOCKS", ())
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match=error.strerror):
+            manager.claim(CPU)
+
+
+def test_a_run_that_resumes_by_itself_waits_for_the_one_before_it(manager):
+    first = locks.hold_lock(manager.checkpoint_dir.with_name(f".{manager.checkpoint_dir.name}.lock"))
+    with pytest.raises(UserError, match="another run is writing to"):
+        manager.claim(CPU, wait_s=0.1)
+    threading.Timer(0.5, first.__exit__, (None, None, None)).start()
+    manager.claim(CPU, wait_s=60)
+
+
 def test_another_tokenizer_is_refused(manager, saved, tokenizer, story):
     other = type(tokenizer).train_from_iterator(iter([story[::-1]]), vocab_size=512)
     folder = manager.checkpoint_dir / "step_000020"
     shutil.rmtree(folder / "tokenizer")
     other.save(folder / "tokenizer")
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["files"] = {name: (folder / name).stat().st_size for name in meta["files"]}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    edit_meta(manager, lambda meta: meta.update(files={"model.safetensors": meta["files"]["model.safetensors"]}))
     with pytest.raises(UserError, match="not the tokenizer this model was trained with"):
         load_checkpoint("base", CPU)
 
 
 @pytest.mark.parametrize("num_pairs", [0, 5])
 def test_only_a_checkpoint_that_uses_the_deleted_pair_embeddings_is_refused(manager, saved, num_pairs):
-    path = manager.checkpoint_dir / "step_000020" / "meta.json"
-    meta = json.loads(path.read_text())
-    meta["model_config"]["pair_embeds"] = num_pairs
-    path.write_text(json.dumps(meta))
+    edit_meta(manager, lambda meta: meta["model_config"].update(pair_embeds=num_pairs))
     if num_pairs == 0:
-        assert manager.load_model(CPU, 20).config.n_layer == meta["model_config"]["n_layer"]
+        assert manager.load_model(CPU, 20).config == saved.config
         return
     with pytest.raises(UserError, match="needs pair embeddings"):
         manager.load_model(CPU, 20)
@@ -257,7 +281,7 @@ def test_a_model_alone_cannot_be_resumed(manager):
     with pytest.raises(UserError, match="cannot be resumed"):
         manager.load_optimizers(model.setup_optimizers(), 1)
     with pytest.raises(UserError, match="step 1 in .* cannot be resumed"):
-        resume_step(manager, -2, {"seed": 1})
+        resume_step(manager, {"seed": 1, "resume_from_step": -2, "auto_resume": False}, CPU)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small tmpfs needs root")

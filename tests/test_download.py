@@ -253,6 +253,19 @@ def test_a_fault_of_a_shard_that_stays_names_the_shard(hub, folder, caplog, faul
     assert words in caplog.text and names(folder) == [VAL]
 
 
+def test_a_mirror_that_states_no_sha256_costs_one_warning(hub, folder, caplog):
+    for name in (VAL, shard_name(0)):
+        hub.head_faults[address(name)] = repeat(Fault(headers={"X-Linked-Etag": '"0123456789abcdef"'}))
+    download_shards(1, sleep=no_wait)
+    assert names(folder) == [shard_name(0), VAL]
+    assert caplog.text.count("states no sha256, so the content of 2 shards is not verified") == 1
+    (folder / shard_name(0)).unlink()
+    hub.head_faults.clear()
+    caplog.clear()
+    download_shards(1, sleep=no_wait)
+    assert "not verified" not in caplog.text
+
+
 def test_a_hub_that_does_not_answer_is_given_up(hub, folder, caplog):
     logging.getLogger("huggingface_hub").setLevel("ERROR")
     hub.head_faults[address(VAL)] = repeat(Fault(status=502))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     # settings, files, devices
     "common": [],
+    "locks": [],
     "configurator": ["common"],
     "distributed": ["common"],
     "precision": ["common"],
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "tokenizer_files": ["common"],
     "tokenizer": ["common", "conversation", "tokenizer_files"],
     "documents": ["common"],
-    "download": ["common", "documents"],
+    "download": ["common", "documents", "locks"],
     "dataset": ["common", "configurator", "documents", "download"],
     "packing": ["common"],
     "dataloader": ["common", "dataset", "packing"],
@@ -60,7 +61,10 @@ MAY_IMPORT = {
     "connections": ["common", "gate", "service"],
     # training
     "checkpoint_files": ["common"],
-    "checkpoint_manager": ["checkpoint_files", "common", "distributed", "gpt", "inference", "precision", "tokenizer"],
+    "background_writer": [],
+    "checkpoint_folders": ["checkpoint_files", "common"],
+    "checkpoint_manager": ["background_writer", "checkpoint_files", "checkpoint_folders", "common", "distributed",
+                           "gpt", "inference", "locks", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],

@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +33,7 @@ from tests.stages import small_stage
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def test_derived_batch_is_the_published_one_at_d20_and_shrinks_with_the_run():
@@ -188,6 +194,49 @@ def test_a_lost_connection_asks_to_stop_unless_nohup_ignores_it():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_slurms_warning_asks_to_stop():
+    stop = StopSignal(CPU)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.asked() and stop.received == signal.SIGUSR1
+    finally:
+        stop.restore()
+
+
+@pytest.mark.parametrize("launcher, stops", [("torchrun", True), ("a shell", False)])
+def test_the_end_of_torchrun_asks_to_stop_that_of_a_shell_does_not(launcher, stops, tmp_path):
+    """A process whose parent is killed: it notices, or outlives it."""
+    child = f"""
+import os, time, torch
+from nanochat.run_keeper import StopSignal
+stop = StopSignal(torch.device("cpu"))
+parent = os.getppid()
+open({str(tmp_path / "ready")!r}, "w").close()
+while os.getppid() == parent:
+    time.sleep(0.01)
+answer = str(stop.asked())
+open({str(tmp_path / "part")!r}, "w").write(answer)
+os.rename({str(tmp_path / "part")!r}, {str(tmp_path / "answer")!r})"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("TORCHELASTIC_RUN_ID", None)
+    if launcher == "torchrun":
+        env["TORCHELASTIC_RUN_ID"] = "a run"
+    process = subprocess.Popen([sys.executable, "-c", parent], env=env, cwd=ROOT)
+    wait_for_file(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for_file(tmp_path / "answer")
+    assert (tmp_path / "answer").read_text() == str(stops)
+
+
+def wait_for_file(path):
+    end = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert path.exists()
+
+
 def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
@@ -219,6 +268,7 @@ def test_a_run_is_saved_when_it_is_time(tmp_path):
         assert [step for step in range(13) if keeper.save_due(step, eval_due=step == 8)] == [5, 8, 10, 12]
         keeper.save(10, loader={"row": 3})
         assert not keeper.save_due(10, eval_due=True)
+        keeper.stage.manager.finish_saving(CPU)
         assert keeper.stage.manager.load_meta(10)[1]["loader"] == {"row": 3}
         signal.raise_signal(signal.SIGTERM)
         assert keeper.save_due(11, eval_due=False) and keeper.stopping
@@ -237,19 +287,64 @@ def test_a_full_disk_costs_a_line_of_the_log_not_the_run(tmp_path, capsys):
     assert "metrics.jsonl could not be written: [Errno 28]" in capsys.readouterr().out
 
 
-def test_a_save_that_fails_costs_a_warning_the_last_one_and_a_spoiled_model_are_errors(tmp_path, monkeypatch, capsys):
-    def fail(*args):
-        raise UserError("the disk is full")
+def test_a_save_that_fails_costs_a_warning_the_last_one_and_a_spoiled_model_are_errors(tmp_path, capsys):
     keeper = RunKeeper(small_stage(tmp_path), 10, "")
     try:
-        monkeypatch.setattr(keeper.stage.manager, "save", fail)
-        keeper.save(5)
-        assert "warning: the disk is full" in capsys.readouterr().out
-        with pytest.raises(UserError, match="the disk is full"):
-            keeper.save(10)
+        (tmp_path / ".tmp_step_000005").write_text("in the way")  # no folder of that name can be made
+        keeper.save_if_due(5, eval_due=False)
+        printed = ""
+        end = time.monotonic() + 30
+        while "could not be written" not in printed and time.monotonic() < end:
+            keeper.save_if_due(6, eval_due=False)  # a later step tells
+            printed += capsys.readouterr().out
+        assert "warning: checkpoint" in printed and "step_000005 could not be written" in printed
+        (tmp_path / ".tmp_step_000010").write_text("in the way")
+        with pytest.raises(UserError, match="step_000010 could not be written"):
+            keeper.save_if_due(10, eval_due=False)
         keeper.stage.model.lm_head.weight.data[3, 0] = math.nan
         with pytest.raises(UserError, match="not finite after step 5; nothing of this step was saved"):
             keeper.save(5)
+    finally:
+        keeper.close()
+
+
+def test_a_save_in_the_background_writes_the_state_of_its_step(tmp_path):
+    """Although the loop goes on: parameters and counters change while the thread writes."""
+    stage = small_stage(tmp_path)
+    stage.optimizers = stage.model.setup_optimizers()
+    keeper = RunKeeper(stage, 10, "")
+    manager = stage.manager
+    try:
+        saved = {name: p.clone() for name, p in stage.model.state_dict().items()}
+        stage.progress["tokens"] = 100
+        keeper.save_if_due(5, eval_due=False)
+        stage.progress["tokens"] = 200
+        with torch.no_grad():
+            for p in stage.model.parameters():
+                p.zero_()
+        keeper.save_if_due(7, eval_due=True)  # waits for the one of step 5
+        assert manager.load_meta(5)[1]["progress"]["tokens"] == 100
+        for name, p in manager.load_model(CPU, 5).state_dict().items():
+            assert torch.equal(p, saved[name])
+        keeper.save_if_due(10, eval_due=False)  # the last one is on the disk when this returns
+        assert manager.steps() == [5, 7, 10] and manager.load_meta(7)[1]["progress"]["tokens"] == 200
+        assert not any(p.any() for p in manager.load_model(CPU, 7).parameters())
+    finally:
+        keeper.close()
+
+
+def test_a_save_that_takes_longer_than_a_stop_allows_is_said_once(tmp_path, capsys):
+    keeper = RunKeeper(small_stage(tmp_path), 100, "")
+    manager = keeper.stage.manager
+    try:
+        keeper.save_if_due(5, eval_due=False)
+        manager.warn_of_failure(wait=True)
+        manager.save_s = 16.0  # as on a slow disk: two of them take longer than 30 s
+        for step in (6, 7):
+            keeper.save_if_due(step, eval_due=False)
+        printed = capsys.readouterr().out
+        assert printed.count("a checkpoint takes 16.0 s to write") == 1
+        assert printed.count("kill a run 30 s after they ask it to stop, and to save may take 32 s") == 1
     finally:
         keeper.close()
 
