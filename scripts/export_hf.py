@@ -17,6 +17,7 @@ it, and how to run the model's calls of the calculator.
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 import tokenizers
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from nanochat import calculator, hf_format
 from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir
 from nanochat.common import UserError, get_base_dir, run_script
-from nanochat.configurator import override_from_cli
+from nanochat.configurator import get_settings, override_from_cli
 from nanochat.gpt import ROPE_BASE
 from nanochat.tokenizer import HuggingFaceTokenizer
 
@@ -37,11 +38,10 @@ source: str = "sft"             # stage of the checkpoint: base, mid, sft or rl
 model_tag: str | None = None    # model to load; None = the one saved last
 model_step: int | None = None   # step to load; None = the last
 out: str | None = None          # folder to write, new or empty; None = <base dir>/hf_export/<tag>_<source>
-dtype: str = "bfloat16"         # of the weights: bfloat16 or float32
-flavor: str = "transformers"    # for which tools: transformers or mlx
+dtype: Literal["bfloat16", "float32"] = "bfloat16"      # of the weights
+flavor: Literal["transformers", "mlx"] = "transformers"  # for which tools
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-FLAVORS = ("transformers", "mlx")
 
 # Where an answer ends, as in our engine; a base model knows only the <|bos|> of the next document. At
 # <|python_end|> the calculator of our engine takes over: elsewhere the caller does
@@ -187,16 +187,9 @@ def write_folder(folder, texts, weights):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_settings():
-    """UserError for a value that no export has."""
-    for name, value, known in (("dtype", dtype, DTYPES), ("flavor", flavor, FLAVORS)):
-        if value not in known:
-            raise UserError(f"--{name}={value} is unknown", f"use one of {', '.join(known)}")
-
-
 def main():
     # Settings
-    check_settings()
+    get_settings(globals())  # checks them
     checkpoint_dir = find_checkpoint_dir(source, model_tag)
     if out is None:
         folder = get_base_dir() / "hf_export" / f"{checkpoint_dir.name}_{source}"

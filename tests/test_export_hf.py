@@ -247,8 +247,8 @@ def test_an_existing_folder_is_kept_unless_it_is_empty(export, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(dtype="float16"), "dtype=float16 is unknown"), (dict(source="dpo"), "'dpo' is unknown"),
-    (dict(flavor="gguf"), "flavor=gguf is unknown\nhint: use one of transformers, mlx"),
+    (dict(dtype="float16"), "dtype=float16: need bfloat16 or float32"), (dict(source="dpo"), "'dpo' is unknown"),
+    (dict(flavor="gguf"), "flavor=gguf: need transformers or mlx"),
     (dict(source="rl"), "no rl checkpoint"), (dict(model_step=8), "no whole checkpoint of step 8"),
     (dict(model_tag="values", flavor="mlx"), "no value embeddings .* in its nanochat\nhint: --flavor=transformers"),
 ])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,18 @@ def test_base_loss_scores_both_splits(monkeypatch, capsys):
     base_loss.main()
     out = capsys.readouterr().out
     assert "train bpb: " in out and "val bpb: " in out and "sample: " in out
+
+
+def test_base_loss_scores_whole_documents(monkeypatch, capsys, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Text number {n}. " * n}) + "\n" for n in range(1, 31)))
+    for name, value in {"data": str(data), "model_tag": "d1", "per_document": True, "eval_tokens": -1}.items():
+        monkeypatch.setattr(base_loss, name, value)
+    base_loss.main()
+    out = capsys.readouterr().out
+    # 30 documents, of which one is held out
+    assert re.search(r"train bpb: \d\.\d{6} \| documents: 29\n", out)
+    assert re.search(r"val bpb: \d\.\d{6} \| documents: 1\n", out)
 
 
 @pytest.mark.parametrize("settings, message", [
