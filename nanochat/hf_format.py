@@ -89,29 +89,35 @@ def config_from_hf(content):
         sizes[ours] = content.get(theirs)
     if sizes["n_kv_head"] is None:
         sizes["n_kv_head"] = sizes["n_head"]
-    missing = [FIELDS[ours] for ours, size in sizes.items() if not isinstance(size, int)]
-    if missing:
-        raise UserError(f"config.json needs a whole number for {', '.join(missing)}")
+    wrong = [ours for ours, size in sizes.items() if not isinstance(size, int) or size < 1]
+    if wrong:
+        names = ", ".join(FIELDS[ours] for ours in wrong)
+        raise UserError(f"config.json needs a whole number above 0 for {names}")
     config = GPTConfig(**sizes, value_embeds=model_type == VALUE_EMBEDS)
 
     # All else must be as our model has it
     needed = config_to_hf(config)
     found = content | _read_rope(content)
     for name in (*FIXED, "intermediate_size", "head_dim", "rope_parameters"):
-        value = found.get(name)
-        if value is not None and value != needed[name]:
+        value = found.get(name, needed[name])
+        if value != needed[name]:
             raise UserError(f"config.json has {name} {value!r}, needed: {needed[name]!r}")
-    if content.get("rms_norm_eps", NORM_EPS) > MAX_NORM_EPS:
-        eps = content["rms_norm_eps"]
-        raise UserError(f"config.json has rms_norm_eps {eps}, needed: at most {MAX_NORM_EPS}")
+    eps = content.get("rms_norm_eps", NORM_EPS)
+    if not isinstance(eps, float) or eps > MAX_NORM_EPS:
+        raise UserError(f"config.json has rms_norm_eps {eps!r}, needed: at most {MAX_NORM_EPS}")
     return config
 
 
 def _read_rope(content):
     """The field rope_parameters in one form. Older folders have rope_theta instead."""
     rope = content.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", content.get("rope_theta", ROPE_BASE))
-    return {"rope_parameters": {**rope, "rope_type": rope.get("rope_type", "default"), "rope_theta": theta}}
+    return {
+        "rope_parameters": {
+            **rope,
+            "rope_type": rope.get("rope_type", "default"),
+            "rope_theta": rope.get("rope_theta", content.get("rope_theta", ROPE_BASE)),
+        }
+    }
 
 
 # -----------------------------------------------------------------------------

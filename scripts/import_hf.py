@@ -247,8 +247,11 @@ def build_model(config, tensors):
         problem = "does not belong to this architecture" if name in tensors else "is missing"
         raise UserError(f"tensor {name} {problem}", "import weights that are whole and not quantized")
 
-    with torch.device("meta"):
-        ours = GPT(config)
+    try:
+        with torch.device("meta"):
+            ours = GPT(config)
+    except ValueError as error:  # sizes that do not divide
+        raise UserError(f"config.json does not fit: {error}") from error
     weights = {}
     for name, parameter in ours.state_dict().items():
         tensor = tensors[names[name]].float()

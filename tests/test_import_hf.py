@@ -235,11 +235,13 @@ def change_template(folder):
 
 @pytest.mark.parametrize("change, message", [
     (set_config(model_type="llama"), "model_type 'llama', needed: 'nanochat'"),
+    (set_config(final_logit_softcapping=None), "final_logit_softcapping None, needed: 15.0"),
+    (set_config(num_attention_heads=3, head_dim=21, num_key_value_heads=None), "does not fit: n_embd=64, n_head=3"),
     (set_config(hidden_act="gelu"), "hidden_act 'gelu', needed: 'relu2'"),
     (set_config(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), "rope_theta': 500.0.*needed: .*10000"),
     (set_config(rms_norm_eps=0.01), "rms_norm_eps 0.01, needed: at most 1e-05"),
     (set_config(intermediate_size=100), "intermediate_size 100, needed: 256"),
-    (set_config(num_hidden_layers=None), "needs a whole number for num_hidden_layers"),
+    (set_config(num_hidden_layers=None), "needs a whole number above 0 for num_hidden_layers"),
     (set_config(num_hidden_layers=3), "tensor model.layers.2.* is missing"),
     (set_config(num_key_value_heads=4), "k_proj.weight has the shape .32, 64., by config.json it needs .64, 64."),
     (set_config(vocab_size=300), "500 tokens, but a model of 300"),

@@ -82,7 +82,7 @@ class NanoChatValueEmbedsModel(NanoChatModel):
 
     def forward(self, input_ids=None, **kwargs):
         if input_ids is None:
-            raise ValueError("value embeddings are looked up by token: input_ids are needed, inputs_embeds do not do")
+            raise ValueError("value embeddings are looked up by token, so input_ids are needed")
         # keywords that the model does not know reach the attention of every layer
         return super().forward(input_ids=input_ids, token_ids=input_ids, **kwargs)
 
