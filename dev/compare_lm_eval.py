@@ -105,7 +105,7 @@ def run(*command):
 
 def lm_eval(folder, model, task, model_args):
     """(metrics, log-likelihoods) of a task by lm-evaluation-harness."""
-    out = folder / f"{task}_{model}"
+    out = Path(tempfile.mkdtemp(dir=folder))
     run("lm_eval", "--model", model, "--model_args", model_args, "--tasks", task, "--include_path", str(folder),
         "--batch_size", "8", "--device", "cpu", "--output_path", str(out), "--log_samples")
     results = json.loads(next(out.rglob("results_*.json")).read_text(encoding="utf-8"))["results"][task]
@@ -136,23 +136,27 @@ def compare(folder, tag, length):
     run("scripts.export_hf", f"--source={source}", f"--model_tag={tag}", "--dtype=float32", f"--out={model}")
     ours = run("scripts.base_loss", f"--source={source}", f"--model_tag={tag}", f"--data={folder / 'corpus'}",
                "--per_document", "--eval_tokens=-1", "--device_type=cpu")
-    print(f"bits per byte | base_loss --per_document: {re.search('val bpb: ([0-9.]+)', ours)[1]}")
+    print(f"bits per byte | base_loss --per_document: {re.search('val bpb: ([0-9.]+)', ours)[1]}", flush=True)
 
+    hf_args = f"pretrained={model},dtype=float32,trust_remote_code=True"
+    results, _ = lm_eval(folder, "hf", "documents", f"{hf_args},add_bos_token=False")
+    print(f"bits per byte | hf: {results['bits_per_byte,none']:.6f}", flush=True)
+
+    # The server generates one token after those that it scores, so local-completions cuts texts to
+    # two tokens less than its max_length
     server, url = start_server(tag)
+    api_args = (f"model={source}-{tag},base_url={url}/v1/completions,tokenizer={model},max_length={length},"
+                "trust_remote_code=True")
+    hf_args += f",max_length={length - 2}"
     try:
-        name = f"{source}-{tag}"
-        for task, add_bos in (("documents", False), ("continuations", True)):
-            hf_args = f"pretrained={model},dtype=float32,trust_remote_code=True,add_bos_token={add_bos}"
-            # two more than the windows in which it scores
-            api_args = (f"model={name},base_url={url}/v1/completions,tokenizer={model},max_length={length + 2},"
-                        f"add_bos_token={add_bos},trust_remote_code=True")
-            results, likelihoods = lm_eval(folder, "hf", task, hf_args)
-            api_results, api_likelihoods = lm_eval(folder, "local-completions", task, api_args)
-            metric = "acc,none" if task == "continuations" else "bits_per_byte,none"
+        for task, metric, add_bos in (("documents", "bits_per_byte", False), ("continuations", "acc", True)):
+            flag = f"add_bos_token={add_bos}"
+            results, likelihoods = lm_eval(folder, "hf", task, f"{hf_args},{flag}")
+            api_results, api_likelihoods = lm_eval(folder, "local-completions", task, f"{api_args},{flag}")
             differences = [abs(a - b) for a, b in zip(likelihoods, api_likelihoods, strict=True)]
-            print(f"{task}, add_bos_token={add_bos} | {metric.split(',')[0]} by hf: {results[metric]:.6f} | "
-                  f"by local-completions: {api_results[metric]:.6f} | {len(differences)} log-likelihoods, "
-                  f"largest difference: {max(differences):.1e}")
+            print(f"{task}, {flag} | {metric} by hf: {results[f'{metric},none']:.6f} | by local-completions: "
+                  f"{api_results[f'{metric},none']:.6f} | {len(differences)} log-likelihoods, largest difference: "
+                  f"{max(differences):.1e}", flush=True)
     finally:
         server.terminate()
         server.wait()
