@@ -1,5 +1,5 @@
 """
-Two losses on held-out text.
+Two losses on held-out text, and the windows in which whole documents are scored.
 
 Bits per byte can be compared between tokenizers: a model with a larger vocabulary has a higher loss
 per token because each token holds more text. So the losses are summed over the tokens and divided
@@ -11,9 +11,10 @@ included.
 
 import math
 
+import numpy as np
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import IGNORE, UserError
 from nanochat.distributed import all_reduce_sum, run_together
 from nanochat.precision import get_autocast_ctx
 
@@ -81,3 +82,47 @@ def _sum_nats_and_units(model, batches, units):
         sums[0] += (nats * (counts > 0)).cpu().double().sum()
         sums[1] += counts.sum().cpu()
     return sums
+
+
+# -----------------------------------------------------------------------------
+# Whole documents
+
+
+def document_windows(ids, bos, sequence_len):
+    """
+    [(inputs, targets)], int64 arrays of up to sequence_len tokens: windows that score every token
+    of a document, int array (N,), exactly once. The first one starts with <|bos|>. The others start
+    with tokens of the window before, which are context alone, so their targets are IGNORE: one
+    token, or in the last window as many as have room.
+
+    lm-evaluation-harness cuts documents in this way, for what it calls bits_per_byte.
+    """
+    stream = np.concatenate(([bos], ids)).astype(np.int64)  # (N + 1,)
+    windows = []
+    for start in range(0, len(ids), sequence_len):
+        # The tokens start + 1 ... stop of the stream are scored
+        stop = min(start + sequence_len, len(ids))
+        first = max(0, stop - sequence_len)
+        inputs = stream[first:stop]
+        targets = stream[first + 1 : stop + 1].copy()
+        targets[: start - first] = IGNORE
+        windows.append((inputs, targets))
+    return windows
+
+
+def window_batches(windows, device_batch_size, device):
+    """
+    Yield (inputs, targets), int64 (B, T) on the device, of windows with at most T tokens. Shorter
+    ones are padded at the end, where causal attention does not look.
+    """
+    # By length: then a batch needs little padding
+    windows = sorted(windows, key=lambda window: len(window[0]))
+    for first in range(0, len(windows), device_batch_size):
+        batch = windows[first : first + device_batch_size]
+        T = len(batch[-1][0])
+        inputs = np.zeros((len(batch), T), dtype=np.int64)
+        targets = np.full((len(batch), T), IGNORE)
+        for row, (window_inputs, window_targets) in enumerate(batch):
+            inputs[row, : len(window_inputs)] = window_inputs
+            targets[row, : len(window_targets)] = window_targets
+        yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)

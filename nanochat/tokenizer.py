@@ -352,7 +352,7 @@ class RustBPETokenizer(Tokenizer):
 # Trained by and used through Hugging Face's tokenizers
 
 
-def _byte_characters():
+def byte_characters():
     """
     {byte: character} of GPT-2's alphabet, in which `tokenizers` writes bytes as visible characters:
     b"A " is 'AĠ'. Bytes that print in Latin-1 stand for themselves, the others are U+0100, U+0101,
@@ -369,7 +369,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
         # The vocabulary in the library's alphabet
-        characters = _byte_characters()
+        characters = byte_characters()
         names = ["".join(map(characters.get, token)) for token in self.mergeable]
         vocab = {name: rank for rank, name in enumerate(names)}
 
@@ -391,7 +391,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def _train_ranks(cls, texts, num_mergeable, buffer_size):
-        characters = _byte_characters()
+        characters = byte_characters()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=num_mergeable,
             initial_alphabet=list(characters.values()),

@@ -4,15 +4,19 @@ Bits per byte of a checkpoint on the training and the validation text, and sampl
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
     python -m scripts.base_loss --eval_tokens=4096 --model_tag=d4          (a CPU)
+    python -m scripts.base_loss --per_document --data=texts.jsonl
+
+Usually documents are packed into rows, as in training, and what does not fill a row is left out. With --per_document
+every document is scored alone and whole: the figure that lm-evaluation-harness calls bits_per_byte.
 """
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
 from nanochat.configurator import CountOrOff, NonNegative, Positive, get_settings, override_from_cli
-from nanochat.dataloader import eval_batches, eval_rows
+from nanochat.dataloader import eval_batches, eval_rows, token_documents
 from nanochat.dataset import describe_skipped, get_spans
 from nanochat.engine import Engine, complete_prompts
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import document_windows, evaluate_bpb, window_batches
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 
@@ -26,12 +30,28 @@ data: str | None = None            # file, folder or glob; None = the default co
 text_field: str = "text"           # column or field of the text, in .parquet and .jsonl
 strict: bool = False               # refuse rows without text; False = skip and count them
 eval_tokens: CountOrOff = 10485760  # tokens of each split to score; -1 = all
+per_document: bool = False         # score each document alone and whole, instead of packed rows
 device_batch_size: Positive = 8    # rows at a time
 temperature: NonNegative = 0.8     # of the unconditioned samples
 seed: int = 42                     # of the unconditioned samples
 
 NUM_UNCONDITIONED = 4
 SAMPLE_TOKENS = 64
+
+
+def whole_documents(tokenizer, spans, sequence_len):
+    """(windows, number of documents): the first documents of `spans`, until they have eval_tokens tokens."""
+    bos = tokenizer.get_bos_token_id()
+    windows = []
+    num_documents = 0
+    num_tokens = 0
+    for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1):
+        windows += document_windows(ids, bos, sequence_len)
+        num_documents += 1
+        num_tokens += len(ids)
+        if 0 < eval_tokens <= num_tokens:
+            break
+    return windows, num_documents
 
 
 def sample_all(model, tokenizer):
@@ -58,13 +78,18 @@ def main():
 
     # Bits per byte of both splits; ranks share the rows
     bpb = {}
+    unit = "documents" if per_document else "rows"
     for split in ("train", "val"):
         spans = get_spans(data, split, text_field, strict)
-        rows = eval_rows(tokenizer, spans, model.config.sequence_len, eval_tokens)
-        my_rows = rows[ddp_rank::ddp_world_size]
-        batches = eval_batches(my_rows, device_batch_size, device)
+        if per_document:
+            windows, count = whole_documents(tokenizer, spans, model.config.sequence_len)
+            batches = window_batches(windows[ddp_rank::ddp_world_size], device_batch_size, device)
+        else:
+            rows = eval_rows(tokenizer, spans, model.config.sequence_len, eval_tokens)
+            count = len(rows)
+            batches = eval_batches(rows[ddp_rank::ddp_world_size], device_batch_size, device)
         bpb[split] = evaluate_bpb(model, batches, token_bytes)
-        print0(f"{split} bpb: {bpb[split]:.6f} | rows: {len(rows)} | "
+        print0(f"{split} bpb: {bpb[split]:.6f} | {unit}: {count} | "
                f"rows without text: {describe_skipped(spans)}")
 
     # Samples, on rank 0
@@ -76,11 +101,15 @@ def main():
 
     # Report and cleanup
     section = "Base model loss" if source == "base" else f"Loss of the {source} model"
+    metric = "bpb"
+    if per_document:  # another figure, which does not replace the usual one
+        section += " per document"
+        metric = "bpb per document"
     get_report().log(section, {
         "config": settings,
         "samples": samples,
-        "train bpb": bpb["train"],
-        "metrics": {"bpb": bpb["val"]},
+        f"train {metric}": bpb["train"],
+        "metrics": {metric: bpb["val"]},
     })
     compute_cleanup()
 

@@ -1,17 +1,20 @@
 """An exported folder in transformers: same logits, token ids and prompts as here; errors for what it cannot hold."""
 
-import json
+import copy
 import random
 import re
+import sys
+from functools import partial
 
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
-from nanochat.common import UserError
+from nanochat import hf_format
+from nanochat.common import IGNORE, UserError
 from nanochat.engine import Engine
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.gpt import GPTConfig
 from scripts import export_hf
+from tests import exports
 from tests.tiny import tiny_model
 
 
@@ -22,48 +25,28 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def small_tokenizer(story):
-    """500 tokens, not a multiple of 64: the model has padded rows, which must not be exported."""
-    return RustBPETokenizer.train_from_iterator(iter([story]), vocab_size=500)
+    return exports.small_tokenizer(story)
 
 
 @pytest.fixture(scope="module")
-def models(small_tokenizer):
-    """By tag: as many key and value heads as query heads, half as many, one."""
-    return {f"kv{n}": tiny_model(vocab_size=500, sequence_len=64, n_kv_head=n, seed=n).eval() for n in (4, 2, 1)}
+def models():
+    return exports.small_models()
 
 
 @pytest.fixture(scope="module")
-def base_dir(tmp_path_factory, models, small_tokenizer):
-    """A base directory with an SFT checkpoint of each model, and a base checkpoint of one."""
-    folder = tmp_path_factory.mktemp("export")
-    meta = {"iterations": 9, "data": "5 conversations", "settings": {"seed": 1}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        for tag, model in models.items():
-            CheckpointManager(get_checkpoint_dir("sft", tag)).save(7, model, tokenizer=small_tokenizer, meta=meta)
-        CheckpointManager(get_checkpoint_dir("base", "kv2")).save(
-            7, models["kv2"], tokenizer=small_tokenizer, meta={"iterations": 9, "progress": {"tokens": 896}})
-    return folder
+def saved(tmp_path_factory, models, small_tokenizer):
+    """A base directory with the checkpoints of exports.py."""
+    return exports.save_checkpoints(tmp_path_factory.mktemp("export"), models, small_tokenizer)
 
 
-@pytest.fixture(autouse=True)
-def environment(base_dir, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-
-
-def export(out, **settings):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"out": str(out), "dtype": "float32", **settings}.items():
-            patch.setattr(export_hf, name, value)
-        export_hf.main()
-    return out
+@pytest.fixture
+def export(saved):
+    return partial(exports.export, saved)
 
 
 @pytest.fixture(scope="module")
-def folder(base_dir):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-        return export(base_dir / "exported", model_tag="kv2")
+def folder(saved):
+    return exports.export(saved, saved / "exported", model_tag="kv2")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +58,14 @@ def theirs(transformers, folder):
 # The model
 
 
-@pytest.mark.parametrize("tag", ["kv4", "kv2", "kv1"])
-def test_logits_and_greedy_tokens_are_equal(transformers, models, small_tokenizer, tag, tmp_path):
+@pytest.mark.parametrize("tag, attention", [
+    ("kv4", "sdpa"), ("kv2", "sdpa"), ("kv1", "sdpa"), ("values", "sdpa"), ("values", "eager"),
+])
+def test_logits_and_greedy_tokens_are_equal(transformers, models, small_tokenizer, export, tag, attention, tmp_path):
     model = models[tag]
     hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        export(tmp_path / "out", model_tag=tag), output_loading_info=True)
+        export(tmp_path / "out", model_tag=tag), output_loading_info=True, attn_implementation=attention,
+        trust_remote_code=tag == "values")
     assert not any(info.values()) and hf_model.dtype == torch.float32
     ids = torch.randint(0, 500, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -94,7 +80,7 @@ def test_logits_and_greedy_tokens_are_equal(transformers, models, small_tokenize
     assert max(num_tokens) == 20
 
 
-def test_bfloat16_is_the_default_and_halves_the_file(transformers, folder, tmp_path):
+def test_bfloat16_is_the_default_and_halves_the_file(transformers, export, folder, tmp_path):
     assert export_hf.dtype == "bfloat16"
     half = export(tmp_path / "half", model_tag="kv2", dtype="bfloat16")
     assert transformers.AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
@@ -102,12 +88,42 @@ def test_bfloat16_is_the_default_and_halves_the_file(transformers, folder, tmp_p
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_generation_stops_where_ours_does(transformers, small_tokenizer, folder, tmp_path):
+def test_generation_stops_where_ours_does_and_at_a_call(transformers, small_tokenizer, export, folder, tmp_path):
     ends = {}
     for stage, path in (("sft", folder), ("base", export(tmp_path / "base", source="base"))):
         config = transformers.AutoModelForCausalLM.from_pretrained(path).generation_config
         ends[stage] = [small_tokenizer.id_to_token(token) for token in config.eos_token_id]
-    assert ends == {"sft": ["<|assistant_end|>", "<|bos|>"], "base": ["<|bos|>"]}
+    assert ends == {"sft": ["<|assistant_end|>", "<|bos|>", "<|python_end|>"], "base": ["<|bos|>"]}
+
+
+CHATS = ["Hi", "The old lighthouse stood at the end of the harbour.", "12*3?"]  # of different lengths
+
+
+def test_a_padded_batch_of_chats_equals_each_alone(transformers, theirs, folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    chats = [[{"role": "user", "content": text}] for text in CHATS]
+    render = partial(theirs.apply_chat_template, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    settings = dict(do_sample=False, max_new_tokens=12)
+    batch = render(chats, padding=True)
+    texts = theirs.batch_decode(model.generate(**batch, **settings)[:, batch["input_ids"].shape[1]:])
+    for chat, text in zip(chats, texts, strict=True):
+        alone = render(chat)
+        ids = model.generate(**alone, **settings)[0, alone["input_ids"].shape[1]:]
+        assert text.startswith(theirs.decode(ids)) and len(ids) > 2
+    assert theirs.padding_side == "left" and theirs.pad_token == "<|assistant_end|>"
+
+
+@pytest.mark.parametrize("eos", [None, "<|bos|>", "<|assistant_end|>"])
+def test_generating_without_a_mask_sees_the_first_token(transformers, theirs, folder, eos):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = dict(do_sample=False, max_new_tokens=12)
+    if eos:
+        settings["eos_token_id"] = theirs.convert_tokens_to_ids(eos)
+    for text in CHATS:
+        chat = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        with_mask = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert model.generate(ids, **settings).tolist() == with_mask.tolist()
 
 
 # -----------------------------------------------------------------------------
@@ -153,71 +169,71 @@ def test_text_that_spells_a_special_token_becomes_it_in_transformers_unless_spli
 
 
 # -----------------------------------------------------------------------------
-# The chat template
+# The model card: its code, as printed
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def run_card(path, monkeypatch):
+    """The names that the card's Python blocks leave, run beside the folder that they name."""
+    card = (path / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a block adds the folder
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block, names)
+    sys.modules.pop("calculator", None)
+    return names
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def part(text, kind="text"):
-    return {"type": kind, "text": text}
-
-
-SYSTEM = {"role": "system", "content": " Be kind.\n"}
-CALL = assistant([part("12*3 = "), part("12*3", "python"), part("36", "python_output"), part("36\n")])
-CONVERSATIONS = {
-    "a question": [user("Who are you?")],
-    "white space is kept": [user("\n  {{ 'x' }} <b> &amp; \t\n")],
-    "empty": [user("")],
-    "a system message": [SYSTEM, user("Hi")],
-    "a system message and turns": [SYSTEM, user("Hi"), assistant("Hello."), user("12*3?"), CALL, user("Σ, 東京?")],
-    "ends with the assistant": [user("12*3?"), CALL],
-    "system, ends with the assistant": [SYSTEM, user("a"), assistant("b")],
-    "parts": [{"role": "system", "content": [part("Be"), part(" kind.")]}, user([part("He"), part("llo")])],
-}
-
-
-@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
-def test_the_template_gives_the_same_ids_as_our_renderers(theirs, small_tokenizer, messages):
-    conversation = {"messages": messages}
-    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids
-    assert prompt == small_tokenizer.render_for_completion(conversation)
-    whole = theirs.apply_chat_template(messages, add_generation_prompt=False).input_ids
-    assert whole == small_tokenizer.render_conversation(conversation, max_tokens=None)[0]
-
-
-@pytest.mark.parametrize("messages", [
-    [SYSTEM], [assistant("Hi")], [user("a"), user("b")], [user("a"), SYSTEM],
-    [user("a"), {"role": "tool", "content": "b"}], [{"role": "user"}], [user(None)],
-    [user([part("1+1", "python")])], [user("a"), assistant([part("b", "image")])],
+@pytest.mark.parametrize("settings, known, parameters", [
+    # by hand: 2 * 500 * 64 for the vocabulary; each layer 64 * (64 + 32 + 32 + 64) + 2 * 64 * 256
+    (dict(model_tag="kv2"), "step 7 of 9; on 5 conversations", 154_112),
+    (dict(source="base"), "step 7 of 9, 896 tokens; ", 154_112),
+    # and a table of 500 * 32 for each layer
+    (dict(model_tag="values"), "`trust_remote_code=True`: read that file first", 186_112),
 ])
-def test_the_template_refuses_what_our_renderers_refuse(theirs, small_tokenizer, messages):
-    with pytest.raises(UserError):
-        small_tokenizer.render_conversation({"messages": messages})
-    with pytest.raises(Exception, match="needs the role|needs a user message|part of this type|not iterable"):
-        theirs.apply_chat_template(messages)
+def test_the_card_states_the_facts_and_its_code_runs(
+        transformers, export, settings, known, parameters, tmp_path, monkeypatch, capsys):
+    path = export(tmp_path / "out", **settings)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert known in card and f"| parameters | {parameters:,} |" in card
+    assert ("answer" in run_card(path, monkeypatch)) == ("source" not in settings)
+
+
+def fit(model, ids, mask, steps=60):
+    """Train a model until it knows one conversation by heart."""
+    ids = torch.tensor([ids])
+    targets = torch.where(torch.tensor([mask]) == 1, ids, IGNORE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        loss = model(ids[:, :-1], targets[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    return model.eval()
+
+
+def test_the_card_runs_the_calls_of_a_model(transformers, small_tokenizer, tmp_path, monkeypatch):
+    question = {"role": "user", "content": "12*34?"}
+    parts = [("text", "It is "), ("python", "12*34"), ("python_output", "7"), ("text", "!")]  # 408, never 7
+    answer = {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
+    ids, mask = small_tokenizer.render_conversation({"messages": [question, answer]})
+    model = fit(tiny_model(vocab_size=500, sequence_len=64), ids, mask)
+    saved = exports.save_checkpoints(tmp_path / "saved", {"kv2": model}, small_tokenizer)
+    names = run_card(exports.export(saved, tmp_path / "out", model_tag="kv2"), monkeypatch)
+
+    text = names["answer"]([question], do_sample=False)
+    assert text == "It is <|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>!"
+    prompt = small_tokenizer.render_for_completion({"messages": [question]})
+    (ours,), _ = Engine(model, small_tokenizer).generate_batch(prompt, temperature=0)
+    assert small_tokenizer.decode(ours[len(prompt):]) == text
 
 
 # -----------------------------------------------------------------------------
 # The folder
 
 
-def test_the_code_in_the_model_card_runs(transformers, folder, tmp_path, monkeypatch, capsys):
-    for path, known in ((folder, "step 7 of 9; on 5 conversations"),
-                        (export(tmp_path / "base", source="base"), "step 7 of 9, 896 tokens; ")):
-        card = (path / "README.md").read_text(encoding="utf-8")
-        # by hand: 2 * 500 * 64 for the vocabulary; each layer 64 * (64 + 32 + 32 + 64) + 2 * 64 * 256
-        assert known in card and "| parameters | 154,112 |" in card
-        monkeypatch.chdir(path.parent)
-        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
-
-
-def test_an_existing_folder_is_kept_unless_it_is_empty(tmp_path, capsys):
+def test_an_existing_folder_is_kept_unless_it_is_empty(export, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     export(tmp_path / "empty", model_tag="kv2")
     assert "wrote kv2, sft step 7" in capsys.readouterr().out
@@ -231,20 +247,50 @@ def test_an_existing_folder_is_kept_unless_it_is_empty(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(dtype="float16"), "dtype=float16 is unknown"), (dict(source="dpo"), "'dpo' is unknown"),
+    (dict(dtype="float16"), "dtype=float16: need bfloat16 or float32"), (dict(source="dpo"), "'dpo' is unknown"),
+    (dict(flavor="gguf"), "flavor=gguf: need transformers or mlx"),
     (dict(source="rl"), "no rl checkpoint"), (dict(model_step=8), "no whole checkpoint of step 8"),
+    (dict(model_tag="values", flavor="mlx"), "no value embeddings .* in its nanochat\nhint: --flavor=transformers"),
 ])
-def test_a_wrong_setting_is_named(settings, message, tmp_path):
+def test_a_wrong_setting_is_named(export, settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         export(tmp_path / "out", **({"model_tag": "kv2"} if settings.get("source") != "rl" else {}) | settings)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_that_transformers_cannot_express_is_refused(folder):
-    config = {"n_layer": 2, "n_head": 4, "value_embeds": False}
-    export_hf.check_expressible(config)  # a switch that is off
-    with pytest.raises(UserError, match="cannot express value_embeds=True of this checkpoint"):
-        export_hf.check_expressible(config | {"value_embeds": True})
-    known = {*export_hf.EXPRESSIBLE, "value_embeds"}
-    assert known == set(export_hf.GPTConfig.__dataclass_fields__)  # a new field: express or refuse
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 500
+def test_every_switch_of_a_model_is_exported():
+    assert {*hf_format.FIELDS, "value_embeds"} == set(GPTConfig.__dataclass_fields__)
+
+
+# -----------------------------------------------------------------------------
+# What goes out for value embeddings
+
+
+def test_without_trust_the_code_in_the_folder_is_not_run(transformers, export, tmp_path):
+    path = export(tmp_path / "out", model_tag="values")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+
+
+def test_it_can_be_saved_loaded_and_trained_by_transformers(transformers, models, export, tmp_path):
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    load(export(tmp_path / "out", model_tag="values")).save_pretrained(tmp_path / "again")
+    theirs = load(tmp_path / "again")
+    ids = torch.randint(0, 500, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, models["values"](ids), atol=1e-5, rtol=0)
+
+    theirs.gradient_checkpointing_enable()
+    theirs.train()(ids, labels=ids, use_cache=False).loss.backward()
+    ours = copy.deepcopy(models["values"])
+    ours(ids[:, :-1], ids[:, 1:]).backward()
+    for layer, table in zip(theirs.model.layers, ours.transformer.value_embeds, strict=True):
+        torch.testing.assert_close(layer.self_attn.value_embed.weight.grad, table.weight.grad[:500])
+    with pytest.raises(ValueError, match="input_ids are needed"):
+        theirs(inputs_embeds=torch.zeros(1, 1, 64))
+
+
+def test_the_modelling_file_is_short_and_needs_transformers_and_torch_alone():
+    source = (hf_format.FILES / hf_format.MODELLING_FILE).read_text(encoding="utf-8")
+    imported = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
+    assert set(imported) == {"torch", "transformers"} and len(source.splitlines()) < 150

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "muon": ["common", "distributed", "precision"],
     "ops": ["common", "cpu_kernels", "gpu_kernels"],
     "gpt": ["adamw", "common", "muon", "ops", "precision"],
+    "hf_format": ["common", "gpt", "ops"],
     "fp8": ["gpt", "precision"],
     # text
     "conversation": ["common"],

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb, evaluate_loss
+from nanochat.loss_eval import document_windows, evaluate_bpb, evaluate_loss, window_batches
 from tests.ranks import on_ranks
 from tests.tiny import tiny_model
 
@@ -86,3 +86,44 @@ def test_nothing_to_score_is_an_error_on_every_rank(tmp_path):
         evaluate_loss(tiny_model(), [(x, torch.full_like(y, -1))])
     on_ranks(2, evaluate_on_rank, str(tmp_path / "out"), 0)
     assert "nothing to score" in torch.load(tmp_path / "out0") and "nothing to score" in torch.load(tmp_path / "out1")
+
+
+# -----------------------------------------------------------------------------
+# Whole documents
+
+
+def test_the_windows_of_a_document_by_hand():
+    windows = [(x.tolist(), y.tolist()) for x, y in document_windows([11, 12, 13, 14, 15, 16, 17, 18], 9, 3)]
+    assert windows == [
+        ([9, 11, 12], [11, 12, 13]),
+        ([13, 14, 15], [14, 15, 16]),
+        ([15, 16, 17], [-1, 17, 18]),  # two are left, so one more token is context
+    ]
+    assert [(x.tolist(), y.tolist()) for x, y in document_windows([11, 12], 9, 3)] == [([9, 11], [11, 12])]
+    assert document_windows([], 9, 3) == []
+
+
+@pytest.mark.parametrize("sequence_len", [1, 4, 16])
+def test_every_token_of_a_document_is_scored_once(sequence_len):
+    for length in range(40):
+        scored = []
+        for inputs, targets in document_windows(range(100, 100 + length), 9, sequence_len):
+            assert len(inputs) == len(targets) <= sequence_len
+            scored += [target for target in targets.tolist() if target != -1]
+        assert scored == list(range(100, 100 + length))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_documents_in_batches_are_scored_as_alone(size):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(2)
+    documents = [torch.randint(10, 100, (length,), generator=generator).numpy() for length in (5, 1, 40, 16, 23)]
+    windows = [window for ids in documents for window in document_windows(ids, 0, 16)]
+    found = evaluate_bpb(model, window_batches(windows, size, "cpu"), TOKEN_BYTES)
+
+    nats = num_bytes = 0
+    for inputs, targets in windows:
+        (window_nats, window_bytes), _ = by_hand(model, torch.tensor(inputs)[None], torch.tensor(targets)[None])
+        nats += window_nats
+        num_bytes += window_bytes
+    assert found == pytest.approx(nats / num_bytes / math.log(2), rel=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,18 @@ def test_base_loss_reads_another_field_and_names_rows_without_text(monkeypatch, 
     train, val = [line for line in capsys.readouterr().out.splitlines() if "rows without text" in line]
     assert "1 skipped" in train and "dirty.jsonl:6: field story" in train
     assert "1 skipped" in val and "dirty.jsonl:39: field story" in val
+
+
+def test_base_loss_scores_whole_documents(monkeypatch, capsys, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Text number {n}. " * n}) + "\n" for n in range(1, 31)))
+    for name, value in {"data": str(data), "model_tag": "d1", "per_document": True, "eval_tokens": -1}.items():
+        monkeypatch.setattr(base_loss, name, value)
+    base_loss.main()
+    out = capsys.readouterr().out
+    # 30 documents, of which one is held out
+    assert re.search(r"train bpb: \d\.\d{6} \| documents: 29 \|", out)
+    assert re.search(r"val bpb: \d\.\d{6} \| documents: 1 \|", out)
 
 
 @pytest.mark.parametrize("settings, message", [
