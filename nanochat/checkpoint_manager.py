@@ -28,7 +28,7 @@ from nanochat.common import UserError, get_base_dir, print0
 from nanochat.distributed import FailedElsewhere, barrier, rank, run_together
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prepare
-from nanochat.precision import precision_note
+from nanochat.precision import precision_note, settle_precision
 from nanochat.tokenizer import get_tokenizer
 
 # stage -> folder below the base directory
@@ -370,4 +370,5 @@ def load_checkpoint(stage, device, model_tag=None, step=None):
     if note:
         print0(f"note: {note}")
     model = manager.load_model(device, step)
+    settle_precision(torch.device(device), model.config.n_embd, decoding=True)
     return prepare(model), manager.load_tokenizer(step), meta
