@@ -183,6 +183,17 @@ def choose_num_threads(default):
     return max(1, min(default, usable_cores() // ranks_here))
 
 
+@contextlib.contextmanager
+def one_thread():
+    """For work on a CPU that takes less time than to wake other threads: they stay asleep."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def usable_cores(cgroups=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgroup")):
     """
     Cores that this process may use, at least 1: of the machine's, those that its affinity and the

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from nanochat.common import synchronize
+from nanochat.common import one_thread, synchronize
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets (SXM parts unless named, without
 # sparsity). The first name that matches counts
@@ -96,16 +96,13 @@ def core_matmul_rate(width, rows, dtype):
     w = weight.T  # in the order of a Linear
     best_s = float("inf")
     num_tries = 0
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     end = time.perf_counter() + TIMING_S
-    while num_tries < MIN_TRIES or time.perf_counter() < end:
-        start = time.thread_time()
-        torch.mm(x, w)
-        best_s = min(best_s, time.thread_time() - start)
-        num_tries += 1
-    torch.set_num_threads(num_threads)
+    with one_thread():
+        while num_tries < MIN_TRIES or time.perf_counter() < end:
+            start = time.thread_time()
+            torch.mm(x, w)
+            best_s = min(best_s, time.thread_time() - start)
+            num_tries += 1
 
     flops = 2 * rows * width * 4 * width  # a multiplication and an addition each
     return flops / best_s
