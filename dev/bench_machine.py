@@ -5,9 +5,9 @@ How well a CPU is used: number format, busy neighbours, parallel regions, memory
     python -m dev.bench_machine --parts=contention           one of them
 
 Every part compares within one run, its cases in turn, and prints ratios: the machine may drift. Cases that differ in
-the environment run in processes of their own. A busy neighbour is a loop in a session of its own, so that Linux gives it
-a fair share of the cores, as it does to another user's program. `memory` and `start` need the toy model of dev/runcpu.sh
-in NANOCHAT_BASE_DIR. For the server under load, start neighbours and then dev/bench_serving.py.
+the environment run in processes of their own. A busy neighbour is a loop in a session of its own, so Linux gives it a
+fair share of the cores, as it does to another user's program. `memory` and `start` need the toy model of
+dev/runcpu.sh in NANOCHAT_BASE_DIR. For the server under load, start neighbours and then dev/bench_serving.py.
 """
 
 import ctypes
