@@ -13,6 +13,7 @@ dev/runcpu.sh in NANOCHAT_BASE_DIR. For the server under load, start neighbours 
 import ctypes
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from nanochat.common import run_script, usable_cores
 from nanochat.configurator import Positive, override_from_cli
 
-parts: str = "format,contention,regions,memory,start"  # what to measure, separated by commas
+parts: str = "format,contention,regions,memory,start,ranks"  # what to measure, separated by commas
 rounds: Positive = 3          # times that each case runs, in turn
 steps: Positive = 10          # steps of a case in a round; their median counts
 
@@ -202,8 +203,29 @@ def measure_memory():
     print(next(line for line in output.splitlines() if line.startswith("peak memory")))
 
 
-def toy_run(num_steps):
-    return [sys.executable, "-m", "scripts.base_train", *TOY_RUN, f"--num_iterations={num_steps}"]
+def toy_run(num_steps, launcher=("-m",)):
+    return [sys.executable, *launcher, "scripts.base_train", *TOY_RUN, f"--num_iterations={num_steps}"]
+
+
+def compare_ranks():
+    print("6. The toy run's step: threads of one process, or ranks of one thread each")
+    cores = usable_cores()
+    launchers = {
+        f"1 process of {cores} threads": ("-m",),
+        f"{cores} ranks": ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cores}", "-m"),
+    }
+    found = {(name, busy): [] for name in launchers for busy in (0, 1, 2)}
+    for _ in range(rounds):
+        for busy in (0, 1, 2):
+            with busy_neighbours(busy):
+                for name, launcher in launchers.items():
+                    command = toy_run(2 * steps, launcher)
+                    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    times = [int(ms) for ms in re.findall(r"dt: (\d+)ms", output)]
+                    found[name, busy].append(statistics.median(times))
+    for name in launchers:
+        print(f"{name} | " + " | ".join(f"{busy} busy: {statistics.median(found[name, busy]):.0f} ms"
+                                        for busy in (0, 1, 2)))
 
 
 def seconds_until(command, text):
@@ -246,6 +268,7 @@ PARTS = {
     "regions": count_regions_of_all,
     "memory": measure_memory,
     "start": measure_starts,
+    "ranks": compare_ranks,
 }
 
 if __name__ == "__main__":

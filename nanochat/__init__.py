@@ -9,8 +9,8 @@ import os
 
 # By default a thread that has nothing to do spins for milliseconds. If another program needs the
 # core, the others wait for the spinning one at the end of every operation, and a training step takes
-# five times as long. A thread that sleeps at once must be woken hundreds of times a step. In between,
-# the cost on an idle machine is within the noise (dev/log/2026-11-29-speed.md).
+# five times as long. A thread that sleeps at once must be woken hundreds of times a step. In between
+# an idle machine loses some 3% (dev/log/2026-11-29-speed.md)
 _SPINS = "10000"         # of GNU's OpenMP, which torch's Linux wheels bring: about 0.3 ms
 _BLOCK_TIME_MS = "1"     # of Intel's and LLVM's, as on a Mac
 
