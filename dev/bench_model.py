@@ -13,10 +13,11 @@ import time
 
 import torch
 
-from nanochat.common import compiles, compute_init, get_peak_flops, peak_memory_bytes, run_script, synchronize
+from nanochat.common import compiles, compute_init, peak_memory_bytes, run_script, synchronize
 from nanochat.configurator import override_from_cli
 from nanochat.dataloader import shift, training_rows
 from nanochat.dataset import get_spans, iter_texts
+from nanochat.device_speed import get_peak_flops
 from nanochat.engine import Engine, Sampling
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig

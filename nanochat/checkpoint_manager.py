@@ -47,7 +47,7 @@ from nanochat.distributed import barrier, gather_objects, rank, run_together
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.inference import prepare
 from nanochat.locks import hold_lock
-from nanochat.precision import precision_note
+from nanochat.precision import precision_note, settle_precision
 from nanochat.tokenizer import get_tokenizer
 
 # How long other machines may take to see a new folder on a network's file system: NFS caches names
@@ -392,4 +392,5 @@ def load_checkpoint(stage, device, model_tag=None, step=None, verify=True):
     if note:
         print0(f"note: {note}")
     model = manager.load_model(device, step)
+    settle_precision(torch.device(device), model.config.n_embd, decoding=True)
     return prepare(model), manager.load_tokenizer(step), meta

@@ -3,13 +3,13 @@ Shared by all stages: errors, folders, and the set-up of a process with its devi
 Importing this module does nothing; `compute_init` sets a process up.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -158,16 +158,63 @@ def compute_init(device_type="", seed=42):
         torch.set_float32_matmul_precision("high")  # TF32 in the matmuls that stay in float32
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cpu" and ddp_world_size > 1:
-        # torchrun sets OMP_NUM_THREADS=1; on a CPU the ranks of a machine share its cores instead
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ddp_world_size))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(choose_num_threads(torch.get_num_threads()))
     torch.manual_seed(seed)
 
     # Ranks
     if ddp_world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return ddp_rank, ddp_local_rank, ddp_world_size, device
+
+
+def choose_num_threads(default):
+    """
+    Threads for this process on a CPU. The user's OMP_NUM_THREADS counts. Without it: no more than
+    `default`, torch's own number, and no more than this rank's share of the cores that may be used.
+    """
+    _, _, world_size = get_dist_info()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # of this machine
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if ranks_here > 1 and asked == "1":  # torchrun sets it unless the user has
+        asked = None
+        default = usable_cores()
+    if asked:
+        return default  # torch has read it
+    return max(1, min(default, usable_cores() // ranks_here))
+
+
+@contextlib.contextmanager
+def one_thread():
+    """For work on a CPU that takes less time than to wake other threads: they stay asleep."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def usable_cores(cgroups=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgroup")):
+    """
+    Cores that this process may use, at least 1: of the machine's, those that its affinity and the
+    quota of its control group (a container's limit) allow.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        cores = len(os.sched_getaffinity(0))
+
+    # The quota of each group from this process's up to the root: "<microseconds> <period>" or "max"
+    group = ""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^0::/(.*)$", membership.read_text("utf-8"), re.MULTILINE)
+        group = found[1] if found else ""
+    folder = cgroups / group
+    for path in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            quota, period = (path / "cpu.max").read_text("utf-8").split()
+            if quota != "max":
+                cores = min(cores, ceil_div(int(quota), int(period)))
+    return max(1, cores)
 
 
 def choose_device(device_type, local_rank):
@@ -262,59 +309,6 @@ def peak_memory_bytes(device):
         return 0
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (SXM parts unless named, without
-# sparsity). The first name that matches counts
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200 NVL": 835,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10G": 70,
-    "RTX 5090": 209,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
-
-
-def get_peak_flops(device, dtype):
-    """
-    (FLOP/s, 'data sheet' | 'measured'): the peak, of which MFU is a fraction. Known GPUs in 16 bits
-    come from the table. Other devices are timed on a matmul in the dtype of training.
-    """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        for key, tflops in PEAK_TFLOPS.items():
-            # a laptop's GPU has fewer units than others of that name
-            if re.search(rf"\b{key}\b", name) and "Laptop" not in name:
-                return tflops * 1e12, "data sheet"
-
-    # Time matmuls
-    best_flops = 0.0
-    size = 1024
-    a, out = torch.ones(2, size, size, device=device, dtype=dtype)
-    end = time.perf_counter() + 0.5
-    # the best of half a second, since others may share the machine
-    while best_flops == 0 or time.perf_counter() < end:
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, a, out=out)
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        # a matmul of two (n, n) matrices takes n^3 multiplications and as many additions
-        best_flops = max(best_flops, 2 * size**3 / seconds)
-        if seconds < 0.02 and size < 8192:  # too small to keep the device busy
-            size *= 2
-            a, out = torch.ones(2, size, size, device=device, dtype=dtype)
-    return best_flops, "measured"
 
 
 def ceil_div(a, b):

@@ -79,7 +79,9 @@ def _encode_in_batches(tokenizer, rows):
     """(row, text) pairs -> (row, ids) pairs, encoded ENCODE_CHARS at a time."""
     for batch in _batches_of_text(rows):
         texts = [text for _, text in batch]
-        ids, offsets = tokenizer.encode_to_numpy(texts)  # all ids of the batch in one array
+        # One thread is faster than any training, and leaves the other cores to it. All ids of the
+        # batch come in one array
+        ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=1)
         for i, (row, _) in enumerate(batch):  # document i is a view of the batch's ids
             yield row, ids[offsets[i]: offsets[i + 1]]
 

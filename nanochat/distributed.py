@@ -56,6 +56,14 @@ def gather_objects(items):
     return [item for part in parts for item in part]
 
 
+def from_rank0(function):
+    """function() of rank 0, on every rank. Its result must be small and picklable."""
+    result = [function() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
 # -----------------------------------------------------------------------------
 # Do all ranks hold the same?
 

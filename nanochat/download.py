@@ -29,7 +29,6 @@ from multiprocessing import TimeoutError as StillRunning
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import requests
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -349,6 +348,8 @@ def download_url(
 
 def fetch_url(url, path, sha256, timeout):
     """One try of download_url. Raises TryAgain, a UserError or an OSError."""
+    import requests  # takes a tenth of a second, which other hosts alone are worth
+
     # overwrites the part of an earlier try
     temporary = path.with_name(f"{path.name}.part")
     headers = {"Accept-Encoding": "identity"}  # else Content-Length is not the file's

@@ -30,6 +30,7 @@ from nanochat.muon import DistMuon
 from nanochat.ops import (
     attention,
     cap_logits,
+    cast_weight,
     chunk_rows,
     head_loss,
     norm,
@@ -102,6 +103,9 @@ class Linear(nn.Linear):
         Nothing: GPT.init_weights sets every parameter. On a meta device PyTorch's own takes
         seconds.
         """
+
+    def forward(self, x):
+        return F.linear(x, cast_weight(self.weight, x.dtype))
 
 
 class Embedding(nn.Embedding):

@@ -15,7 +15,7 @@ together. With several ranks, each rank updates K / ranks of them.
 
 import torch
 
-from nanochat.common import ceil_div, compiles, copy_to_cpu
+from nanochat.common import ceil_div, compiles, copy_to_cpu, one_thread
 from nanochat.distributed import all_gather, rank, reduce_scatter_sum, world_size
 from nanochat.precision import get_precision_dtype
 
@@ -98,20 +98,21 @@ def muon_update(
     params.sub_(update)
 
 
-def _pad(tensors):
-    """A list of tensors of one shape, with zeros at its end so that all ranks get equally many."""
+def _stack(tensors):
+    """
+    A list of tensors of one shape as one tensor, with zeros at its end so that all ranks get
+    equally many.
+    """
     missing = -len(tensors) % world_size()
-    return tensors + [torch.zeros_like(tensors[0])] * missing
+    padded = tensors + [torch.zeros_like(tensors[0])] * missing
+    with one_thread():  # for each small matrix torch would wake all of them
+        return torch.stack(padded)
 
 
-def _my_stack(tensors):
-    """
-    This rank's part of a list of K tensors (M, N), as one tensor (K / ranks rounded up, M, N).
-    """
-    padded = _pad(tensors)
-    count = len(padded) // world_size()
-    start = rank() * count
-    return torch.stack(padded[start: start + count])
+def _my_part(stack):
+    """This rank's part (K / ranks, M, N) of a stack (K, M, N), a view."""
+    count = len(stack) // world_size()
+    return stack[rank() * count: (rank() + 1) * count]
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -152,6 +153,14 @@ class DistMuon(torch.optim.Optimizer):
         }
         super().__init__(groups.values(), defaults)
 
+        # The matrices of a group become views of one tensor (K, M, N), which is updated as a whole
+        self._stacks = []
+        for group in self.param_groups:
+            stack = _stack([p.data for p in group["params"]])
+            self._stacks.append(stack)
+            for p, matrix in zip(group["params"], stack, strict=False):
+                p.data = matrix
+
         # The polynomial runs in the compute dtype
         device = self.param_groups[0]["params"][0].device
         self.dtype = get_precision_dtype(device.type)
@@ -176,20 +185,20 @@ class DistMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         self.grad_sq = 0.0
-        for group in self.param_groups:
-            self._step_group(group)
+        for group, stack in zip(self.param_groups, self._stacks, strict=True):
+            self._step_group(group, stack)
 
-    def _step_group(self, group):
+    def _step_group(self, group, stack):
         params = group["params"]
         state = self._state(group)
 
         # This rank's matrices and their gradients, summed over ranks. A rank without rows has no
         # gradients
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        grads = torch.stack(_pad(grads))  # (K, M, N)
+        grads = _stack(grads)  # (K, M, N)
         grads = reduce_scatter_sum(grads)  # (K / ranks, M, N)
         self.grad_sq = self.grad_sq + torch.linalg.vector_norm(grads).square()
-        mine = _my_stack(params)
+        mine = _my_part(stack)
 
         # On a GPU rates are tensors, not floats: values that change every step must not recompile
         # the update
@@ -212,9 +221,9 @@ class DistMuon(torch.optim.Optimizer):
             self.dtype,
         )
 
-        # Every rank gets all of them; the padding at the end has no parameter
-        for p, new in zip(params, all_gather(mine), strict=False):
-            p.copy_(new)
+        # Every rank gets all of them. One rank's part is the whole
+        if world_size() > 1:
+            stack.copy_(all_gather(mine))
 
     @torch.no_grad()
     def full_state(self, copy=copy_to_cpu):
@@ -239,7 +248,7 @@ class DistMuon(torch.optim.Optimizer):
             for key, value in self._state(group).items():
                 # All matrices of the group, of which this rank takes its part
                 full = [tensors[f"{name}.{key}"] for name in group["names"]]
-                value.copy_(_my_stack(full))
+                value.copy_(_my_part(_stack(full)))
 
 
 Muon = DistMuon  # one class for 1 and N ranks, under both of the field's names

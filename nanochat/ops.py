@@ -12,10 +12,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat import cpu_kernels
-from nanochat.common import HAS_TRITON
+from nanochat.common import HAS_TRITON, one_thread
 
 try:  # FlashAttention 3 (Hopper), where its package is installed
     from flash_attn_interface import flash_attn_func
@@ -24,6 +25,36 @@ except ImportError:
 
 NORM_EPS = torch.finfo(torch.float32).eps  # 2^-23
 LOGIT_CAP = 15.0
+
+# -----------------------------------------------------------------------------
+# Weights in the compute dtype
+
+# A cast of this many elements takes some 50 microseconds. To wake torch's threads and to wait for
+# them takes as long, and far longer where another program has their core
+SMALL_CAST = 2**19
+
+
+def cast_weight(weight, dtype):
+    """A float32 weight in the compute dtype, as autocast would cast it."""
+    if weight.dtype == dtype or not weight.is_cpu or weight.numel() > SMALL_CAST:
+        return weight
+    return _SmallCast.apply(weight, dtype)
+
+
+class _SmallCast(torch.autograd.Function):
+    """weight.to(dtype) on one thread, and back."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        with one_thread():
+            return weight.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with one_thread():
+            return grad.float(), None
+
 
 # -----------------------------------------------------------------------------
 # Norm and activation

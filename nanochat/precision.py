@@ -3,9 +3,9 @@ The one place that decides the number format in which the model computes.
 
 Parameters and optimizer states are float32; activations and matmuls have the compute dtype. The
 environment variable NANOCHAT_PRECISION chooses it: bfloat16, float16, float32 or fp8. Without it
-the compute dtype is bfloat16 where the hardware multiplies it natively (Ampere GPUs and newer; CPUs
-with AMX or AVX512-BF16), else float32. fp8 is bfloat16 with 8-bit matmuls in the linear layers of
-pretraining (fp8.py; Hopper GPUs and newer).
+the compute dtype is bfloat16 on GPUs that multiply it (Ampere and newer). On a CPU it is the faster
+of float32 and bfloat16, measured once in a process: `settle_precision`. fp8 is bfloat16 with 8-bit
+matmuls in the linear layers of pretraining (fp8.py; Hopper GPUs and newer).
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import os
 import torch
 
 from nanochat.common import UserError
+from nanochat.device_speed import DECODING_ROWS, TRAINING_ROWS, core_matmul_rate
+from nanochat.distributed import from_rank0
 
 # value of NANOCHAT_PRECISION -> compute dtype
 DTYPES = {
@@ -22,6 +24,18 @@ DTYPES = {
     "float32": torch.float32,
     "fp8": torch.bfloat16,
 }
+
+
+# bfloat16 rounds, so float32 stays unless bfloat16 multiplies this much faster. The gap also keeps
+# the choice, and with it a model's answers, the same from run to run
+BF16_MARGIN = 1.1
+DEFAULT_WIDTH = 256  # of the matmuls that are timed where no model has been named
+
+# What `settle_precision` has decided for this process: {"cpu": a key of DTYPES}
+_settled = {}
+
+# -----------------------------------------------------------------------------
+# The choice
 
 
 def has_native_bf16(device_type):
@@ -41,7 +55,46 @@ def _has_float8(device_type):
 
 
 def _native_precision(device_type):
+    if device_type == "cpu":
+        if "cpu" not in _settled:
+            _settled["cpu"], _ = _faster_format(DEFAULT_WIDTH, TRAINING_ROWS)
+        return _settled["cpu"]
     return "bfloat16" if has_native_bf16(device_type) else "float32"
+
+
+def _faster_format(width, rows):
+    """(the faster format for matmuls of this CPU, a note with what was measured)."""
+    if not has_native_bf16("cpu"):
+        return "float32", "this CPU does not multiply bfloat16"
+    float32 = core_matmul_rate(width, rows, torch.float32)
+    bfloat16 = core_matmul_rate(width, rows, torch.bfloat16)
+    note = (
+        f"a core multiplies {float32 / 1e9:.0f} GFLOP/s in float32, "
+        f"{bfloat16 / 1e9:.0f} in bfloat16"
+    )
+    return "bfloat16" if bfloat16 > BF16_MARGIN * float32 else "float32", note
+
+
+def settle_precision(device, width, decoding=False, saved=None):
+    """
+    Decide the format of this process for a model of this width, where NANOCHAT_PRECISION does not.
+    On a CPU the faster one is measured in 0.2 seconds, by rank 0 for all ranks. The first call
+    decides. Collective.
+
+    decoding: time the few rows of decoding, not those of training. saved: the format with which a
+    resumed run began; it is kept if this CPU has it. Returns a note for the log, or ''.
+    """
+    asked = os.environ.get("NANOCHAT_PRECISION")
+    if asked and saved not in (None, asked):
+        return f"the run began in {saved}"
+    if asked or device.type != "cpu" or "cpu" in _settled:
+        return ""
+    if saved == "float32" or (saved == "bfloat16" and has_native_bf16("cpu")):
+        _settled["cpu"] = saved
+        return "as the run began"
+    rows = DECODING_ROWS if decoding else TRAINING_ROWS
+    _settled["cpu"], note = from_rank0(lambda: _faster_format(width, rows))
+    return note
 
 
 def get_precision(device_type=None):
@@ -77,14 +130,16 @@ def precision_note(device_type, fp8=False):
     return f"NANOCHAT_PRECISION={asked} needs compute capability 9.0 or newer"
 
 
-def describe_precision(device_type, fp8=False):
+def describe_precision(device_type, fp8=False, measured=""):
     """
     One line for the log of training: the precision, and perhaps why it is not the requested one.
-    fp8: is this pretraining?
+    fp8: is this pretraining? measured: the note of `settle_precision`.
     """
     note = precision_note(device_type, fp8)
     if note:
         return f"{_native_precision(device_type)} ({note})"
+    if measured:
+        return f"{get_precision(device_type)} ({measured})"
     return get_precision(device_type)
 
 

@@ -22,7 +22,6 @@ import shutil
 import time
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from nanochat.common import get_base_dir, get_dist_info, run_script, write_text
@@ -166,6 +165,8 @@ def to_json(record):
 
 def render(start, stages, rate):
     """The text of report.md. rate: dollars for one GPU and hour, or None."""
+    import jinja2  # slow to import, and only `report generate` renders
+
     # autoescape and finalize: every printed value goes through escape_markdown
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

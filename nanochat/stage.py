@@ -7,17 +7,23 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.checkpoint_manager import CheckpointManager
-from nanochat.common import UserError, compute_init, get_peak_flops, print0
+from nanochat.common import UserError, compute_init, print0
+from nanochat.device_speed import get_peak_flops
 from nanochat.gpt import GPT
-from nanochat.precision import describe_precision, get_precision_dtype
+from nanochat.precision import (
+    describe_precision,
+    get_precision,
+    get_precision_dtype,
+    settle_precision,
+)
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import NO_SCALING, make_scaler
 
 # How long a run that resumes by itself waits for the run before it to save and end. A server of NFS
 # gives the locks of a lost machine back after 90 s
 CLAIM_WAIT_S = 150
-# Settings that do not make another run
-NOT_COMPARED = ("resume_from_step", "auto_resume", "verify")
+# Settings that do not make another run; the precision is no flag, see open_stage
+NOT_COMPARED = ("resume_from_step", "auto_resume", "verify", "precision")
 
 
 @dataclass
@@ -52,7 +58,9 @@ class Stage:
         return self.scaler
 
 
-def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=False, mfu=True):
+def open_stage(
+    settings, manager, source=None, fixed=(), progress=None, fp8=False, mfu=True, width=None
+):
     """
     Set this process up and load the model that the stage starts from: its own checkpoint if
     --resume_from_step asks for it, else the model of `source`, the CheckpointManager of an earlier
@@ -63,40 +71,49 @@ def open_stage(settings, manager, source=None, fixed=(), progress=None, fp8=Fals
 
     fixed: settings that a resumed run cannot change. progress: the loop's counters at the start of
     a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
-    FLOP/s.
+    FLOP/s. width: of the model that a new run without a source will make.
     """
-    # Device, ranks, precision
+    # Device, ranks; then a new run, or the state of the one to resume
     rank, _, world_size, device = compute_init(settings["device_type"], settings["seed"])
-    print0(f"device: {device} x {world_size} | precision: {describe_precision(device.type, fp8)}")
-
-    # For MFU. Now, because the thread of a loader would disturb a measurement
-    peak_flops = None
-    if mfu:
-        peak_flops, origin = get_peak_flops(device, get_precision_dtype(device.type))
-        print0(f"peak of one device: {peak_flops:.3e} FLOP/s ({origin})")
-
     # A new run, or the state of the one to resume. Claimed first: the run before may still be saving
     manager.verify = settings["verify"]
     manager.claim(device, CLAIM_WAIT_S if settings["auto_resume"] else 0)
     step, state = resume_step(manager, settings, device, fixed)
     progress = {"train_s": 0.0, **(progress or {}), **state.get("progress", {})}
-    stage = Stage(settings, device, rank, world_size, peak_flops, manager, step, state, progress)
+    stage = Stage(settings, device, rank, world_size, None, manager, step, state, progress)
 
     # Model and tokenizer; a resumed run has them in its own checkpoint
     if state:
-        source = manager
-        source_step = step
+        load_source(stage, manager, step)
     elif source is not None:
         source.verify = settings["verify"]
         source_step, _ = source.load_meta(settings["model_step"])
-    else:
-        return stage
-    stage.tokenizer = source.load_tokenizer(source_step)
-    stage.model = source.load_model(device, source_step)
-    folder = source.checkpoint_dir
-    print0(f"model: {folder.parent.name}/{folder.name}, step {source_step} | "
-           f"parameters: {stage.model.num_params():,}")
+        load_source(stage, source, source_step)
+    if stage.model is not None:
+        width = stage.model.config.n_embd
+
+    # Precision. It joins the settings: a resumed run computes as it began
+    saved = state.get("settings", {}).get("precision")
+    measured = settle_precision(device, width, saved=saved)
+    settings["precision"] = get_precision(device.type)
+    described = describe_precision(device.type, fp8, measured)
+    print0(f"device: {device} x {world_size} | precision: {described}")
+
+    # For MFU. Now, because the thread of a loader would disturb a measurement
+    if mfu:
+        dtype = get_precision_dtype(device.type)
+        stage.peak_flops, origin = get_peak_flops(device, dtype, width)
+        print0(f"peak of one device: {stage.peak_flops:.3e} FLOP/s ({origin})")
     return stage
+
+
+def load_source(stage, source, step):
+    """Give the stage the model and tokenizer of a step of `source`, a CheckpointManager."""
+    stage.tokenizer = source.load_tokenizer(step)
+    stage.model = source.load_model(stage.device, step)
+    folder = source.checkpoint_dir
+    print0(f"model: {folder.parent.name}/{folder.name}, step {step} | "
+           f"parameters: {stage.model.num_params():,}")
 
 
 def resume_step(manager, settings, device, fixed=()):

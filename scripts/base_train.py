@@ -111,7 +111,8 @@ def main():  # noqa: C901, PLR0912, PLR0915
     settings = get_settings(globals())
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
     progress = {"tokens": 0, "val_bpb": None, "min_val_bpb": None, "head_start": False}
-    stage = open_stage(settings, manager, fixed=FIXED, progress=progress, fp8=True)
+    stage = open_stage(
+        settings, manager, fixed=FIXED, progress=progress, fp8=True, width=64 * depth)
     device = stage.device
     progress = stage.progress
 

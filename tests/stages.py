@@ -38,7 +38,7 @@ def run_stage(stage, **settings):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GSM8K, "reward", odd_length)
             # takes half a second a run, in 16 bits five
-            patch.setattr(stage_module, "get_peak_flops", lambda device, dtype: (1e12, "not measured"))
+            patch.setattr(stage_module, "get_peak_flops", lambda device, dtype, width: (1e12, "not measured"))
             # 10 rows each, so that 4 steps of 4 rows go through several; the usual half a million tokens take long
             patch.setattr(packing, "BLOCK_TOKENS", 650)
             for name, value in (defaults | settings).items():

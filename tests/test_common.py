@@ -1,12 +1,23 @@
 """Schedules against closed forms; places; how a script ends."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from nanochat.common import UserError, compute_init, get_base_dir, get_data_dir, run_script
+from nanochat import common
+from nanochat.common import (
+    UserError,
+    choose_num_threads,
+    compute_init,
+    get_base_dir,
+    get_data_dir,
+    one_thread,
+    run_script,
+    usable_cores,
+)
 from nanochat.training import Ema, lr_multiplier
 
 CPU = torch.device("cpu")
@@ -67,6 +78,69 @@ def test_a_data_dir_that_is_no_folder_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere is not a folder"):
         get_data_dir()
+
+
+@pytest.fixture
+def cgroups(tmp_path):
+    """(folder of control groups, file that says which one this process is in: a/b)."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    membership = tmp_path / "cgroup"
+    membership.write_text("1:cpu:/\n0::/a/b\n", encoding="utf-8")
+    return tmp_path, membership
+
+
+@pytest.mark.parametrize("quotas, expected", [
+    ({}, 64), ({"a/b": "max 100000"}, 64), ({"a/b": "200000 100000"}, 2), ({"a": "150000 100000"}, 2),
+    ({"a": "800000 100000", "a/b": "10000 100000"}, 1)])
+def test_a_quota_of_the_group_or_of_one_above_it_bounds_the_cores(quotas, expected, cgroups, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for group, quota in quotas.items():
+        (cgroups[0] / group / "cpu.max").write_text(quota + "\n", encoding="utf-8")
+    assert usable_cores(*cgroups) == expected
+
+
+def test_affinity_bounds_the_cores(cgroups, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert usable_cores(*cgroups) == 2
+
+
+@pytest.mark.parametrize("ranks, omp, expected", [
+    ("1", None, 4), ("1", "3", 32), ("2", "1", 4), ("2", None, 4), ("16", "1", 1), ("2", "3", 32)])
+def test_threads_are_the_users_or_a_share_of_the_cores(ranks, omp, expected, monkeypatch):
+    """On 8 cores, of which torch would take 32 (its reading of OMP_NUM_THREADS) or 4."""
+    monkeypatch.setattr(common, "usable_cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert choose_num_threads(4 if omp is None else 32) == expected
+
+
+def test_one_thread_ends_with_the_block(monkeypatch):
+    numbers = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers[-1])
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    with pytest.raises(KeyError), one_thread():
+        raise KeyError
+    assert numbers == [2, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch brings another OpenMP")
+@pytest.mark.parametrize("module", ["scripts.base_loss", "nanochat.report", "tasks.gsm8k"])
+@pytest.mark.parametrize("users, expected", [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_openmp_reads_how_its_threads_wait_in_every_entry_point(module, users, expected):
+    """OpenMP itself prints what it has read. The module comes first, as in python -m."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    env |= {"OMP_DISPLAY_ENV": "verbose", **users}
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def test_a_policy_of_the_users_is_left_alone():
+    program = "import os, nanochat; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('KMP_BLOCKTIME'))"
+    env = {"PATH": os.environ["PATH"], "OMP_WAIT_POLICY": "active", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == "None None\n"
 
 
 @pytest.mark.parametrize("main", [lambda: torch.empty(2**55), lambda: [0] * 2**60])

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "locks": [],
     "configurator": ["common"],
     "distributed": ["common"],
-    "precision": ["common"],
+    "device_speed": ["common"],
+    "precision": ["common", "device_speed", "distributed"],
     # the model
     "cpu_kernels": [],
     "gpu_kernels": [],
@@ -69,7 +70,7 @@ MAY_IMPORT = {
     "training": ["common", "dataloader", "distributed", "precision"],
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],
-    "stage": ["checkpoint_manager", "common", "gpt", "precision", "tokenizer", "training"],
+    "stage": ["checkpoint_manager", "common", "device_speed", "gpt", "precision", "tokenizer", "training"],
     "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "training"],
     # evaluation
     "confinement": [],

@@ -1,22 +1,42 @@
 """The choice of number format, the autocast context, and the products of packed and of 8-bit weights."""
 
 import copy
+import time
 
 import pytest
 import torch
 
 from nanochat import inference, precision
 from nanochat.decoder import Decoder, Row
+from nanochat.device_speed import core_matmul_rate
 from nanochat.gpt import Linear
 from nanochat.inference import prepare, refresh
+from nanochat.ops import cast_weight
 from nanochat.precision import get_autocast_ctx, get_precision, get_precision_dtype, has_native_bf16
 from nanochat.sampling import Sampling
 from tests.tiny import tiny_model
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch):
+    """Nothing is asked for, and this process has decided nothing yet."""
     monkeypatch.delenv("NANOCHAT_PRECISION", raising=False)
+    monkeypatch.setattr(precision, "_settled", {})
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """GFLOP/s of a CPU that multiplies bfloat16, to be changed by the test. Counts how often they are asked for."""
+    rates = {torch.float32: 100.0, torch.bfloat16: 100.0, "asked": 0}
+
+    def rate(width, rows, dtype):
+        rates["asked"] += 1
+        return 1e9 * rates[dtype]
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device_type: True)
+    monkeypatch.setattr(precision, "core_matmul_rate", rate)
+    return rates
 
 
 @pytest.mark.parametrize("name, dtype", [("bfloat16", torch.bfloat16), ("float16", torch.float16),
@@ -26,9 +46,64 @@ def test_the_environment_decides(monkeypatch, name, dtype):
     assert get_precision("cpu") == name and get_precision_dtype("cpu") == dtype
 
 
-def test_the_default_is_what_the_hardware_multiplies():
-    native = precision.has_native_bf16("cpu")
-    assert get_precision("cpu") == ("bfloat16" if native else "float32")
+@pytest.mark.parametrize("bfloat16, chosen", [(50, "float32"), (100, "float32"), (108, "float32"), (120, "bfloat16")])
+def test_the_faster_format_is_taken_and_float32_unless_the_gap_is_clear(bfloat16, chosen, rates):
+    rates[torch.bfloat16] = bfloat16
+    note = precision.settle_precision(CPU, 256)
+    assert get_precision("cpu") == chosen and get_precision_dtype("cpu") == precision.DTYPES[chosen]
+    assert note == f"a core multiplies 100 GFLOP/s in float32, {bfloat16} in bfloat16"
+
+
+def test_a_process_decides_once(rates):
+    rates[torch.bfloat16] = 200
+    precision.settle_precision(CPU, 256)
+    rates[torch.bfloat16] = 50
+    assert precision.settle_precision(CPU, 768, decoding=True) == ""
+    assert get_precision("cpu") == "bfloat16" and rates["asked"] == 2
+
+
+def test_without_a_model_the_default_is_measured_too(rates):
+    rates[torch.bfloat16] = 200
+    assert get_precision("cpu") == get_precision("cpu") == "bfloat16" and rates["asked"] == 2
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_a_resumed_run_computes_as_it_began(saved, rates):
+    rates[torch.bfloat16] = 50 if saved == "bfloat16" else 200
+    assert precision.settle_precision(CPU, 256, saved=saved) == "as the run began"
+    assert get_precision("cpu") == saved and rates["asked"] == 0
+
+
+def test_what_the_user_asks_for_comes_before_what_the_run_began_with(rates, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "float32")
+    assert precision.settle_precision(CPU, 256, saved="bfloat16") == "the run began in bfloat16"
+    assert get_precision("cpu") == "float32" and rates["asked"] == 0
+
+
+def test_a_cpu_that_only_emulates_bfloat16_is_not_timed(rates, monkeypatch):
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device_type: False)
+    assert "does not multiply bfloat16" in precision.settle_precision(CPU, 256)
+    assert get_precision("cpu") == "float32" and rates["asked"] == 0
+
+
+def test_a_rate_is_measured_quickly_and_once():
+    core_matmul_rate.cache_clear()
+    start = time.thread_time()
+    rate = core_matmul_rate(128, 16, torch.float32)
+    assert time.thread_time() - start < 0.25 and 1e8 < rate < 1e13
+    assert core_matmul_rate(128, 16, torch.float32) == rate
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_small_cast_is_autocasts(requires_grad):
+    weight = torch.randn(64, 32, requires_grad=requires_grad)
+    cast = cast_weight(weight, torch.bfloat16)
+    assert torch.equal(cast, weight.bfloat16()) and cast.requires_grad == requires_grad
+    if requires_grad:
+        cast.square().sum().backward()
+        assert weight.grad.dtype == torch.float32
+        assert torch.equal(weight.grad, (2 * weight.bfloat16()).float())
+    assert cast_weight(weight, torch.float32) is weight
 
 
 def test_fp8_falls_back_and_says_so(monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanochat.common import get_peak_flops
+from nanochat.device_speed import get_peak_flops
 from nanochat.gpt import GPTConfig
 from nanochat.horizon import choose_device_batch_size
 from nanochat.metrics_log import step_line

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanochat import precision
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
 from nanochat.dataloader import rendered_conversations
@@ -26,17 +27,17 @@ def steps_of(stage):
     return [line for line in curve(stage) if "grad_norm" in line]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_in_16_bits_trains_as_in_32(stage, precision, monkeypatch):
+def test_a_stage_in_16_bits_trains_as_in_32(stage, name, monkeypatch):
     expected = steps_of(stage)  # the first two steps of four have the learning rates of two steps
-    monkeypatch.setenv("NANOCHAT_PRECISION", precision)
+    monkeypatch.setenv("NANOCHAT_PRECISION", name)
     more = {"num_samples": 8} if stage == "rl" else {}  # few may have one reward by chance, and no gradient
     run_stage(stage, num_iterations=2, eval_every=-1, **more)
     first, second = steps_of(stage)
     assert all(math.isfinite(value) for line in (first, second) for value in line.values())
     _, meta = CheckpointManager(get_checkpoint_dir(stage, "d1")).load_meta()
-    assert (meta["scaler"] is not None) == (precision == "float16")
+    assert (meta["scaler"] is not None) == (name == "float16")
     if stage == "rl":  # other rounding, other samples
         assert first["grad_norm"] + second["grad_norm"] > 0
     else:
@@ -144,6 +145,18 @@ def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkp
     manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
     assert manager.steps() == [2] and len(calls) == 4
     assert all(p.isfinite().all() for p in manager.load_model(torch.device("cpu")).parameters())
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_a_resumed_run_keeps_the_number_format_it_began_with(stage, monkeypatch, capsys):
+    """On a machine where another one is faster, with nothing asked for."""
+    unbroken = curve(stage)
+    monkeypatch.delenv("NANOCHAT_PRECISION")
+    monkeypatch.setattr(precision, "_settled", {})
+    monkeypatch.setattr(precision, "core_matmul_rate", lambda width, rows, dtype: 1e9 * (1 + (dtype != torch.float32)))
+    run_stage(stage, resume_from_step=2)
+    assert "precision: float32 (as the run began)" in capsys.readouterr().out
+    assert curve(stage) == unbroken
 
 
 @pytest.mark.parametrize("stage", STAGES)
