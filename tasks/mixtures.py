@@ -30,15 +30,14 @@ def own_conversations(data):
     return [CustomJSON(data)] if data is not None else []
 
 
-def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, questions=True):
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None):
     """
-    Small talk, multiple choice (if questions), word problems with the calculator, identity,
-    spelling, and the conversations of the user's own file `data`. All examples, shuffled.
+    Small talk, multiple choice, word problems with the calculator, identity, spelling, and the
+    conversations of the user's own file `data`. All examples, shuffled.
     """
-    tasks = [SmolTalk("train")]
-    if questions:
-        tasks.append(MMLU("auxiliary_train"))
-    tasks += [
+    tasks = [
+        SmolTalk("train"),
+        MMLU("auxiliary_train"),
         GSM8K(split="train"),
         *identity_tasks(identity_epochs),
         SimpleSpelling(spelling_size, "train"),

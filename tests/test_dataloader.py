@@ -19,7 +19,6 @@ from nanochat.dataloader import (
     describe_position,
     eval_batches,
     eval_rows,
-    even_weights,
     token_documents,
     training_rows,
 )
@@ -191,12 +190,9 @@ def test_eval_batches_shift_by_one_and_ignore_padding():
     assert x.dtype == y.dtype == torch.int64
 
 
-def test_even_weights_make_every_row_with_targets_count_the_same():
+def test_count_used_stops_at_the_last_target_of_each_row():
     targets = np.array([[5, IGNORE, IGNORE, IGNORE], [IGNORE, 1, 2, 3], [IGNORE] * 4, [0, 0, 0, 0]])
-    weights = even_weights(targets)
-    assert weights.sum(axis=1) == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3]) and not weights[targets == IGNORE].any()
-    assert weights[1, 1:] == pytest.approx(1 / 9)
-    assert even_weights(targets[2:3]).sum() == 0 and count_used(targets) == 1 + 4 + 0 + 4
+    assert count_used(targets) == 1 + 4 + 0 + 4
 
 
 def test_a_pass_over_little_data_sees_all_of_it_before_the_next_begins():

@@ -40,12 +40,13 @@ SIZES = {
     "mmlu test": 600,
     "mmlu validation": 100,
     "mmlu dev": 50,
+    "mmlu auxiliary_train": 1_000,
     "arc_easy test": 400,
     "arc_easy validation": 100,
-    "arc_easy train": 3_000,
+    "arc_easy train": 500,
     "arc_challenge test": 400,
     "arc_challenge validation": 100,
-    "arc_challenge train": 1_000,
+    "arc_challenge train": 200,
 }
 PROMPT_OPENINGS = ("One question: ", "I am new here. ", "Excuse me. ", "I have a question. ", "Please answer this: ",
                    "Let me ask you something. ", "I am curious. ", "Just one thing: ")
@@ -74,20 +75,13 @@ def draw_choices(draw):
         def make(rng, subjects=choices.SUBJECTS[task]):
             return choices.choice_item(rng, subjects)
 
-        hold = None if split == "train" else held_choice
+        hold = None if split.endswith("train") else held_choice
         items = draw(name, SIZES[name], make, held_choice, hold=hold)
         rows = []
         for i, item in enumerate(items):
             row = choices.mmlu_row(item) if task == "mmlu" else choices.arc_row(f"{task}-{split}-{i}", item)
             rows.append(row)
         tables[f"tasks/{task}_{split}.parquet"] = rows
-    lessons = []
-    for i, (count, subjects, ease) in enumerate(choices.LESSONS):
-        def make(rng, subjects=subjects, ease=ease):
-            return choices.choice_item(rng, subjects, ease)
-
-        lessons += draw(f"lesson {i}", count, make, held_choice)
-    tables["tasks/mmlu_auxiliary_train.parquet"] = [choices.mmlu_row(item) for item in lessons]
     return tables
 
 
