@@ -122,7 +122,7 @@ def test_a_text_can_be_stopped_taken_back_and_begun_anew(chat, server):
 
 
 def test_a_text_that_fails_keeps_what_came_and_says_why(chat, server):
-    server.script = [Answer([" two", " three"], cut=1), Answer(status=400, message="scripted refusal"),
+    server.script = [Answer([" two", " three"], cut=1), Answer(status=400, message="scripted refusal"), Answer([]),
                      Answer(status=429, headers={"Retry-After": "20"}), Answer([" three"])]
     text = pick_base(chat)
     text.fill("One")
@@ -131,6 +131,8 @@ def test_a_text_that_fails_keeps_what_came_and_says_why(chat, server):
     assert text.input_value() == "One two"
     chat.button("Go on").click()
     chat.see("scripted refusal")
+    chat.button("Go on").click()
+    chat.see("For the model the text ends here.")
     chat.button("Go on").click()
     chat.see("Trying again in 20 s.")
     chat.button("Try now").click()
