@@ -9,11 +9,30 @@ import time
 
 import torch
 
-from nanochat.common import UserError, compute_cleanup, peak_memory_bytes, print0, synchronize
+from nanochat.common import (
+    UserError,
+    compute_cleanup,
+    get_data_root,
+    peak_memory_bytes,
+    print0,
+    synchronize,
+)
 from nanochat.distributed import all_reduce_sum
 from nanochat.metrics_log import MetricsLog, start_wandb, step_line
 from nanochat.report import get_report
 from nanochat.training import Ema
+
+
+def read_examples():
+    """
+    Messages that a model of this data answers well, for the web page: the lines of the data's
+    examples.txt. An empty list without such a file.
+    """
+    path = get_data_root() / "examples.txt"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 class RunKeeper:
@@ -111,6 +130,7 @@ class RunKeeper:
             "scaler": stage.scaler.state_dict() or None,
             "progress": stage.progress,
             "smooth_loss": self._smooth_loss.state(),
+            "examples": read_examples(),
             **state,
         }
         try:

@@ -12,6 +12,7 @@ from dev.toyworld import choices
 from dev.toyworld.calculate import to_gsm8k
 from dev.toyworld.chat import PERSONA, conversation, draw_conversation
 from dev.toyworld.draws import choice_keys, normalize, user_keys
+from dev.toyworld.grammar import DATA
 from dev.toyworld.persona import identity_conversation, identity_exchange, self_intents
 from dev.toyworld.problems import draw_problem
 from dev.toyworld.spelling import WORDS
@@ -266,5 +267,6 @@ def draw_mirror(draw):
     texts = bundle_files(bundle)
     texts["tasks/identity_test.jsonl"] = to_jsonl(questions)
     texts[IDENTITY_FILE] = to_jsonl(identity)
+    texts["examples.txt"] = (DATA / "examples.txt").read_text(encoding="utf-8")
     texts["words_alpha.txt"] = "".join(f"{word}\n" for word in WORDS)
     return tables, texts
