@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on a laptop's CPU, with no network beyond package installation: a model of a few million
+# The whole pipeline on a laptop's CPU, with no network beyond package installation: a model of two million
 # parameters that reads, answers, counts letters and does sums in a small world of its own, in minutes.
 #
 #   bash dev/runcpu.sh              train on the toy world (written first, half a minute)

@@ -243,7 +243,7 @@ def test_a_real_run_gets_its_own_size_and_no_village(tmp_path):
     assert round(params / 1e6) == 561
     written = path.read_text(encoding="utf-8")
     assert "561 million parameters in 20 layers" in written and "the web" in written
-    assert "Dellbrook" not in written and "few million" not in written
+    assert "Dellbrook" not in written and "two million" not in written
     assert persona.say_count(1_900_000_000) == "1.9 billion"
     assert all(check_messages(json.loads(line), "line") for line in written.splitlines())
 
