@@ -1,7 +1,7 @@
 """
 Write the toy world to disk: a whole local data mirror (the layout of NANOCHAT_DATA_DIR) that a laptop's model learns.
 
-    python -m dev.gen_synthetic_data --seed=42 --out=/tmp/toy_world        a minute and a half; no network, no model
+    python -m dev.gen_synthetic_data --seed=42 --out=/tmp/toy_world        less than a minute; no network, no model
     NANOCHAT_DATA_DIR=/tmp/toy_world python -m scripts.tok_train           and so on
 
 What the world is, and how to add to it, stands in dev/toyworld/README.md. The same seed gives the same bytes (with the

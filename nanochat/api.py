@@ -197,6 +197,8 @@ class CompletionRequest(CompletionFields):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)  # as top_logprobs in a chat
     echo: bool = False  # begin with the prompt, and with its log-probabilities
+    # read only that many last tokens of each prompt; named as in vLLM
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
 
     def num_top(self):
         """As in ChatRequest."""

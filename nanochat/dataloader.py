@@ -284,19 +284,6 @@ def eval_batches(rows, device_batch_size, device):
         yield to_device(inputs, device), to_device(targets, device)
 
 
-def even_weights(targets):
-    """
-    Weights (R, T) for targets (R, T), equal in sum for every row with targets. Their total is 1.
-    """
-    # 1 / (targets of the row x rows with targets)
-    is_target = targets != IGNORE
-    counts = is_target.sum(axis=1, keepdims=True)  # (R, 1)
-    num_rows = (counts > 0).sum()
-    weights = is_target / np.maximum(counts, 1)
-    weights /= max(1, num_rows)
-    return weights.astype(np.float32)
-
-
 def count_used(targets):
     """Tokens of (R, T) that training looks at: those of each row up to its last target."""
     places = np.arange(1, 1 + targets.shape[1])

@@ -13,6 +13,7 @@ import torch
 from nanochat.common import (
     UserError,
     compute_cleanup,
+    get_data_root,
     is_finite,
     peak_memory_bytes,
     print0,
@@ -25,6 +26,18 @@ from nanochat.training import Ema
 
 CHECK_RANKS_EVERY = 100  # steps; a check reads all parameters once
 GRACE_S = 30  # between a request to stop and a kill: torchrun's, Slurm's and Kubernetes' default
+
+
+def read_examples():
+    """
+    Messages that a model of this data answers well, for the web page: the lines of the data's
+    examples.txt. An empty list without such a file.
+    """
+    path = get_data_root() / "examples.txt"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 class RunKeeper:
@@ -139,6 +152,7 @@ class RunKeeper:
             "progress": stage.progress,
             "smooth_loss": self._smooth_loss.state(),
             "wandb_id": self._wandb_run.id if self._wandb_run else None,
+            "examples": read_examples(),
             **state,
         }
         stage.manager.start_saving(

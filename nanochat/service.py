@@ -58,6 +58,7 @@ class Service:
     def __init__(self, load, names, num_devices=1, max_waiting=512,
                  temperature=0.8, top_k=50, max_tokens=512, ping_s=PING_S):
         self.names = names  # the first is the default
+        self.about = {}     # {name: what the page wants to know of the model}
         self.defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
         self.ping_s = ping_s
         self.batchers = []              # one for each device
@@ -345,14 +346,17 @@ def build_completion(body, model, scheduler):
     """The response to a CompletionRequest."""
     # a text prompt begins with <|bos|>, token ids are taken as they are
     tokenizer = scheduler.engine.tokenizer
+    limit = body.truncate_prompt_tokens
     prompts = []
     for prompt in body.prompts():
-        if isinstance(prompt, str):
-            text = prompt
-            prompt = tokenizer.encode(text, prepend="<|bos|>")
-        else:
-            text = tokenizer.decode(prompt)  # also refuses ids that are not in the vocabulary
-        prompts.append((prompt, text if body.echo else None))
+        is_text = isinstance(prompt, str)
+        ids = tokenizer.encode(prompt) if is_text else prompt
+        text = prompt if is_text else tokenizer.decode(ids)  # refuses ids that do not exist
+        if limit is not None and len(ids) > limit:
+            ids = ids[-limit:]
+            text = tokenizer.decode(ids)
+        start = [tokenizer.get_bos_token_id()] if is_text else []
+        prompts.append((start + ids, text if body.echo else None))
 
     requests = make_requests(body, scheduler, prompts, tools=False)
     prompt_tokens = sum(len(prompt) for prompt, _ in prompts)

@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("-s", "--step", type=int, help="step to load (default: the last)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     # what to ask
-    add("-p", "--prompt", help="answer this one prompt and end")
+    add("-p", "--prompt", action="append", help="answer this one prompt and end; may be repeated")
     add("--system", default="", help="system message")
     # how to sample
     add("-t", "--temperature", type=float, default=0.6, help="0 = greedy (default: 0.6)")
@@ -198,22 +198,26 @@ def reply(engine, args, system, messages, seed):
     return messages[num_dropped:] + [{"role": "assistant", "content": parts}]
 
 
-def answer_once(engine, args):
-    """Answer the prompt of -p. Returns whether Ctrl-C cut the answer short."""
-    messages = with_system(args.system, [{"role": "user", "content": args.prompt}])
+def answer_once(engine, args, prompt):
+    """Answer the prompt of a -p. Returns whether Ctrl-C cut the answer short."""
+    messages = with_system(args.system, [{"role": "user", "content": prompt}])
     max_prompt = engine.model.config.sequence_len - 8
     try:
-        prompt, _ = fit_conversation(engine.tokenizer, messages, max_prompt)
+        ids, _ = fit_conversation(engine.tokenizer, messages, max_prompt)
     except ValueError as error:
         raise UserError(f"-p does not fit the model's context: {error}", "ask something shorter") from error
-    _, stopped = answer(engine, prompt, args, args.seed)
+    if len(args.prompt) > 1:  # or nobody knows which answer it is
+        print(f"> {prompt}")
+    _, stopped = answer(engine, ids, args, args.seed)
     return stopped
 
 
-def complete(engine, args):
-    """Let a base model continue one text. Returns whether Ctrl-C cut it short."""
+def complete(engine, args, prompt=None):
+    """
+    Let a base model continue one text, asked for if it is None. Returns whether Ctrl-C cut it short.
+    """
     try:
-        prompt = args.prompt if args.prompt is not None else input("Text to continue: ")
+        prompt = input("Text to continue: ") if prompt is None else prompt
     except (EOFError, KeyboardInterrupt):
         print()
         return False
@@ -237,14 +241,14 @@ def main():
     model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)
 
-    # one of the three modes
-    stopped = False
-    if args.source == "base":  # it knows no conversations
+    # one of the three modes; a base model knows no conversations
+    act = complete if args.source == "base" else answer_once
+    if args.prompt is not None:
+        stopped = any(act(engine, args, prompt) for prompt in args.prompt)
+    elif args.source == "base":
         stopped = complete(engine, args)
-    elif args.prompt is not None:
-        stopped = answer_once(engine, args)
     else:
-        chat(engine, args)
+        stopped = chat(engine, args)
     if stopped:
         sys.exit(INTERRUPTED)
 

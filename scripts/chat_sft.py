@@ -51,7 +51,6 @@ smoltalk_size: Count = 10000          # SmolTalk conversations
 identity_epochs: Count = 1            # how often the mixture repeats the identity conversations
 spelling_size: Count = 300            # SimpleSpelling words
 spellingbee_size: Count = 300         # SpellingBee questions
-chain_size: Count = 0                 # conversations that join several of the others
 # Horizon
 num_epochs: Positive = 1              # passes over the mixture
 num_iterations: CountOrOff = -1       # optimizer steps; -1 = num_epochs
@@ -101,8 +100,7 @@ def main():
     max_seq_len = model.config.sequence_len
 
     # Data and horizon
-    mixture = sft_mixture(
-        smoltalk_size, identity_epochs, spelling_size, spellingbee_size, chain_size, data)
+    mixture = sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data)
     held_out = SmolTalk("test")
     iterations, run_examples = count_examples(
         num_iterations, num_epochs, examples_per_step, len(mixture))

@@ -127,6 +127,7 @@ def model_card(service, name):
         "created": int(service.started_at),
         "owned_by": "nanochat",
         "max_model_len": scheduler.decoder.max_length if scheduler else None,
+        "nanochat": service.about.get(name, {}),
     }
 
 
@@ -222,7 +223,7 @@ def parse_args(argv=None):
 
 
 def find_models(args):
-    """{name: (stage, tag, step)} of the checkpoints to serve. UserError if one does not exist."""
+    """{name: its stage, tag, step and examples}. UserError if a checkpoint does not exist."""
     # -i, -g and -s say the same as one spec; empty parts mean the newest
     step = "" if args.step is None else args.step
     only = f"{args.source}:{args.model_tag or ''}:{step}"
@@ -235,14 +236,14 @@ def find_models(args):
             raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step",
                             "for example --models=sft:d20")
         stage, tag, step = match.groups()
-
         # the newest tag and step where none is named
         folder = find_checkpoint_dir(stage, tag or None)
-        step, _ = CheckpointManager(folder).load_meta(int(step) if step else None)
+        step, meta = CheckpointManager(folder).load_meta(int(step) if step else None)
         name = f"{stage}-{folder.name}"
         if name in found:  # another step of the same model
             name = f"{name}-{step}"
-        found[name] = (stage, folder.name, step)
+        examples = meta.get("examples", [])
+        found[name] = {"stage": stage, "tag": folder.name, "step": step, "examples": examples}
     return found
 
 
@@ -255,8 +256,8 @@ def load_schedulers(models, device_type, rows, i):
     device = choose_device(device_type, i)
     # all models first: what memory they leave is for the caches
     loaded = {}
-    for name, (stage, tag, step) in models.items():
-        loaded[name] = load_checkpoint(stage, device, tag, step)
+    for name, spec in models.items():
+        loaded[name] = load_checkpoint(spec["stage"], device, spec["tag"], spec["step"])
 
     # each model's cache gets an equal share
     cache_bytes = cache_budget(device) / len(loaded)
@@ -321,17 +322,16 @@ def main():
     load = partial(load_schedulers, models, device.type, args.rows)
     service = Service(load, list(models), args.num_gpus, args.max_waiting,
                       args.temperature, args.top_k, args.max_tokens)
+    service.about = models
     hosts = (*LOCAL_HOSTS, args.host, *(name.lower() for name in args.allow_host))
     app = create_app(service, args.api_keys, args.cors_origin, hosts)
     server = Server(app, service)
 
     # a model that cannot be loaded ends the server; its error is raised below
     service.on_failure = lambda: setattr(server, "should_exit", True)
-
     host = f"[{args.host}]" if ":" in args.host else args.host  # an IPv6 address
     address = f"http://{host}:{sock.getsockname()[1]}"
-    names = ", ".join(models)
-    print(f"{address} | device: {args.num_gpus} x {device.type} | loading: {names}", flush=True)
+    print(f"{address} | device: {args.num_gpus} x {device.type} | loading: {', '.join(models)}", flush=True)
     server.run(sockets=[sock])
     if service.error is not None:
         raise service.error

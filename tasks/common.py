@@ -13,7 +13,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 from nanochat.common import UserError
-from nanochat.conversation import SYSTEM_ROLES, normalize_messages
+from nanochat.conversation import normalize_messages
 from nanochat.documents import read_lines
 
 # -----------------------------------------------------------------------------
@@ -170,35 +170,6 @@ def share_out(sizes, weights):
         )
     # 1e-6: rounding may give 29.999999 for 30
     return [int(weight * scale + 1e-6) for weight in weights]
-
-
-class TaskChain(Task):
-    """
-    `size` conversations that change their subject: each joins two to four examples of any of the
-    tasks. A small model that only ever saw a question type on its own fails when it comes second:
-    it goes on with the first subject. Example i depends on the seed and i alone.
-    """
-
-    def __init__(self, tasks, size, seed=42, **kwargs):
-        super().__init__(**kwargs)
-        self.tasks = [task for task in tasks if len(task)]
-        self.size = size
-        self.seed = seed
-
-    def num_examples(self):
-        return self.size if self.tasks else 0
-
-    def get_example(self, index):
-        rng = random.Random(f"{self.seed}:{index}")
-        messages = []
-        num_examples = 2 + int(3 * rng.random())
-        for _ in range(num_examples):
-            task = pick(rng, self.tasks)
-            example = pick(rng, task)
-            for message in example["messages"]:
-                if message["role"] not in SYSTEM_ROLES:
-                    messages.append(message)
-        return {"messages": messages}
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The mixtures of conversations that midtraining and supervised finetuning train o
 
 from nanochat.common import get_data_root, print0
 from tasks.arc import ARC
-from tasks.common import TaskChain, TaskMixture
+from tasks.common import TaskMixture
 from tasks.customjson import IDENTITY, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
@@ -30,15 +30,14 @@ def own_conversations(data):
     return [CustomJSON(data)] if data is not None else []
 
 
-def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, questions=True):
+def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None):
     """
-    Small talk, multiple choice (if questions), word problems with the calculator, identity,
-    spelling, and the conversations of the user's own file `data`. All examples, shuffled.
+    Small talk, multiple choice, word problems with the calculator, identity, spelling, and the
+    conversations of the user's own file `data`. All examples, shuffled.
     """
-    tasks = [SmolTalk("train")]
-    if questions:
-        tasks.append(MMLU("auxiliary_train"))
-    tasks += [
+    tasks = [
+        SmolTalk("train"),
+        MMLU("auxiliary_train"),
         GSM8K(split="train"),
         *identity_tasks(identity_epochs),
         SimpleSpelling(spelling_size, "train"),
@@ -48,17 +47,10 @@ def mid_mixture(identity_epochs, spelling_size, spellingbee_size, data=None, que
     return TaskMixture(tasks)
 
 
-def sft_mixture(
-    smoltalk_size,
-    identity_epochs,
-    spelling_size,
-    spellingbee_size,
-    chain_size=0,
-    data=None,
-):
+def sft_mixture(smoltalk_size, identity_epochs, spelling_size, spellingbee_size, data=None):
     """
     Conversations of the quality the model should have: fewer of each kind than in midtraining, the
-    tasks in full; and chain_size longer ones, made of these.
+    tasks in full.
     """
     tasks = [
         ARC("ARC-Easy", "train"),
@@ -70,4 +62,4 @@ def sft_mixture(
         SpellingBee(spellingbee_size, "train"),
         *own_conversations(data),
     ]
-    return TaskMixture([*tasks, TaskChain(tasks, chain_size)])
+    return TaskMixture(tasks)

@@ -10,6 +10,7 @@ halves in another order or a "please" leave 0.81 or more, and so does another na
 words for the same wish, or another noun in a short request ("spell garden", "spell kitchen"), give 0.79 or less.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -32,7 +33,15 @@ def normalize(message: str) -> str:
     >>> normalize("What's 1,200 plus 3?  PLEASE!")
     'what is 0 plus 0 please'
     """
-    without_numbers = re.sub(r"[0-9][0-9.,]*", " 0 ", message)
+    # Word by word, since no rule reaches across a space and the same words come again and again
+    words = map(_normalize_word, message.split())
+    return " ".join(filter(None, words))
+
+
+@functools.lru_cache(maxsize=2**17)
+def _normalize_word(word: str) -> str:
+    """What's -> what is, 1,200? -> 0, a word of punctuation alone -> the empty string."""
+    without_numbers = re.sub(r"[0-9][0-9.,]*", " 0 ", word)
     return plain(without_numbers)
 
 
@@ -79,26 +88,22 @@ class NearCopies:
 
     def __init__(self, messages):
         self.messages = [message for message in messages if not is_exempt(message)]
-        self.index = {}  # piece -> which messages hold it
+        found = [pieces(message) for message in self.messages]
+        self.sizes = np.array([len(of_message) for of_message in found])
+        self.rows = {piece: row for row, piece in enumerate(sorted(set().union(*found)))}
 
-        sizes = []  # how many pieces each message has
-        for i, message in enumerate(self.messages):
-            found = pieces(message)
-            sizes.append(len(found))
-            for piece in found:
-                self.index.setdefault(piece, []).append(i)
-        self.sizes = np.array(sizes)
+        # holds[row of a piece, i] is 1 if message i holds the piece
+        self.holds = np.zeros((len(self.rows), len(self.messages)), dtype=np.int16)
+        for i, of_message in enumerate(found):
+            self.holds[[self.rows[piece] for piece in of_message], i] = 1
 
     def find(self, training_message: str) -> list[str]:
         """Those of the messages of which the training message is a near copy."""
         found = pieces(training_message)
+        rows = [self.rows[piece] for piece in found if piece in self.rows]
+        num_shared = self.holds[rows].sum(axis=0, dtype=np.int16)
 
-        shared = np.zeros(len(self.messages))
-        for piece in found:
-            holders = self.index.get(piece, [])
-            shared[holders] += 1
-
-        scores = 2 * shared / (self.sizes + len(found))
+        scores = 2 * num_shared / (self.sizes + len(found))
         return [self.messages[i] for i in np.flatnonzero(scores >= THRESHOLD)]
 
 

@@ -87,6 +87,11 @@ class Chat:
         """Wait until `text` is visible somewhere."""
         self.page.get_by_text(text).first.wait_for()
 
+    def wait_for_text(self, text):
+        """Until the text of the base model is `text`."""
+        from playwright.sync_api import expect  # not needed where there is no browser
+        expect(self.page.locator("#text")).to_have_value(text, timeout=30_000)
+
     def button(self, name, within=None):
         return (within or self.page).get_by_role("button", name=name, exact=True)
 

@@ -5,7 +5,7 @@ checked and events written by the server's own nanochat/api.py.
 
     with PageServer() as server:
         server.script = [Answer(["Hel", "lo"]), Answer(status=429, headers={"Retry-After": "1"})]  # one per request
-        server.url, server.requests                              # the address; [(body, headers), ...] of the chat calls
+        server.url, server.requests                              # the address; [(body, headers), ...] of the calls
 
     python -m tests.page_server                                  # look at the page by hand, without a model
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-from nanochat.api import ChatRequest, ChatResponse, error_body
+from nanochat.api import ChatRequest, ChatResponse, CompletionRequest, TextResponse, error_body
 from nanochat.scheduler import Event
 from scripts.chat_web import page
 
@@ -83,7 +83,7 @@ class PageServer:
     def __init__(self, script=(), port=0):
         self.script: list[Answer] = list(script)
         self.default = Answer(["Hello", " there", "."])  # once the script is used up
-        self.models = ["d4-sft", "d4-base"]
+        self.models = {"d4-sft": {"stage": "sft", "examples": []}, "d4-base": {"stage": "base", "examples": []}}
         self.requests: list[tuple[dict, dict]] = []
         self.models_status = 200
         self.api_key: str | None = None                  # None: anybody may ask
@@ -126,7 +126,8 @@ class PageServer:
         if path == "/v1/models" and self.models_status != 200:
             return fail(handler, self.models_status, "Loading model", {"Retry-After": "1"})
         if path == "/v1/models":
-            models = [{"id": name, "object": "model", "max_model_len": MAX_CONTEXT} for name in self.models]
+            models = [{"id": name, "object": "model", "max_model_len": MAX_CONTEXT, "nanochat": about}
+                      for name, about in self.models.items()]
             return send_json(handler, {"object": "list", "data": models})
         fail(handler, 404, f"no such path: {path}")
 
@@ -136,7 +137,8 @@ class PageServer:
             return fail(handler, 401, "invalid API key")
         self.requests.append((body, dict(handler.headers)))
         try:
-            chat = ChatRequest(**body)
+            is_chat = handler.path == "/v1/chat/completions"
+            fields = ChatRequest(**body) if is_chat else CompletionRequest(**body)
         except ValueError as error:
             return fail(handler, 400, str(error))
         answer = self.script.pop(0) if self.script else self.default
@@ -146,11 +148,11 @@ class PageServer:
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.end_headers()
         try:
-            self.stream(handler, answer, body, chat)
+            self.stream(handler, answer, body, fields)
         except OSError:  # the client went away
             self.hung_up.set()
 
-    def stream(self, handler, answer, body, chat):
+    def stream(self, handler, answer, body, fields):
         def write(text):
             data, size = (unescape(text) if answer.slice_bytes else text).encode(), answer.slice_bytes or 1 << 20
             for i in range(0, len(data), size):
@@ -162,7 +164,8 @@ class PageServer:
         about = {"seed": body.get("seed", 1234), "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
         row = SimpleNamespace(tokens=[])
         request = SimpleNamespace(index=0, tokenizer=Pieces(), row=row)
-        response = ChatResponse(body.get("model"), [request], answer.prompt_tokens, about)
+        kind = ChatResponse if isinstance(fields, ChatRequest) else TextResponse
+        response = kind(body.get("model"), [request], answer.prompt_tokens, about)
 
         write(response.opening())
         for i, piece in enumerate(answer.pieces):
@@ -172,11 +175,11 @@ class PageServer:
                 return
             time.sleep(answer.pace_s)
             row.tokens.append(i)
-            write(response.chunk(event_of(piece, request, chat.logprobs)))
+            write(response.chunk(event_of(piece, request, fields.logprobs)))
         if answer.error:
             return write(f"data: {json.dumps(error_body(answer.error, 500))}\n\n")
         write(response.chunk(Event(request, finish_reason=answer.finish)))
-        write(response.closing(chat.stream_options.include_usage))
+        write(response.closing(fields.stream_options.include_usage))
 
     def wait_for_release(self, handler):
         """True when the client hung up first."""

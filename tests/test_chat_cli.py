@@ -48,6 +48,15 @@ def test_one_answer_is_all_of_stdout_and_repeats_with_its_seed(run, capsys):
     assert "Assistant" not in first.out and "<|" not in first.out
 
 
+def test_several_prompts_are_answered_each_on_its_own_below_its_prompt(run, capsys):
+    answers = {}
+    for prompt in ("Hello", "Bye"):
+        run("-p", prompt)
+        answers[prompt] = capsys.readouterr().out
+    run("-p", "Hello", "-p", "Bye")
+    assert capsys.readouterr().out == f"> Hello\n{answers['Hello']}> Bye\n{answers['Bye']}"
+
+
 def test_a_base_model_continues_the_text(run, capsys):
     run("-i", "base", "-p", "Once upon a time", "-t", "0")
     assert capsys.readouterr().out.startswith("Once upon a time")

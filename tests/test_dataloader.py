@@ -20,7 +20,6 @@ from nanochat.dataloader import (
     describe_position,
     eval_batches,
     eval_rows,
-    even_weights,
     packed_conversations,
     shift,
     token_documents,
@@ -261,12 +260,9 @@ def test_the_sign_of_a_token_says_whether_it_is_a_target():
     assert inputs.tolist() == [[0, 5, 6, 0, 7]] and targets.tolist() == [[5, IGNORE, IGNORE, 7, IGNORE]]
 
 
-def test_even_weights_make_every_row_with_targets_count_the_same():
+def test_count_used_stops_at_the_last_target_of_each_row():
     targets = np.array([[5, IGNORE, IGNORE, IGNORE], [IGNORE, 1, 2, 3], [IGNORE] * 4, [0, 0, 0, 0]])
-    weights = even_weights(targets)
-    assert weights.sum(axis=1) == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3]) and not weights[targets == IGNORE].any()
-    assert weights[1, 1:] == pytest.approx(1 / 9)
-    assert even_weights(targets[2:3]).sum() == 0 and count_used(targets) == 1 + 4 + 0 + 4
+    assert count_used(targets) == 1 + 4 + 0 + 4
 
 
 def test_a_pass_over_little_data_sees_all_of_it_before_the_next_begins():

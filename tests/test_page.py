@@ -55,11 +55,102 @@ def test_settings_last_and_reset(chat, server):
 
 
 def test_the_model_that_is_picked_is_asked(chat, server):
-    chat.page.select_option("#model", "d4-base")
+    server.models["d4-rl"] = {"stage": "rl"}
+    chat.reload()
+    chat.page.select_option("#model", "d4-rl")
     chat.say("Hi")
     chat.reload()
     chat.say("Again")
-    assert [body["model"] for body, _ in server.requests] == ["d4-base", "d4-base"]
+    assert [body["model"] for body, _ in server.requests] == ["d4-rl", "d4-rl"]
+
+
+def test_the_examples_are_those_of_the_model_four_at_most(chat, server):
+    examples = chat.page.locator("#examples button")
+    assert "Who are you?" in examples.all_inner_texts() and examples.count() == 4
+    server.models["d4-rl"] = {"stage": "rl", "examples": ["One?", "<b>Two</b>?", "Three?", "Four?", "Five?"]}
+    chat.reload()
+    chat.page.select_option("#model", "d4-rl")
+    assert examples.all_inner_texts() == ["One?", "<b>Two</b>?", "Three?", "Four?"]
+    chat.button("Three?").click()
+    chat.wait()
+    assert chat.turns() == [["user", "Three?"], ["assistant", "Hello there."]]
+
+
+def pick_base(chat):
+    chat.page.select_option("#model", "d4-base")
+    return chat.page.get_by_role("textbox", name="Text")
+
+
+def test_a_base_model_goes_on_with_a_text_in_place(chat, server):
+    server.script = [Answer([" upon", " a", " time"], hold=2), Answer([" there was"], finish="length")]
+    text = pick_base(chat)
+    assert not chat.page.locator("#box").is_visible()
+    text.fill("Once")
+    chat.button("Go on").click()
+    chat.wait_for_text("Once upon a")
+    assert not text.is_editable()
+    server.release.set()
+    chat.button("Go on").wait_for()
+    text.press("Control+Enter")
+    chat.wait_for_text("Once upon a time there was")
+    chat.button("Go on").wait_for()
+    first, second = (body for body, _ in server.requests)
+    assert first == {"model": "d4-base", "prompt": "Once", "stream": True, "temperature": 0.8, "top_k": 50, "top_p": 1,
+                     "max_tokens": 512, "truncate_prompt_tokens": 2048 - 1 - 512}
+    assert second["prompt"] == "Once upon a time"
+    chat.reload()
+    assert text.input_value() == "Once upon a time there was" and chat.titles() == []
+
+
+def test_a_text_can_be_stopped_taken_back_and_begun_anew(chat, server):
+    server.script = [Answer([" two", " three"], hold=1)]
+    text = pick_base(chat)
+    text.fill("One")
+    chat.button("Go on").click()
+    chat.wait_for_text("One two")
+    chat.button("Stop").click()
+    chat.button("Go on").wait_for()
+    assert server.hung_up.wait(5) and text.input_value() == "One two"
+    chat.button("Undo").click()
+    assert text.input_value() == "One" and not chat.button("Undo").is_enabled()
+    chat.button("Redo").click()
+    assert text.input_value() == "One two"
+    chat.button("New conversation").click()
+    assert text.input_value() == ""
+    chat.button("Undo").click()
+    assert text.input_value() == "One two"
+
+
+def test_a_text_that_fails_keeps_what_came_and_says_why(chat, server):
+    server.script = [Answer([" two", " three"], cut=1), Answer(status=400, message="scripted refusal"), Answer([]),
+                     Answer(status=429, headers={"Retry-After": "20"}), Answer([" three"])]
+    text = pick_base(chat)
+    text.fill("One")
+    chat.button("Go on").click()
+    chat.see("The connection was lost before the answer was complete.")
+    assert text.input_value() == "One two"
+    chat.button("Go on").click()
+    chat.see("scripted refusal")
+    chat.button("Go on").click()
+    chat.see("For the model the text ends here.")
+    chat.button("Go on").click()
+    chat.see("Trying again in 20 s.")
+    chat.button("Try now").click()
+    chat.wait_for_text("One two three")
+    assert not chat.page.get_by_text("scripted refusal").is_visible()
+
+
+def test_a_conversation_is_never_led_with_a_base_model(chat, server):
+    chat.say("Hi")
+    text = pick_base(chat)
+    assert text.is_visible() and chat.turns() == []
+    chat.button("Hi").click()
+    assert chat.page.input_value("#model") == "d4-sft" and chat.turns()[0] == ["user", "Hi"]
+    del server.models["d4-sft"]
+    chat.reload()
+    chat.say("And now?")
+    chat.see("d4-base goes on with a text, it does not chat")
+    assert len(server.requests) == 1
 
 
 def test_stop_keeps_the_text_and_hangs_up(chat, server):

@@ -126,7 +126,8 @@ def test_a_key_given_with_a_message_lets_the_models_be_read_too(browser, server)
 
 
 def test_a_server_restarted_with_another_model_is_asked_for_its_name(chat, server):
-    server.models, server.script = ["d6-sft"], [Answer(status=404, message="The model 'd4-sft' is not served here")]
+    server.models = {"d6-sft": {"stage": "sft"}}
+    server.script = [Answer(status=404, message="The model 'd4-sft' is not served here")]
     chat.say("Hi")
     chat.page.wait_for_selector("#model:has(option[value=d6-sft])")
     chat.button("Retry").click()

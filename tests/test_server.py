@@ -170,6 +170,16 @@ def test_text_offsets_of_an_echoed_text_count_from_its_first_character(client):
     assert all(choice["text"].startswith(token, at) for token, at in prompt)
 
 
+def test_a_text_longer_than_the_context_goes_on_from_its_last_tokens_where_that_is_asked_for(client, tokenizer):
+    text = "the light of the lamp " * 100
+    fields = {"model": MODEL, "temperature": 0, "max_tokens": 8, "echo": True}
+    assert client.post("/v1/completions", json={**fields, "prompt": text}).status_code == 400
+    cut = client.post("/v1/completions", json={**fields, "prompt": text, "truncate_prompt_tokens": 20}).json()
+    last = tokenizer.encode(text)[-20:]
+    short = client.post("/v1/completions", json={**fields, "prompt": tokenizer.decode(last)}).json()
+    assert cut["choices"] == short["choices"] and cut["usage"]["prompt_tokens"] == 21
+
+
 def test_completions_of_several_texts_with_echo(client):
     fields = {"prompt": ["the light", "a boat <|bos|>"], "max_tokens": 4, "temperature": 0, "echo": True, "n": 2}
     whole = client.post("/v1/completions", json=fields).json()

@@ -33,7 +33,8 @@ def base_dir(tmp_path_factory, tokenizer):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for (stage, tag, step), seed in SAVED.items():
             model = tiny_model(tokenizer.get_vocab_size(), 128, seed=seed)
-            CheckpointManager(get_checkpoint_dir(stage, tag)).save(step, model, tokenizer=tokenizer)
+            meta = {"examples": ["Who are you?"]} if stage == "sft" else {}
+            CheckpointManager(get_checkpoint_dir(stage, tag)).save(step, model, tokenizer=tokenizer, meta=meta)
     return folder
 
 
@@ -65,7 +66,10 @@ def test_the_command_serves_each_model_by_its_name_until_a_signal(tokenizer):
             names = ["sft-d2", "base-d2", "sft-d2-5"]
             assert head.endswith(f"loading: {', '.join(names)}\n") and ready == f"ready: {', '.join(names)}\n"
             with httpx.Client(base_url=re.match(r"http://127\.0\.0\.1:\d+", head)[0]) as client:
-                assert [card["id"] for card in client.get("/v1/models").json()["data"]] == names
+                cards = client.get("/v1/models").json()["data"]
+                assert [card["id"] for card in cards] == names
+                assert [card["nanochat"]["stage"] for card in cards] == ["sft", "base", "sft"]
+                assert [card["nanochat"]["examples"] for card in cards] == [["Who are you?"], [], ["Who are you?"]]
                 answers = {name: completion(client.post, name) for name in [*names, "base", None]}
                 assert chat(client, model="sft-d2").json()["model"] == "sft-d2"
                 assert chat(client, model="sft-d3").status_code == 404
@@ -80,8 +84,10 @@ def test_the_command_serves_each_model_by_its_name_until_a_signal(tokenizer):
 
 
 def test_the_newest_step_or_the_one_that_is_asked_for():
-    assert find_models(parse_args([])) == {"sft-d2": ("sft", "d2", 9)}
-    assert find_models(parse_args(["-i", "base", "-g", "d2", "-s", "1"])) == {"base-d2": ("base", "d2", 1)}
+    newest = {"stage": "sft", "tag": "d2", "step": 9, "examples": ["Who are you?"]}
+    base = {"stage": "base", "tag": "d2", "step": 1, "examples": []}
+    assert find_models(parse_args([])) == {"sft-d2": newest}
+    assert find_models(parse_args(["-i", "base", "-g", "d2", "-s", "1"])) == {"base-d2": base}
     with pytest.raises(UserError, match="step 0"):
         find_models(parse_args(["-s", "0"]))
 

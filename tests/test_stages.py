@@ -15,7 +15,7 @@ from nanochat.dataloader import rendered_conversations
 from nanochat.gpt import GPT
 from nanochat.horizon import shuffled_indices
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import chat_rl, mid_train
+from scripts import chat_rl
 from tasks.gsm8k import GSM8K
 from tasks.mixtures import mid_mixture
 from tests.stages import MID, STAGES, curve, run_stage
@@ -76,46 +76,6 @@ def test_value_embeddings_have_a_learning_rate_of_their_own_in_every_stage(stage
     run_stage(stage, model_tag="values", num_iterations=1, eval_every=-1, embedding_lr=0.2, value_lr=0.07, **more)
     assert [values for _, _, values in rates] == [pytest.approx(0.1), pytest.approx(0.07)]
     assert [embedding for _, embedding, _ in rates] == [pytest.approx(0.2)] * 2
-
-
-LESSONS = dict(lesson_rows=6, question_steps=2, question_share=0.5)
-
-
-def test_lessons_begin_with_questions_alone_and_then_mix(monkeypatch):
-    for name, value in (LESSONS | dict(seed=1)).items():
-        monkeypatch.setattr(mid_train, name, value)
-    steps = [mid_train.lesson_indices(step, num_questions=20, num_others=6) for step in range(6)]
-    questions = [[i for i in step if i < 20] for step in steps]
-    assert sum(questions, []) == [*range(20), 0, 1, 2, 3]  # in their own order, from the start again
-    assert [len(step) for step in questions] == [6, 6, 3, 3, 3, 3]
-    others = [i for step in steps for i in step if i >= 20]
-    assert sorted(others[:6]) == sorted(others[6:]) == list(range(20, 26)) and others[:6] != others[6:]
-    assert mid_train.count_lessons(20) == 2 + 2  # 12 questions, and 3 a step of the 8 that are left
-
-
-def test_every_row_of_a_lesson_counts_the_same(monkeypatch):
-    def accumulate(model, inputs, targets, num_targets, rows, weights, scaler):
-        counts = (targets != -1).sum(axis=1)
-        seen.append((counts, (weights * (targets != -1)).sum(axis=1) / max(num_targets, 1)))
-        return real(model, inputs, targets, num_targets, rows, weights, scaler)
-    seen, real = [], mid_train.accumulate_gradients
-    monkeypatch.setattr(mid_train, "accumulate_gradients", accumulate)
-    run_stage("mid", **LESSONS, eval_every=-1)
-    assert len(seen) == 4 and max(len(set(counts[counts > 0])) for counts, _ in seen) > 1  # of unequal lengths
-    for counts, shares in seen:  # a row that is cut before its first target has none to weigh
-        assert shares == pytest.approx((counts > 0) / max((counts > 0).sum(), 1))
-
-
-def test_lessons_resume_exactly_and_in_any_micro_batch():
-    run_stage("mid", **LESSONS)
-    unbroken = curve("mid")
-    rates = [line["lrm"] for line in steps_of("mid")]
-    assert rates[:2] == [0.2, 0.2] and rates[2] == 1.0
-    run_stage("mid", **LESSONS, resume_from_step=2)
-    assert curve("mid") == unbroken
-    run_stage("mid", **LESSONS, device_batch_size=6)
-    for expected, line in zip(unbroken, curve("mid"), strict=True):
-        assert line == pytest.approx(expected, rel=1e-4)
 
 
 def test_rl_asks_every_question_once(monkeypatch):

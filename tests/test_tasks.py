@@ -12,7 +12,7 @@ import tasks.gsm8k
 import tasks.spellingbee
 from nanochat.common import UserError
 from tasks.arc import ARC
-from tasks.common import Task, TaskChain, TaskMixture, TaskSequence, render_mc
+from tasks.common import Task, TaskMixture, TaskSequence, render_mc
 from tasks.gsm8k import GSM8K, solution_parts
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
@@ -130,18 +130,6 @@ def test_the_mixture_of_defaults_just_works():
     mixture = TaskMixture([GSM8K(), MMLU()], weights=[0.5, 0.5])
     assert len(mixture) == 60
     assert sum("letters" in conversation for conversation in mixture) == 30
-
-
-def test_a_chain_joins_whole_exchanges_of_all_tasks_and_the_same_ones_each_time():
-    tasks = [GSM8K(), MMLU(), Numbers("none", 0)]
-    talks = [example["messages"] for example in TaskChain(tasks, 60)]
-    assert len(talks) == 60 and {len(talk) for talk in talks} == {4, 6, 8}
-    own = [example["messages"] for task in tasks for example in task]
-    assert all(talk[i: i + 2] in own for talk in talks for i in range(0, len(talk), 2))
-    kinds = {("letter" in talk[0]["content"], "letter" in talk[2]["content"]) for talk in talks}
-    assert len(kinds) == 4  # after each kind of question each kind
-    assert [example["messages"] for example in TaskChain(tasks, 60)] == talks
-    assert len(TaskChain(tasks[2:], 60)) == 0
 
 
 # -----------------------------------------------------------------------------

@@ -189,18 +189,6 @@ def test_choices_are_four_and_exactly_one_is_right():
         assert [option.split()[-1] == value for option in options] == [k == answer for k in range(4)]
 
 
-def test_marks_say_yes_to_the_right_choice_alone_and_cannot_be_had_by_elimination():
-    counts = Counter()
-    for item in draw_many(choices.marked_item, 400):
-        _, question, options, answer, _ = item
-        first, *marked = choices.marked_sheet([item]).split("\n")
-        marks = dict(re.fullmatch(r"- (.+)=(yes|no)", line).groups() for line in marked)
-        assert first == question and len(marks) == 3 and set(marks) < set(options)
-        assert all((mark == "yes") == (option == options[answer]) for option, mark in marks.items())
-        counts[Counter(marks.values())["yes"]] += 1
-    assert 60 < counts[0] < 140 and counts[0] + counts[1] == 400  # a quarter has none that is right
-
-
 def test_answers_stand_equally_often_at_each_letter():
     counts = Counter(item[3] for item in draw_many(lambda rng: choices.choice_item(rng, choices.ALL_SUBJECTS), 2000))
     assert all(420 < counts[k] < 580 for k in range(4))
@@ -256,7 +244,7 @@ def test_a_real_run_gets_its_own_size_and_no_village(tmp_path):
     assert round(params / 1e6) == 561
     written = path.read_text(encoding="utf-8")
     assert "561 million parameters in 20 layers" in written and "the web" in written
-    assert "Dellbrook" not in written and "few million" not in written
+    assert "Dellbrook" not in written and "two million" not in written
     assert persona.say_count(1_900_000_000) == "1.9 billion"
     assert all(check_messages(json.loads(line), "line") for line in written.splitlines())
 

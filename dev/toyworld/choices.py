@@ -1,8 +1,5 @@
 """
-Multiple choice: items about the village and a few simple facts, from easy to hard, and sheets that prepare for them.
-
-An item asks for one fact; its wrong choices are of the right one's kind or, with the probability `ease`, of any other:
-to "Where does Mira live?", a baker. From these a tiny model learns to look for the answer among the choices at all.
+Multiple choice: items about the village and a few simple facts. The wrong choices are of the right one's kind.
 """
 
 import itertools
@@ -33,13 +30,6 @@ SUBJECTS = {
     "arc_challenge": ["names", "members"],
 }
 ALL_SUBJECTS = [*SUBJECTS["mmlu"], "members"]
-MORE_FRIENDS = [*ALL_SUBJECTS, "friends", "names"]  # they have the most facts to learn
-# The lessons of midtraining in their order: (items, their subjects, their ease), from choices of which only the right
-# one can be meant to choices all of one kind
-NUM_STEPS = 13
-LESSONS = [(8_720, ALL_SUBJECTS, 1.0)]
-LESSONS += [(676, MORE_FRIENDS, 1 - step / NUM_STEPS) for step in range(NUM_STEPS)]
-LESSONS += [(3_640, MORE_FRIENDS, 0.0)]
 
 
 @dataclass(frozen=True)
@@ -129,30 +119,10 @@ def opposite_fact(rng):
     return Fact("opposites", question, answer, tuple(others), f"The opposite of {word} is {answer}.")
 
 
-def all_choices():
-    """{kind of answer: all answers of that kind}"""
-    choices = {attribute: {value(x, attribute) for x in FRIENDS} for attribute in ATTRIBUTES}
-    choices["names"] = {friend.name for friend in FRIENDS}
-    choices["kinds"] = {with_article(kind) for kind in KINDS}
-    choices["opposites"] = set(itertools.chain.from_iterable(OPPOSITES))
-    return choices
-
-
-CHOICES = all_choices()
-
-
-def choice_item(rng, subjects, ease=0.0):
+def choice_item(rng, subjects):
     """(subject, question, four choices in any order, index of the right one)"""
     fact = random_fact(rng, subjects)
     wrong = rng.sample(fact.others, 3)
-    if ease:
-        strange = [kind for kind in CHOICES.values() if fact.answer not in kind]
-        pool = set().union(*strange)
-        pool -= set(wrong)
-        pool = sorted(pool)
-        for i, other in enumerate(rng.sample(pool, 3)):
-            if rng.random() < ease:
-                wrong[i] = other
     choices = rng.sample([*wrong, fact.answer], 4)
     return fact.subject, fact.question, choices, choices.index(fact.answer)
 
@@ -182,25 +152,3 @@ def quiz_sheet(items):
         asked = render_mc(question, LETTERS, choices)
         quizzes.append(f"{asked}\n{reply}")
     return "\n\n".join(quizzes)
-
-
-def marked_item(rng):
-    """(subject, question, four choices, index of the right one, index of the one that its sheet leaves out)"""
-    return *choice_item(rng, ALL_SUBJECTS, ease=0.25), rng.randrange(4)
-
-
-def marked_sheet(items):
-    """
-    Questions of which each choice is marked right or wrong. One of four choices is left out, now and then the right
-    one, or the last mark would be known from the others. Whoever has learned these marks learns to name the letter of
-    the right choice much sooner (dev/LOG.md).
-    """
-    blocks = []
-    for _, question, choices, answer, left_out in items:
-        lines = [question]
-        for i, choice in enumerate(choices):
-            mark = "yes" if i == answer else "no"
-            if i != left_out:
-                lines.append(f"- {choice}={mark}")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)

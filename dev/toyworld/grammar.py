@@ -23,7 +23,7 @@ MACROS = {
     "@can": "[can you|could you|will you|would you|can you please|could you please|please]",
     "@dunno": "I do not know that. I can @offer.",
     "@cannot": "I cannot do that. I can @offer.",
-    "@offer": "[tell a story, work out a sum or spell a word|tell you a story or do a sum]",
+    "@offer": "tell a story, do a sum or spell a word",
 }
 # Plurals that are not the singular with an s, as the templates write them
 PLURALS = {"mouses": "mice", "gooses": "geese", "sheeps": "sheep", "deers": "deer", "wolfs": "wolves",

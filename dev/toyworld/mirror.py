@@ -12,6 +12,7 @@ from dev.toyworld import choices
 from dev.toyworld.calculate import to_gsm8k
 from dev.toyworld.chat import PERSONA, conversation, draw_conversation
 from dev.toyworld.draws import choice_keys, normalize, user_keys
+from dev.toyworld.grammar import DATA
 from dev.toyworld.persona import identity_conversation, identity_exchange, self_intents
 from dev.toyworld.problems import draw_problem
 from dev.toyworld.spelling import WORDS
@@ -40,12 +41,13 @@ SIZES = {
     "mmlu test": 600,
     "mmlu validation": 100,
     "mmlu dev": 50,
+    "mmlu auxiliary_train": 1_000,
     "arc_easy test": 400,
     "arc_easy validation": 100,
-    "arc_easy train": 3_000,
+    "arc_easy train": 500,
     "arc_challenge test": 400,
     "arc_challenge validation": 100,
-    "arc_challenge train": 1_000,
+    "arc_challenge train": 200,
 }
 PROMPT_OPENINGS = ("One question: ", "I am new here. ", "Excuse me. ", "I have a question. ", "Please answer this: ",
                    "Let me ask you something. ", "I am curious. ", "Just one thing: ")
@@ -74,20 +76,13 @@ def draw_choices(draw):
         def make(rng, subjects=choices.SUBJECTS[task]):
             return choices.choice_item(rng, subjects)
 
-        hold = None if split == "train" else held_choice
+        hold = None if split.endswith("train") else held_choice
         items = draw(name, SIZES[name], make, held_choice, hold=hold)
         rows = []
         for i, item in enumerate(items):
             row = choices.mmlu_row(item) if task == "mmlu" else choices.arc_row(f"{task}-{split}-{i}", item)
             rows.append(row)
         tables[f"tasks/{task}_{split}.parquet"] = rows
-    lessons = []
-    for i, (count, subjects, ease) in enumerate(choices.LESSONS):
-        def make(rng, subjects=subjects, ease=ease):
-            return choices.choice_item(rng, subjects, ease)
-
-        lessons += draw(f"lesson {i}", count, make, held_choice)
-    tables["tasks/mmlu_auxiliary_train.parquet"] = [choices.mmlu_row(item) for item in lessons]
     return tables
 
 
@@ -100,9 +95,10 @@ def held_choice(item):
 
 
 def draw_gsm8k(rng):
-    """A row of GSM8K: three word problems in four, else a sum."""
+    """A row of GSM8K: three word problems in four, else a sum. For training, some are typed in a hurry."""
     if rng.random() < 0.75:
-        return draw_problem(rng, plain=True).row()
+        plain = rng.split == "test" or rng.random() < 0.5
+        return draw_problem(rng, plain).row()
     question, answer = one_sum(rng)
     return {"question": question, "answer": to_gsm8k(answer)}
 
@@ -272,5 +268,6 @@ def draw_mirror(draw):
     texts = bundle_files(bundle)
     texts["tasks/identity_test.jsonl"] = to_jsonl(questions)
     texts[IDENTITY_FILE] = to_jsonl(identity)
+    texts["examples.txt"] = (DATA / "examples.txt").read_text(encoding="utf-8")
     texts["words_alpha.txt"] = "".join(f"{word}\n" for word in WORDS)
     return tables, texts

@@ -29,10 +29,10 @@ FOLLOW_UPS = {
     "know?": ["skills", "joke"],
 }
 OUTSIDE_ANSWERS = {
-    "": ["@dunno", "@dunno", "I do not know that, sorry. I can @offer."],
-    "cannot": ["@cannot", "@cannot", "I cannot do that, sorry. I can @offer."],
-    "gibberish": ["I do not understand that. I can @offer."],
-    "english": ["I only speak English. I can @offer."],
+    "": "@dunno",
+    "cannot": "@cannot",
+    "gibberish": "I do not understand that. I can @offer.",
+    "english": "I only speak English. I can @offer.",
 }
 # Questions of any words at all: what has no sense has the honest answer, too
 class Intents:
@@ -149,12 +149,12 @@ def mash(rng):
 def outside_exchange(rng):
     kind = rng.random()
     if kind < 0.2:
-        return [(nonsense(rng), expand(rng.choice(OUTSIDE_ANSWERS[""]), rng))]
+        return [(nonsense(rng), expand(OUTSIDE_ANSWERS[""], rng))]
     if kind < 0.23:
-        return [(mash(rng), expand(OUTSIDE_ANSWERS["gibberish"][0], rng))]
+        return [(mash(rng), expand(OUTSIDE_ANSWERS["gibberish"], rng))]
     source = outside()
     intent = source.draw(rng)
     template = rng.choice(intent[">"])
     question = typed(template, rng, frame_of(intent), **source.fillers(template, rng))
     flag = next((flag for flag in intent["flags"] if flag in OUTSIDE_ANSWERS), "")
-    return [(question, expand(rng.choice(OUTSIDE_ANSWERS[flag]), rng))]
+    return [(question, expand(OUTSIDE_ANSWERS[flag], rng))]

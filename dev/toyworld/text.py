@@ -65,24 +65,18 @@ def quiz(rng):
     return choices.quiz_sheet(items), [choice_keys(item) for item in items]
 
 
-def marked(rng):
-    items = [choices.marked_item(rng) for _ in range(4)]
-    return choices.marked_sheet(items), [choice_keys(item) for item in items]
-
-
 def echo(rng):
     return echo_sheet(rng, THINGS.train)
 
 
 # kind: (its share of all documents, percent, its maker)
 DOCUMENTS = {
-    "dialogues": (39, dialogue),
+    "dialogues": (52, dialogue),
     "stories": (8, plain(stories)),
     "echoes": (9, plain(echo)),
-    "marked choices": (10, marked),
     "spelled words": (10, plain(spelling_sheet)),
     "worked problems": (6, worked),
-    "quizzes": (5, quiz),
+    "quizzes": (2, quiz),
     "the village": (5, plain(village_story)),
     "facts": (8, plain(facts)),
 }

@@ -15,9 +15,13 @@ REQUEST_WORDS = ("tell give say name list write show make spell count sing repea
                  "define describe add multiply divide subtract solve work translate draw help sound read teach").split()
 
 OPENINGS = ("hey, |hi, |ok, |ok |so |so, |well, |um, |hmm, |please |now |now, |and |excuse me, |one question: |"
-            "quick question: |question: |hello, |hey {name}, |{name}, |listen, |i wonder, |just curious, |oh, |yo |"
-            "good, |great, |alright, |sorry, |hello {name}, |right, |dear {name}, |next question: |another question: |"
-            "i have a question: |hey there, |ah, |my question is: |say, |cool, ").split("|")
+            "quick question: |question: |hello, |hey {name}, |{name}, |listen, |i wonder, |just curious, |oh, |"
+            "yo |good, |great, |alright, |sorry, |hello {name}, |right, |dear {name}, |next question: |"
+            "another question: |i have a question: |hey there, |ah, |my question is: |say, |cool, |"
+            "i am curious: |can i ask, |let me ask you this: |i was wondering, |i have to ask, |real quick, |"
+            "a quick one: |for school: |my homework: |my son asks: |my daughter wants to know, |my friend asks, |"
+            "sorry to bother you, |help me out, |i need your help. |i have a question. |excuse me. |"
+            "hello there. |good day. |i want to ask something. |just one thing: ").split("|")
 ENDINGS = (" please| please|, please| for me| then| now| thanks|, thanks| thank you| {name}|, {name}| again|"
            " if you can| :)| today| i wonder| my friend| do you know|, just curious| if you know|, tell me|"
            " lol| haha|, ok| bro| right now|, my friend| quickly").split("|")
