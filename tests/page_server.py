@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-from nanochat.api import ChatRequest, ChatResponse, CompletionRequest, TextResponse, error_body
+from nanochat.api import ChatRequest, CompletionRequest, error_body
+from nanochat.chat_response import ChatResponse, TextResponse
 from nanochat.scheduler import Event
 from scripts.chat_web import page
 

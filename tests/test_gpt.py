@@ -10,7 +10,7 @@ from nanochat import ops
 from nanochat.gpt import GPT, IGNORE, GPTConfig
 from nanochat.ops import chunk_loss_and_grad, plain_loss_and_grad
 from nanochat.precision import get_autocast_ctx
-from scripts.export_hf import hf_weights
+from scripts.export_hf import export_weights
 from tests.tiny import tiny_model
 
 
@@ -60,7 +60,7 @@ def test_logits_equal_transformers(n_kv_head):
         vocab_size=128, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=n_kv_head, max_position_embeddings=c.sequence_len,
         rms_norm_eps=torch.finfo(torch.float32).eps, final_logit_softcapping=15.0, tie_word_embeddings=False)).eval()
-    theirs.load_state_dict(hf_weights(model), strict=True)
+    theirs.load_state_dict(export_weights(model), strict=True)
     x = torch.randint(0, 128, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-5, rtol=1e-5)
