@@ -24,8 +24,17 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # Grammars, in llguidance's dialect of Lark
 
 
+# With these beside them, `properties` may not be all that an object has
+COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "dependentSchemas", "if"}
+
+
 def json_rule(schema):
-    """The right side of a rule: JSON values that follow a schema, a dict."""
+    """
+    The right side of a rule: JSON values that follow a schema, a dict. An object gets no properties
+    that the schema does not name, unless it says that there are some: a model could go on with them.
+    """
+    if "properties" in schema and not COMBINING & schema.keys():
+        schema = {"additionalProperties": False, **schema}
     return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
 
 

@@ -73,6 +73,16 @@ def test_a_mask_allows_exactly_the_tokens_with_which_the_answer_can_go_on(tokeni
 
 
 @needs_llguidance
+@pytest.mark.parametrize("more, goes_on", [({}, False), ({"additionalProperties": True}, True)])
+def test_only_named_properties_are_written_unless_the_schema_says_otherwise(tokenizer, more, goes_on):
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], **more}
+    constraint = get_constraints(tokenizer).make(schema)()
+    for token in tokenizer.encode('{"a": 1'):
+        constraint.feed(token)
+    assert (tokenizer.encode(",")[0] in allowed_by(constraint)) == goes_on
+
+
+@needs_llguidance
 def test_no_special_token_is_part_of_a_text(tokenizer):
     constraint = get_constraints(tokenizer).make(ANY_OBJECT)()
     for token in tokenizer.encode('{"a": "<|'):
