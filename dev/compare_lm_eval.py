@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -117,17 +118,19 @@ def lm_eval(folder, model, task, model_args):
     return results, likelihoods
 
 
-def start_server(tag):
+def start_server(folder, tag):
     """(process, URL) of chat_web with the model."""
     command = [sys.executable, "-m", "scripts.chat_web", "-i", source, "-g", tag, "-p", "0", "--device_type", "cpu"]
     environment = {**os.environ, "NANOCHAT_PRECISION": "float32", "PYTHONUNBUFFERED": "1"}
-    server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    for line in server.stdout:
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    log = folder / "server.log"
+    with open(log, "w", encoding="utf-8") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    while server.poll() is None:
+        found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text(encoding="utf-8"))
         if found:
             return server, found[0]
-    raise UserError("the server did not start", f"try it: {' '.join(command)}")
+        time.sleep(0.2)
+    raise UserError(f"the server did not start: {log.read_text(encoding='utf-8')}", f"try it: {' '.join(command)}")
 
 
 def compare(folder, tag, length):
@@ -144,7 +147,7 @@ def compare(folder, tag, length):
 
     # The server generates one token after those that it scores, so local-completions cuts texts to
     # two tokens less than its max_length
-    server, url = start_server(tag)
+    server, url = start_server(folder, tag)
     api_args = (f"model={source}-{tag},base_url={url}/v1/completions,tokenizer={model},max_length={length},"
                 "trust_remote_code=True")
     hf_args += f",max_length={length - 2}"
