@@ -83,7 +83,9 @@ def fingerprint(tensor):
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in bits.split(HASH_CHUNK):
         x = chunk.long()
-        total = 31 * total + (x * (x + HASH_ADDEND)).sum()
+        mixed = x + HASH_ADDEND
+        mixed *= x
+        total = 31 * total + mixed.sum()
     return total
 
 
