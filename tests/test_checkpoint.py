@@ -223,10 +223,13 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(error, manager, 
 
 
 def test_a_run_that_resumes_by_itself_waits_for_the_one_before_it(manager):
-    first = locks.hold_lock(manager.checkpoint_dir.with_name(f".{manager.checkpoint_dir.name}.lock"))
+    manager.checkpoint_dir.parent.mkdir()
+    path = manager.checkpoint_dir.with_name(f".{manager.checkpoint_dir.name}.lock")
+    first = locks.FileLock(path, thread_local=False)
+    first.acquire()
     with pytest.raises(UserError, match="another run is writing to"):
         manager.claim(CPU, wait_s=0.1)
-    threading.Timer(0.5, first.__exit__, (None, None, None)).start()
+    threading.Timer(0.5, first.release).start()
     manager.claim(CPU, wait_s=60)
 
 
