@@ -178,6 +178,13 @@ def packed_linear(x, weight, packed):
     return y[:num_rows].view(*x.shape[:-1], -1)
 
 
+def row_counts(model, most):
+    """All results of `round_up` for up to `most` rows; [] where nothing is made for them."""
+    if not _can_pack(model):
+        return []
+    return sorted({round_up(num_rows) for num_rows in range(1, most + 1)})
+
+
 def round_up(num_rows):
     """
     The number of rows that a matmul is done with: 1 to 8, then four numbers up to each power of 2.

@@ -23,7 +23,7 @@ from nanochat.common import compiles
 from nanochat.conversation import PART_AFTER
 from nanochat.decoder import Decoder, Row
 from nanochat.fair_queue import FairQueue
-from nanochat.inference import compile_decoding
+from nanochat.inference import compile_decoding, row_counts
 from nanochat.streaming import TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
@@ -206,10 +206,21 @@ class Scheduler:
         self.events = []     # since the last take_events
 
     def warm_up(self):
-        """On a GPU, compile and record the steps, which takes seconds. Returns the scheduler."""
-        if compiles(self.engine.model.device):
-            compile_decoding(self.engine.model)
+        """
+        Do before anybody waits what takes seconds: on a GPU compile and record the steps, on a CPU
+        let oneDNN make its code for all numbers of tokens. Returns the scheduler.
+        """
+        model = self.engine.model
+        if compiles(model.device):
+            compile_decoding(model)
             self.decoder.warm_up()
+
+        longest = min(self.chunk, self.decoder.max_length - 1)
+        for num_tokens in row_counts(model, longest):
+            prompt = [0] * min(num_tokens, longest)
+            # with scores all tokens are read, and go through the last matmul too
+            for _ in self.decoder.prefill(prompt, self.chunk, scores=[]):
+                pass
         return self
 
     @property
