@@ -30,7 +30,6 @@ UNSUPPORTED = {
     "bad_words": "ban tokens with logit_bias",
     "stop_token_ids": "use stop",
     "include_stop_str_in_output": "the text ends before a stop string",
-    "truncate_prompt_tokens": "send a shorter prompt",
     "n_predict": "use max_tokens",
     "num_predict": "use max_tokens",
     "options": "its fields belong into the request itself",
@@ -56,7 +55,7 @@ UNSUPPORTED = {
 }
 # What only chats have, or only completions
 CHAT_ONLY = dict.fromkeys(("tools", "response_format"), "use /v1/chat/completions")
-COMPLETION_ONLY = {"echo": "use /v1/completions"}
+COMPLETION_ONLY = dict.fromkeys(("echo", "truncate_prompt_tokens"), "use /v1/completions")
 
 # Values of these fields that change nothing; empty ones and 0 do not either
 HARMLESS = {

@@ -26,6 +26,7 @@ REFUSED = {
     "messages": "use input",
     "response_format": "use text.format",
     "functions": "use tools",
+    "truncate_prompt_tokens": "use truncation",
 }
 
 # -----------------------------------------------------------------------------

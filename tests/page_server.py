@@ -164,7 +164,7 @@ class PageServer:
 
         about = {"seed": body.get("seed", 1234), "max_context": MAX_CONTEXT, "dropped_messages": answer.dropped}
         row = SimpleNamespace(tokens=[])
-        request = SimpleNamespace(index=0, tokenizer=Pieces(), row=row)
+        request = SimpleNamespace(index=0, tokenizer=Pieces(), row=row, may_be_call=False)
         kind = ChatResponse if isinstance(fields, ChatRequest) else TextResponse
         response = kind(body.get("model"), [request], answer.prompt_tokens, about)
 
