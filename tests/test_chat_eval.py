@@ -192,11 +192,11 @@ def test_an_identity_answer_holds_one_of_the_phrases(mirror, completion, right):
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"accept": []}, "accept"), ({"accept": "nanochat"}, "accept"), ({"accept": [" "]}, "accept"),
-    ({"messages": [{"role": "user", "content": "?"}]}, "messages")])
+    ({"accept": []}, ", accept"), ({"accept": "nanochat"}, ", accept"), ({"accept": [" "]}, ", accept"),
+    ({"messages": [{"role": "user", "content": "?"}]}, ": the assistant says nothing")])
 def test_a_bad_line_of_the_identity_file_is_named(mirror, changes, named):
     write_identity(**changes)
-    with pytest.raises(UserError, match=f"identity_test.jsonl, line 1, {named}"):
+    with pytest.raises(UserError, match=f"identity_test.jsonl, line 1{named}"):
         Identity()
 
 

@@ -88,6 +88,14 @@ def test_rl_asks_every_question_once(monkeypatch):
     assert sorted(asked) == list(range(len(GSM8K(split="train"))))
 
 
+def with_a_better_answer(roll_out):
+    def changed(*args):
+        rows, rewards, advantages = roll_out(*args)
+        advantages[0] += 1
+        return rows, rewards, advantages
+    return changed
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(stage, what, monkeypatch):
@@ -100,6 +108,8 @@ def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkp
     calls, script = [], STAGES[stage][0]
     real = script.accumulate_gradients
     monkeypatch.setattr(script, "accumulate_gradients", diverge)
+    if stage == "rl":  # a step in which no answer is better than another would be left out
+        monkeypatch.setattr(script, "roll_out", with_a_better_answer(script.roll_out))
     with pytest.raises(UserError, match={"loss": "step 3 is nan.*step 2", "gradient": "gradient's norm is nan"}[what]):
         run_stage(stage, eval_every=-1, save_every=2)
     manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
