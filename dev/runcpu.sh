@@ -44,13 +44,13 @@ run python -m scripts.mid_train --total_batch_size=2048 --num_iterations="${MID_
 
 # 5. Supervised finetuning, the longest stage: one conversation a row, and only the assistant's words are targets. A small
 #    model learns what is asked about twice as fast from these rows as from packed ones (dev/LOG.md).
-run python -m scripts.chat_sft --examples_per_step=24 --device_batch_size=8 --num_iterations="${SFT_STEPS:-2000}" \
+run python -m scripts.chat_sft --examples_per_step=24 --device_batch_size=4 --num_iterations="${SFT_STEPS:-1500}" \
     --init_lr_frac=0.8 --matrix_lr=0.04 --embedding_lr=0.08 --eval_every=-1 --eval_examples=128 \
     --smoltalk_size=60000 --identity_epochs=3 --spelling_size=3000 --spellingbee_size=4000 --run="$WANDB_RUN"
 
 # 6. Reinforcement learning on word problems: right answers become likelier. Small rates, or it forgets who it is: Muon
 #    takes steps of the same length even when the gradient is noise.
-run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-80}" --examples_per_step=8 --num_samples=8 \
+run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-50}" --examples_per_step=8 --num_samples=8 \
     --max_new_tokens=80 --eval_every=-1 --eval_examples=200 --init_lr_frac=0.1 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 
