@@ -54,11 +54,11 @@ run python -m scripts.chat_rl --num_iterations="${RL_STEPS:-50}" --examples_per_
     --max_new_tokens=80 --eval_every=-1 --eval_examples=200 --init_lr_frac=0.1 --embedding_lr=0.02 \
     --run="$WANDB_RUN"
 
-# 7. Evaluation of every stage on held-out questions, and the report card. Strangers comes first: messages as people
+# 7. Evaluation of every chat stage on held-out questions, and the report card. Strangers comes first: messages as people
 #    type them, which the generator of the toy world did not make.
 TASKS="Strangers|MMLU|ARC-Easy|GSM8K|SpellingBee"
 if [ -f "$NANOCHAT_DATA_DIR/tasks/identity_test.jsonl" ] || [ -n "${DRY_RUN:-}" ]; then TASKS="$TASKS|Identity"; fi
-for stage in base mid sft rl; do
+for stage in mid sft rl; do
     run python -m scripts.chat_eval -i "$stage" -a "$TASKS" -x 200 -m 160
 done
 run python -m nanochat.report generate
