@@ -65,5 +65,5 @@ run python -m nanochat.report generate
 
 # 8. Talk to it: first the messages of dev/toyworld/data/examples.txt, which it should answer rightly.
 run python -m scripts.chat_cli -i rl -p "Who are you?" -p "What is 12 + 35?" -p "Tell me a story about a fox" \
-    -p "How many r are in strawberry?"
+    -p "How many a are in banana?"
 if [ -t 0 ]; then run python -m scripts.chat_cli -i rl; fi
