@@ -23,7 +23,6 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # -----------------------------------------------------------------------------
 # Grammars, in llguidance's dialect of Lark
 
-
 # With these beside them, `properties` may not be all that an object has
 COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "dependentSchemas", "if"}
 
@@ -159,7 +158,7 @@ class Constraints:
         encode.tokens = [*tokenizer.mergeable, *(name.encode() for name in special)]
         encode.special_token_ids = [tokenizer.encode_special(name) for name in special]
         wrapper = llguidance.TokenizerWrapper(encode)
-        self.library_tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(encode.tokens))
+        self.guidance_tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(encode.tokens))
 
         # an answer that may be a call is one if it begins with a brace
         is_other = [not token.startswith(b"{") for token in encode.tokens]
@@ -172,7 +171,7 @@ class Constraints:
         begin with a brace. ValueError if a schema cannot be followed.
         """
         grammar = make_grammar(schema, functions)
-        matcher = self.llguidance.LLMatcher(self.library_tokenizer, grammar, log_level=0)
+        matcher = self.llguidance.LLMatcher(self.guidance_tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().strip().splitlines()[0]
             raise ValueError(f"this JSON schema cannot be followed: {reason}")

@@ -2,8 +2,7 @@
 What every request passes before its route, and the errors in OpenAI's shape.
 
 `Gate` checks the key, the host name, the size of head and body, notes who asks, and counts the
-response. A
-`BodyRoute` reads large bodies off the event loop.
+response. A `BodyRoute` reads large bodies off the event loop.
 """
 
 import asyncio

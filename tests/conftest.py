@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,38 @@ def base_dir(trained_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(trained_dir / "base", tmp_path / "base")))
     monkeypatch.setenv("NANOCHAT_DATA_DIR", str(trained_dir / "mirror"))
     return tmp_path / "base"
+
+
+# -----------------------------------------------------------------------------
+# Exports: tests/exports.py
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5.0: uv sync --group dev")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(story):
+    from tests import exports
+    return exports.small_tokenizer(story)
+
+
+@pytest.fixture(scope="session")
+def small_models():
+    from tests import exports
+    return exports.small_models()
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory, small_models, small_tokenizer):
+    """A base directory with the checkpoints of exports.py."""
+    from tests import exports
+    return exports.save_checkpoints(tmp_path_factory.mktemp("export"), small_models, small_tokenizer)
+
+
+@pytest.fixture
+def export(small_base):
+    """export(out, **settings): the folder that export_hf writes of one of these checkpoints."""
+    from tests import exports
+    return partial(exports.export, small_base)

@@ -17,20 +17,8 @@ PLAIN = hf_format.plain_template(TEMPLATE)
 
 
 @pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5.0: uv sync --group dev")
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(story):
-    return exports.small_tokenizer(story)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, small_tokenizer):
-    path = tmp_path_factory.mktemp("template")
-    models = {"kv2": exports.small_models()["kv2"]}
-    return exports.export(exports.save_checkpoints(path, models, small_tokenizer), path / "exported", model_tag="kv2")
+def folder(small_base):
+    return exports.export(small_base, small_base / "templates", model_tag="kv2")
 
 
 @pytest.fixture(scope="module")

@@ -19,34 +19,8 @@ from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5.0: uv sync --group dev")
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(story):
-    return exports.small_tokenizer(story)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return exports.small_models()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, models, small_tokenizer):
-    """A base directory with the checkpoints of exports.py."""
-    return exports.save_checkpoints(tmp_path_factory.mktemp("export"), models, small_tokenizer)
-
-
-@pytest.fixture
-def export(saved):
-    return partial(exports.export, saved)
-
-
-@pytest.fixture(scope="module")
-def folder(saved):
-    return exports.export(saved, saved / "exported", model_tag="kv2")
+def folder(small_base):
+    return exports.export(small_base, small_base / "exported", model_tag="kv2")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +35,9 @@ def theirs(transformers, folder):
 @pytest.mark.parametrize("tag, attention", [
     ("kv4", "sdpa"), ("kv2", "sdpa"), ("kv1", "sdpa"), ("values", "sdpa"), ("values", "eager"),
 ])
-def test_logits_and_greedy_tokens_are_equal(transformers, models, small_tokenizer, export, tag, attention, tmp_path):
-    model = models[tag]
+def test_logits_and_greedy_tokens_are_equal(
+        transformers, small_models, small_tokenizer, export, tag, attention, tmp_path):
+    model = small_models[tag]
     hf_model, info = transformers.AutoModelForCausalLM.from_pretrained(
         export(tmp_path / "out", model_tag=tag), output_loading_info=True, attn_implementation=attention,
         trust_remote_code=tag == "values")
@@ -272,17 +247,17 @@ def test_without_trust_the_code_in_the_folder_is_not_run(transformers, export, t
         transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
 
 
-def test_it_can_be_saved_loaded_and_trained_by_transformers(transformers, models, export, tmp_path):
+def test_it_can_be_saved_loaded_and_trained_by_transformers(transformers, small_models, export, tmp_path):
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
     load(export(tmp_path / "out", model_tag="values")).save_pretrained(tmp_path / "again")
     theirs = load(tmp_path / "again")
     ids = torch.randint(0, 500, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, models["values"](ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs(ids).logits, small_models["values"](ids), atol=1e-5, rtol=0)
 
     theirs.gradient_checkpointing_enable()
     theirs.train()(ids, labels=ids, use_cache=False).loss.backward()
-    ours = copy.deepcopy(models["values"])
+    ours = copy.deepcopy(small_models["values"])
     ours(ids[:, :-1], ids[:, 1:]).backward()
     for layer, table in zip(theirs.model.layers, ours.transformer.value_embeds, strict=True):
         torch.testing.assert_close(layer.self_attn.value_embed.weight.grad, table.weight.grad[:500])

@@ -19,30 +19,15 @@ EXCHANGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def small_tokenizer(story):
-    return exports.small_tokenizer(story)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return exports.small_models()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, models, small_tokenizer):
-    return exports.save_checkpoints(tmp_path_factory.mktemp("export"), models, small_tokenizer)
-
-
-def test_mlx_lm_gives_our_logits_and_prompts(saved, models, small_tokenizer, tmp_path):
+def test_mlx_lm_gives_our_logits_and_prompts(small_base, small_models, small_tokenizer, tmp_path):
     mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm")
     import mlx.core
 
-    path = exports.export(saved, tmp_path / "out", model_tag="kv2", flavor="mlx")
+    path = exports.export(small_base, tmp_path / "out", model_tag="kv2", flavor="mlx")
     theirs, their_tokenizer = mlx_lm.load(str(path))
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = models["kv2"](ids)
+        ours = small_models["kv2"](ids)
     logits = torch.tensor(theirs(mlx.core.array(ids.tolist())).tolist())
     torch.testing.assert_close(logits, ours, atol=1e-3, rtol=0)  # its norms add 1e-5, ours 1e-7
 
@@ -54,12 +39,12 @@ def test_mlx_lm_gives_our_logits_and_prompts(saved, models, small_tokenizer, tmp
     assert mlx_lm.generate(theirs, their_tokenizer, prompt, max_tokens=4)
 
 
-def test_trl_trains_an_adapter_on_what_the_assistant_writes(saved, small_tokenizer, tmp_path):
+def test_trl_trains_an_adapter_on_what_the_assistant_writes(small_base, small_tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="needs trl and peft")
     peft = pytest.importorskip("peft", reason="needs trl and peft")
     from datasets import Dataset
 
-    path = exports.export(saved, tmp_path / "out", model_tag="kv2")
+    path = exports.export(small_base, tmp_path / "out", model_tag="kv2")
     settings = trl.SFTConfig(
         output_dir=str(tmp_path / "run"), assistant_only_loss=True, max_steps=12, per_device_train_batch_size=2,
         learning_rate=0.02, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
@@ -84,19 +69,19 @@ def test_trl_trains_an_adapter_on_what_the_assistant_writes(saved, small_tokeniz
 
 
 @pytest.mark.parametrize("tag", ["kv2", "values"])
-def test_lm_eval_finds_our_bits_per_byte(saved, models, small_tokenizer, story, tag, tmp_path):
+def test_lm_eval_finds_our_bits_per_byte(small_base, small_models, small_tokenizer, story, tag, tmp_path):
     pytest.importorskip("lm_eval", reason="needs lm-eval[hf]")
     from dev.compare_lm_eval import lm_eval, write_tasks
 
     texts = [story[start : start + 160 + 40 * n] for n, start in enumerate(range(0, 1600, 400))]
     assert any(len(small_tokenizer.encode(text)) > 64 for text in texts)  # more than one window
     write_tasks(tmp_path, texts)
-    path = exports.export(saved, tmp_path / "out", model_tag=tag)
+    path = exports.export(small_base, tmp_path / "out", model_tag=tag)
     model_args = f"pretrained={path},dtype=float32,add_bos_token=False,trust_remote_code=True"
     results, _ = lm_eval(tmp_path, "hf", "documents", model_args)
 
     windows = []
     for text in texts:
         windows += document_windows(small_tokenizer.encode(text), small_tokenizer.get_bos_token_id(), 64)
-    ours = evaluate_bpb(models[tag], window_batches(windows, 4, "cpu"), get_token_bytes("cpu", small_tokenizer))
+    ours = evaluate_bpb(small_models[tag], window_batches(windows, 4, "cpu"), get_token_bytes("cpu", small_tokenizer))
     assert results["bits_per_byte,none"] == pytest.approx(ours, rel=1e-5)

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from functools import partial
 
 import pytest
 import tokenizers
@@ -25,31 +24,6 @@ FOREIGN_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'user' %}<|user_start|>{{ message['content'] }}<|user_end|>{% endif %}
 {% if message['role'] == 'assistant' %}<|assistant_start|>{{ message['content'] }}<|assistant_end|>{% endif %}
 {% endfor %}{% if add_generation_prompt %}<|assistant_start|>{% endif %}""".replace("\n", "")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.0", reason="needs transformers 5.0: uv sync --group dev")
-
-
-@pytest.fixture(scope="module")
-def small_tokenizer(story):
-    return exports.small_tokenizer(story)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return exports.small_models()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, models, small_tokenizer):
-    return exports.save_checkpoints(tmp_path_factory.mktemp("export"), models, small_tokenizer)
-
-
-@pytest.fixture
-def export(saved):
-    return partial(exports.export, saved)
 
 
 @pytest.fixture
@@ -88,12 +62,12 @@ def test_an_imported_model_is_exported_to_the_same_files(export, here, settings,
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
-def test_it_is_a_checkpoint_of_any_stage(models, small_tokenizer, export, here, stage, tmp_path, monkeypatch):
+def test_it_is_a_checkpoint_of_any_stage(small_models, small_tokenizer, export, here, stage, tmp_path, monkeypatch):
     run_import(export(tmp_path / "out", model_tag="kv2"), monkeypatch, stage=stage, model_tag="mine")
     loaded, tokenizer, _ = load_checkpoint(stage, "cpu", "mine")
     ids = torch.randint(0, 500, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(loaded(ids), models["kv2"](ids))
+        assert torch.equal(loaded(ids), small_models["kv2"](ids))
     assert tokenizer.hash() == small_tokenizer.hash()
 
 
@@ -256,8 +230,8 @@ def change_template(folder):
     (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
     (change_template, r"writes '<.bos.> <.user_start.>.*\n?hint: --stage=base"),
 ])
-def test_what_would_become_another_model_is_refused(saved, here, change, message, tmp_path, monkeypatch):
-    path = exports.export(saved, tmp_path / "out", model_tag="kv2")
+def test_what_would_become_another_model_is_refused(small_base, here, change, message, tmp_path, monkeypatch):
+    path = exports.export(small_base, tmp_path / "out", model_tag="kv2")
     change(path)
     with pytest.raises(UserError, match=message):
         run_import(path, monkeypatch)

@@ -170,6 +170,13 @@ def test_memory_gives_back_what_was_told():
             assert found[1].lower() in earlier.lower(), turns
 
 
+def test_every_offer_and_question_back_is_the_end_of_some_answer():
+    """What follows an answer is found by its last words, so an answer that is worded anew may lose it."""
+    answers = {answer for _, answer in all_turns(chat.draw_turns, 4000) if isinstance(answer, str)}
+    for ending in (*chat.OFFERS, *talk.FOLLOW_UPS):
+        assert any(answer.endswith(ending) for answer in answers), ending
+
+
 def test_village_answers_are_the_facts():
     for message, answer in all_turns(village.ask_yes_no, 400):
         friend = next(friend for friend in village.FRIENDS if friend.name in answer)

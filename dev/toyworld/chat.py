@@ -90,14 +90,10 @@ def ask_story(rng):
 # the end of an offer: what the user makes of it
 OFFERS = {
     "story help?": accept_story,
-    "tell you a story?": accept_story,
     "like a story?": accept_story,
     "story be about?": name_hero,
-    "who it is about!": name_hero,
     "me a sum!": one_sum,
-    "work it out.": one_sum,
     "me a word!": give_word,
-    "shall I spell?": give_word,
     "or spell a word.": ask_story,
 }
 

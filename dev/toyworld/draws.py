@@ -22,7 +22,7 @@ def user_keys(messages):
 
 
 def choice_keys(item):
-    """A multiple-choice item, marked or not, is its question with its choices in any order."""
+    """A multiple-choice item is its question with its choices in any order."""
     _, question, choices, *_ = item
     return " / ".join([normalize(question), *sorted(map(normalize, choices))])
 

@@ -19,11 +19,8 @@ SHORT = {"hello", "goodbye", "yes", "no", "maybe", "wow", "thanks", "why", "sure
 # the end of an answer: intents of what is said next
 FOLLOW_UPS = {
     "And you?": ["usergood", "usergood", "usersad", "usertired"],
-    "How are you?": ["usergood", "usergood", "usersad", "usersick"],
     "What do you like?": ["userthing", "userlikes"],
-    "What is yours?": ["userthing"],
     "with you?": ["weathersunny", "weatherbad"],
-    "where you are?": ["weathersunny", "weatherbad"],
     "Tell me more.": ["userlikes", "usergood"],
     "Tell me about it.": ["usersad", "userdislikes"],
     "know?": ["skills", "joke"],
@@ -34,7 +31,8 @@ OUTSIDE_ANSWERS = {
     "gibberish": "I do not understand that. I can @offer.",
     "english": "I only speak English. I can @offer.",
 }
-# Questions of any words at all: what has no sense has the honest answer, too
+
+
 class Intents:
     """The intents of some data files, drawn by weight, with their tables."""
 
