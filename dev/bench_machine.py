@@ -1,19 +1,20 @@
 """
 How well a CPU is used: number format, busy neighbours, parallel regions, memory, cold starts.
 
-    python -m dev.bench_machine                              all parts, some ten minutes on a quiet machine
+    python -m dev.bench_machine                              all parts
     python -m dev.bench_machine --parts=contention           one of them
 
 Every part compares within one run, its cases in turn, and prints ratios: the machine may drift. Cases that differ in
 the environment run in processes of their own. A busy neighbour is a loop in a session of its own, so Linux gives it a
-fair share of the cores, as it does to another user's program. `memory` and `start` need the toy model of
-dev/runcpu.sh in NANOCHAT_BASE_DIR. For the server under load, start neighbours and then dev/bench_serving.py.
+fair share of the cores, as it does to another user's program. `memory`, `start` and `ranks` need what dev/runcpu.sh
+leaves in NANOCHAT_BASE_DIR, and work on a copy. For the server under load, see --beside of dev/bench_serving.py.
 """
 
 import ctypes
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanochat.common import run_script, usable_cores
+from nanochat.common import get_base_dir, run_script, usable_cores
 from nanochat.configurator import Positive, override_from_cli
 
 parts: str = "format,contention,regions,memory,start,ranks"  # what to measure, separated by commas
@@ -32,16 +33,16 @@ steps: Positive = 10          # steps of a case in a round; their median counts
 FORMATS = ("float32", "bfloat16", "")  # of NANOCHAT_PRECISION; "" = the default
 # name: (what to run, vocabulary, tokens in a row, tokens a step)
 WORK = {
-    "toy run's step": ("train", 1024, 256, 2048),
+    "d4, V 1,024": ("train", 1024, 256, 2048),
     "d4, V 16,384": ("train", 16384, 512, 4096),
     "decoding, B 1": ("decode", 1024, 256, 1),
     "decoding, B 16": ("decode", 1024, 256, 16),
 }
 # How OpenMP's threads wait: ours, and its own default
 WAITING = {"ours": {}, "OpenMP's": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}}
-TOY_RUN = (
-    "--depth=4 --head_dim=64 --max_seq_len=256 --total_batch_size=2048 --head_start=False "
-    "--eval_every=400 --eval_tokens=32768 --sample_every=-1 --model_tag=bench_machine"
+TOY_RUN = (  # as the first stage of dev/runcpu.sh
+    "--depth=3 --head_dim=64 --max_seq_len=256 --total_batch_size=2048 --head_start=False "
+    "--eval_every=-1 --eval_tokens=32768 --sample_every=-1"
 ).split()
 
 
@@ -51,9 +52,21 @@ def main():
         return
     load = os.getloadavg()[0]
     print(f"{usable_cores()} cores | load before: {load:.1f}, below 0.2 is quiet\n")
-    for part in parts.split(","):
-        PARTS[part]()
-        print()
+    with tempfile.TemporaryDirectory() as folder:
+        use_copy(Path(folder))
+        for part in parts.split(","):
+            PARTS[part]()
+            print()
+
+
+def use_copy(folder):
+    """Let all that is started from here on work on a copy of the toy run's tokenizer and SFT model."""
+    base_dir = get_base_dir()
+    for name in ("tokenizer", "chatsft_checkpoints"):
+        if (base_dir / name).is_dir():
+            shutil.copytree(base_dir / name, folder / name)
+    os.environ.setdefault("NANOCHAT_DATA_DIR", str(base_dir / "toy_world"))
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
 
 
 # -----------------------------------------------------------------------------
