@@ -32,26 +32,28 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_
     param.addcdiv_(exp_avg, denominator, value=-lr / correction1)
 
 
-class DistAdamW(torch.optim.Optimizer):
+class DistAdamW:
     """
     AdamW over any number of ranks. Gradients are SUMMED over ranks: divide the loss by the number
     of target tokens of all ranks beforehand. Not for the matrices of the blocks (see muon.py).
 
     param_groups: dicts with `named_params` [(name, parameter)] and `lr`, and perhaps betas, eps,
-    weight_decay.
+    weight_decay. Rates may be changed in `param_groups` from step to step.
+
+    Not a torch.optim.Optimizer: its constructor imports torch's compiler, which takes seconds.
     """
 
     def __init__(self, param_groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
         # The form of a group in torch, with the names beside the parameters
-        groups = []
-        for group in param_groups:
-            group = dict(group)
+        self.param_groups = []
+        for settings in param_groups:
+            group = {"betas": betas, "eps": eps, "weight_decay": weight_decay, **settings}
             names, params = zip(*group.pop("named_params"), strict=True)
             group["names"] = names
             group["params"] = list(params)
             group["initial_lr"] = group["lr"]
-            groups.append(group)
-        super().__init__(groups, dict(betas=betas, eps=eps, weight_decay=weight_decay))
+            self.param_groups.append(group)
+        self.state = {}      # parameter -> its running means, on this rank's shard
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
 
     def _my_shard(self, tensor):
@@ -67,13 +69,14 @@ class DistAdamW(torch.optim.Optimizer):
 
     def _state(self, p):
         # made at the first use, on this rank's shard alone
-        state = self.state[p]
-        if not state:
+        if p not in self.state:
             shard = self._my_shard(p)
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(shard)
-            state["exp_avg_sq"] = torch.zeros_like(shard)
-        return state
+            self.state[p] = {
+                "step": 0,
+                "exp_avg": torch.zeros_like(shard),
+                "exp_avg_sq": torch.zeros_like(shard),
+            }
+        return self.state[p]
 
     @torch.no_grad()
     def step(self):

@@ -115,7 +115,7 @@ def _my_part(stack):
     return stack[rank() * count: (rank() + 1) * count]
 
 
-class DistMuon(torch.optim.Optimizer):
+class DistMuon:
     """
     Muon over any number of ranks. Only for matrices inside the blocks: not for embeddings, the
     head, or tensors that are not 2-D (see adamw.py). Gradients are SUMMED over ranks.
@@ -135,6 +135,13 @@ class DistMuon(torch.optim.Optimizer):
         compile=None,
     ):
         # One group for each shape, so that its matrices can be stacked
+        defaults = {
+            "lr": lr,
+            "initial_lr": lr,
+            "momentum": momentum,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+        }
         groups = {}
         for name, p in named_params:
             if p.ndim != 2:
@@ -142,16 +149,11 @@ class DistMuon(torch.optim.Optimizer):
                 raise ValueError(
                     f"Muon takes matrices, {name} has shape {shape}; give it to DistAdamW"
                 )
-            group = groups.setdefault(p.shape, {"params": [], "names": [], "initial_lr": lr})
+            group = groups.setdefault(p.shape, {"params": [], "names": [], **defaults})
             group["params"].append(p)
             group["names"].append(name)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "beta2": beta2,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(groups.values(), defaults)
+        self.param_groups = list(groups.values())
+        self.state = {}  # first parameter of a group -> the running means of all, stacked
 
         # The matrices of a group become views of one tensor (K, M, N), which is updated as a whole
         self._stacks = []
@@ -172,15 +174,15 @@ class DistMuon(torch.optim.Optimizer):
             self._update = torch.compile(muon_update, dynamic=False)
 
     def _state(self, group):
-        # The state of the first parameter is that of the whole group, stacked
         p = group["params"][0]
-        state = self.state[p]
-        if not state:
+        if p not in self.state:
             count = ceil_div(len(group["params"]), world_size())
             M, N = p.shape
-            state["momentum_buffer"] = p.new_zeros(count, M, N)
-            state["second_moment"] = p.new_zeros(count, M, 1)
-        return state
+            self.state[p] = {
+                "momentum_buffer": p.new_zeros(count, M, N),
+                "second_moment": p.new_zeros(count, M, 1),
+            }
+        return self.state[p]
 
     @torch.no_grad()
     def step(self):

@@ -1,10 +1,16 @@
 """Both update rules against plain references: torch's AdamW, an SVD, and a matrix-by-matrix NorMuon."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from nanochat.adamw import DistAdamW, adamw_update
 from nanochat.muon import DistMuon, Muon, muon_update, orthogonalize
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -117,3 +123,20 @@ def test_full_state_round_trip_continues_exactly():
     run(second, optimizers, grads[3:])
     for a, b in zip(unbroken, second, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_training_step_does_not_load_torch_s_compiler():
+    """It takes seconds and 170 MB, and torch.optim.Optimizer's constructor loads it."""
+    program = """
+import sys
+from nanochat.training import optimizer_step
+from tests.tiny import tiny_model
+model = tiny_model()
+optimizers = model.setup_optimizers()
+ids = model.lm_head.weight.new_zeros(1, 4).long()
+model(ids, ids).sum().backward()
+optimizer_step(model, optimizers)
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
