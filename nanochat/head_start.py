@@ -146,7 +146,7 @@ def fit_followers(model, followers, seed, steps=STEPS):
         )
         set_rates([optimizer], lr_factor)
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad(set_to_none=True)
 
         if step % 40 == 0:
             total = all_reduce_sum(loss).item()
