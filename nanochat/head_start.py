@@ -81,7 +81,10 @@ def count_followers(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
         num_tokens += 1 + len(ids)
         if num_tokens >= max_tokens:
             break
-    tokens = np.concatenate(pieces)[:max_tokens].astype(np.int64)
+    # A pair of neighbours becomes one number below: 32 bits hold it up to a vocabulary of 2^16
+    dtype = np.uint32 if vocab_size**2 <= 2**32 else np.int64
+    tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")[:max_tokens]
+    del pieces  # these arrays are large
     if len(tokens) < 3:
         raise UserError(
             "the data holds no text",
@@ -89,13 +92,14 @@ def count_followers(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
         )
 
     # Each pair of neighbours as one number, so that equal pairs can be counted
-    firsts = tokens[:-1]
-    pairs = firsts * vocab_size + tokens[1:]
-    totals = np.bincount(firsts, minlength=vocab_size)
+    pairs = tokens[:-1] * vocab_size
+    pairs += tokens[1:]
+    del tokens
     pairs, counts = np.unique(pairs, return_counts=True)
 
     # The different pairs in order of the first token
     firsts, next_ids = np.divmod(pairs, vocab_size)
+    totals = np.bincount(firsts, weights=counts, minlength=vocab_size).astype(np.int64)
     all_ids = np.arange(vocab_size + 1)
     starts = np.searchsorted(firsts, all_ids)
     return Followers(starts, next_ids, counts, totals)
