@@ -15,7 +15,7 @@ from nanochat.precision import get_precision_dtype
 
 MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
 MIN_BATCH = 2**11   # tokens; at this size the optimizer already takes a quarter of a step on a CPU
-CPU_TOKENS = 8192   # a CPU gains nothing from a larger micro-batch
+CPU_TOKENS = 4096   # larger micro-batches are slower on a CPU (dev/log/2026-11-30-short-runs.md)
 
 # -----------------------------------------------------------------------------
 # Steps and tokens per step
