@@ -215,11 +215,11 @@ class Scheduler:
             compile_decoding(model)
             self.decoder.warm_up()
 
-        longest = min(self.chunk, self.decoder.max_length - 1)
+        longest = min(self.decoder.block, self.decoder.max_length - 1)
         for num_tokens in row_counts(model, longest):
             prompt = [0] * min(num_tokens, longest)
             # with scores all tokens are read, and go through the last matmul too
-            for _ in self.decoder.prefill(prompt, self.chunk, scores=[]):
+            for _ in self.decoder.prefill(prompt, scores=[]):
                 pass
         return self
 

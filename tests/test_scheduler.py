@@ -8,6 +8,7 @@ import torch
 from nanochat.batcher import Batcher, QueueFull
 from nanochat.decoder import Row
 from nanochat.engine import Engine
+from nanochat.inference import prepare, row_counts
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Request, Scheduler, ShuttingDown
 from nanochat.streaming import ToolState, split_at_stop
@@ -54,6 +55,16 @@ def run(scheduler, requests, max_steps=1000):
             break
         events += step(scheduler)
     return events
+
+
+def test_a_model_with_packed_weights_warms_up(tokenizer, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
+    engine = tiny_engine(tokenizer)
+    prepare(engine.model)
+    if not row_counts(engine.model, 1):
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    scheduler = Scheduler(engine, 4, chunk=256).warm_up()
+    assert scheduler.decoder.staged and not scheduler.busy
 
 
 def tokens_of(requests):
