@@ -19,6 +19,7 @@ brings a list of messages into such turns:
     the assistant's as the first        stays the first turn
     the assistant's as the last         stays the last turn, which a completion can continue
     "weight": 0 on an assistant's       it is not trained on, and nothing of the turn that it is in
+    (or "train": false, "loss": false)
 
 Only the assistant's messages have parts other than text. Errors name the message by its index.
 """
@@ -46,6 +47,9 @@ PART_AFTER = {
 SYSTEM_ROLES = ("system", "developer")  # the second is OpenAI's newer name
 TOOL_ROLES = ("tool", "function")       # the second is OpenAI's older name
 ROLES = (*SYSTEM_ROLES, "user", *TOOL_ROLES, "assistant")
+
+# Fields that say whether a message is trained on: of OpenAI's files, Axolotl's and ms-swift's
+WEIGHT_FIELDS = ("weight", "train", "loss")
 
 # -----------------------------------------------------------------------------
 # The rule
@@ -179,19 +183,21 @@ def _read_content(content, role, index):
 
 
 def _read_weight(message, index):
-    """1 if the message is trained on. `weight` is the field of OpenAI's files for training."""
+    """1 if the message is trained on: by default if it is the assistant's."""
     is_assistant = message["role"] == "assistant"
-    weight = message.get("weight")
-    if weight is None:
-        return int(is_assistant)
-    if is_assistant and weight not in (0, 1):
-        raise UserError(f"message {index} has weight {weight!r:.20}, needed: 0 or 1")
-    if not is_assistant and weight != 0:
-        raise UserError(
-            f"message {index} ({message['role']}) has weight {weight!r:.20}, needed: 0 or none, "
-            "since only the assistant's are trained on"
-        )
-    return int(weight)
+    for field in WEIGHT_FIELDS:
+        weight = message.get(field)
+        if weight is None:
+            continue
+        if is_assistant and weight not in (0, 1):
+            raise UserError(f"message {index} has {field} {weight!r:.20}, needed: 0 or 1")
+        if not is_assistant and weight != 0:
+            raise UserError(
+                f"message {index} ({message['role']}) has {field} {weight!r:.20}, needed: 0 or none, "
+                "since only the assistant's are trained on"
+            )
+        return int(weight)
+    return int(is_assistant)
 
 
 def _read_calls(message, index):

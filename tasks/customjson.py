@@ -155,13 +155,15 @@ def from_messages(row):
 def from_conversations(row):
     """
     >>> from_conversations({"conversations": [{"from": "human", "value": "Hi"}]})
-    [{'role': 'user', 'content': 'Hi', 'weight': None}]
+    [{'role': 'user', 'content': 'Hi'}]
     """
     messages = []
     for turn in row["conversations"]:
         if "from" in turn:
-            role = FROM.get(turn["from"], turn["from"])
-            turn = {"role": role, "content": turn["value"], "weight": turn.get("weight")}
+            turn = dict(turn)
+            sender = turn.pop("from")
+            turn["role"] = FROM.get(sender, sender)
+            turn["content"] = turn.pop("value")
         messages.append(turn)
     return messages
 

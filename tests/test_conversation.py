@@ -200,6 +200,13 @@ def test_a_turn_of_weight_0_is_not_trained_on(tokenizer):
     assert tokenizer.decode(trained) == "c<|assistant_end|>"
 
 
+@pytest.mark.parametrize("field", ["weight", "train", "loss"])
+def test_the_fields_of_several_trainers_leave_a_message_out(tokenizer, field):
+    ids, mask = tokenizer.render_conversation({"messages": [user("a"), {**assistant("b"), field: False}]})
+    assert len(ids) == len(mask) and not any(mask)
+    assert any(tokenizer.render_conversation({"messages": [user("a"), {**assistant("b"), field: True}]})[1])
+
+
 def test_nothing_is_trained_on_in_a_turn_that_joins_a_message_of_weight_0(tokenizer):
     messages = [user("a"), assistant("b"), {**assistant("c"), "weight": 0}]
     assert sum(tokenizer.render_conversation({"messages": messages})[1]) == 0
