@@ -2,10 +2,23 @@
 nanochat: from raw text to a model that you can talk to.
 
 Importing this package only settles how the threads of OpenMP wait, which torch's copy of it reads
-once, when torch is loaded. So every entry point imports this package before torch.
+once, when torch is loaded. So every entry point imports this package before torch. In a Python that
+cannot run the project it ends the process with a line that says so.
 """
 
+import importlib.util
 import os
+import sys
+
+_fault = None
+if sys.version_info < (3, 10):
+    _fault = f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed"
+elif importlib.util.find_spec("torch") is None:
+    _fault = f"torch is not installed for {sys.executable}"
+if _fault:
+    print(f"error: {_fault}", file=sys.stderr)
+    print("hint: source .venv/bin/activate; `uv sync --extra cpu` makes that environment", file=sys.stderr)
+    sys.exit(2)
 
 # By default a thread that has nothing to do spins for milliseconds. If another program needs the
 # core, the others wait for the spinning one at the end of every operation, and a training step takes

@@ -53,7 +53,7 @@ def find_checkpoint_dir(stage, model_tag=None):
     checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
     models = find_models(checkpoints_dir, moved_aside=False)
     if not models:
-        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}", training_hint(stage))
+        raise UserError(f"no {stage} checkpoint in {checkpoints_dir}", first_model_hint(stage))
     return max(models, key=last_saved_at)
 
 
@@ -71,6 +71,18 @@ def find_models(checkpoints_dir, moved_aside):
 
 def training_hint(stage):
     return f"train one: python -m scripts.{STAGE_SCRIPTS[stage]}"
+
+
+def first_model_hint(stage):
+    """What to do where a stage has no model yet."""
+    trained = []
+    for other, folder in STAGE_DIRS.items():
+        if find_models(get_base_dir() / folder, moved_aside=False):
+            trained.append(other)
+    if not trained:
+        return ("bash dev/runcpu.sh trains a small model through all stages; models elsewhere: "
+                "export NANOCHAT_BASE_DIR=...")
+    return f"{training_hint(stage)}, or take a model of the stage {' or '.join(trained)}"
 
 
 # -----------------------------------------------------------------------------

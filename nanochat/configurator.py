@@ -28,9 +28,10 @@ import re
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-from nanochat.common import UserError, exit_with
+from nanochat.common import UserError, exit_with, run_script
 
 # spellings on the command line
 TRUE = {"true", "1", "yes", "on"}
@@ -166,7 +167,8 @@ def override_from_cli(namespace, argv=None, prefix="--"):
         while argv:
             arg = argv.pop(0)
             if arg in ("-h", prefix + "help"):
-                print(help_text(namespace, kinds, prefix))
+                text = help_text(namespace, kinds, prefix)
+                run_script(partial(print, text, flush=True))  # the reader may be `| head`
                 sys.exit(0)
             if not arg.startswith(prefix):
                 raise UserError(
