@@ -11,7 +11,7 @@ import os
 import sys
 
 _fault = None
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036
     _fault = f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed"
 elif importlib.util.find_spec("torch") is None:
     _fault = f"torch is not installed for {sys.executable}"

@@ -266,6 +266,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
+    def print_help(self, file=None):
+        run_script(partial(print, self.format_help(), file=file, flush=True))
+
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
 

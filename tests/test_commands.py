@@ -1,4 +1,4 @@
-"""The commands of the README and of the run scripts: their files, modules and flags exist."""
+"""The commands of the README, of dev/docs and of the run scripts: their files, modules and flags exist."""
 
 import importlib
 import os
@@ -16,6 +16,7 @@ from nanochat.configurator import get_settings, override_from_cli
 ROOT = Path(__file__).parent.parent
 RUNS = [["speedrun.sh"], ["run1000.sh"], ["steprun.sh", "all"], ["dev/runcpu.sh"]]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "dev" / "docs").glob("*.md")), *sorted((ROOT / "dev").glob("*/README.md"))]
 
 
 def dry_run(*command, **env):
@@ -27,11 +28,11 @@ def dry_run(*command, **env):
     return done.stdout.splitlines()
 
 
-def readme_commands():
-    """The lines of the README's bash blocks, with continued lines joined, and the commands of scripts in its text."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def commands_of(text):
+    """The lines of a page's bash blocks, with continued lines joined, and the commands of scripts in its text."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return lines + re.findall(r"`(python -m scripts\.[^`]+)`", README)
+    return lines + re.findall(r"`(python -m (?:scripts|nanochat|dev)\.[^`]+)`", text)
 
 
 def check_command(line):
@@ -45,7 +46,7 @@ def check_command(line):
         return words[:1] == ["bash"]
     at = words.index("-m") + 1
     module = importlib.import_module(words[at])
-    flags = [word for word in words[at + 1:] if word != "--"]
+    flags = [word for word in words[at + 1:] if word not in ("--", "--help")]
     if get_settings(vars(module)):
         override_from_cli(dict(vars(module)), flags)
     elif hasattr(module, "parse_args"):
@@ -59,7 +60,13 @@ def test_the_commands_of_a_run_script_are_valid(run):
 
 
 def test_the_commands_of_the_readme_are_valid():
-    assert sum(map(check_command, readme_commands())) > 20
+    assert sum(map(check_command, commands_of(README))) > 20
+
+
+@pytest.mark.parametrize("path", PAGES[1:], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_commands_of_the_other_pages_are_valid(path):
+    for line in commands_of(path.read_text(encoding="utf-8")):
+        check_command(line)
 
 
 @pytest.mark.parametrize("line", ["python -m scripts.base_train --dept=4", "python -m scripts.chat_eval -i base -q",
