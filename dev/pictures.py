@@ -27,8 +27,8 @@ parts: str = "page,curves"             # what to make, with commas between
 source: str = "rl"                     # stage of the model on the page
 out: str = "dev/docs/pictures"         # folder of the pictures
 
-MESSAGES = ("hi, my name is Clara", "what was my name again", "What is 12 + 35?", "Tell me a story about a fox")
-WINDOW = {"width": 1100, "height": 940}  # pixels
+MESSAGES = ("What is 12 + 35?", "Tell me a story about a fox")
+WINDOW = {"width": 1100, "height": 740}  # pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 START_S = 120  # for the server to load the model
 

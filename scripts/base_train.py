@@ -58,7 +58,7 @@ crop: bool = False                    # one row of each long document per epoch:
 depth: Positive = 20                  # layers; width = 64 * depth and everything else follows
 max_seq_len: Positive = 2048          # context length T in tokens
 head_dim: Positive = 128              # size of an attention head
-value_embeds: bool = False            # a table of values per layer: for little text; no export_hf
+value_embeds: bool = False            # a table of values per layer: for little text
 head_start: bool | None = None        # fit bigram counts first; None = in short runs: head_start.py
 # Horizon: one of these three decides
 num_iterations: CountOrOff = -1       # optimizer steps; decides if it is > 0
