@@ -204,12 +204,14 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= MAX_LINES
 
 
-def test_the_conversation_is_one_of_the_log():
-    conversation = blocks(README.partition("## Quick start")[0], "text")[0]
+def test_the_model_is_quoted_from_the_log():
     log = (ROOT / "dev/log/2026-11-29-laptop-run.md").read_text(encoding="utf-8")
     lines = [line.strip("`") for line in log.splitlines() if line.strip()]
+    conversation = blocks(README.partition("## Quick start")[0], "text")[0]
     assert conversation.startswith("> ") and conversation.count("\n> ") > 3
     assert conversation in "\n".join(lines) + "\n"
+    mistakes = re.findall(r'"([^"]+)"', section("Limits"))
+    assert len(mistakes) == 2 and set(mistakes) <= set(lines)
 
 
 def test_the_page_of_the_code_names_every_file():
