@@ -80,8 +80,8 @@ def first_model_hint(stage):
         if find_models(get_base_dir() / folder, moved_aside=False):
             trained.append(other)
     if not trained:
-        return ("bash dev/runcpu.sh trains a small model through all stages; models elsewhere: "
-                "export NANOCHAT_BASE_DIR=...")
+        script = STAGE_SCRIPTS[stage]
+        return f"bash dev/runcpu.sh trains a small model through all stages, scripts.{script} this one"
     return f"{training_hint(stage)}, or take a model of the stage {' or '.join(trained)}"
 
 
