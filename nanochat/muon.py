@@ -34,8 +34,9 @@ _SAFETY = 1.01
 
 def orthogonalize(G, dtype=torch.bfloat16):
     """
-    (K, M, N) -> about U V' of its SVD, same shape, in `dtype`. Five steps bring the singular values
-    to within about 0.1 of 1.
+    (K, M, N) -> about U V' of its SVD, same shape, in `dtype`. Singular values of a thousandth of the
+    matrix's norm, or more, end between 0.87 and 1.13. Smaller ones grow a thousandfold at most; among
+    them, in 16 bits, what rounding adds to a matrix of low rank.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)

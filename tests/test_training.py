@@ -57,7 +57,7 @@ def test_a_small_run_has_enough_steps_and_a_large_one_the_published_batch():
     steps, batch, _ = derive_horizon(-1, 6e6 * model.estimate_flops(), -1, -1, model)
     assert batch == 8192 and steps == round(6e6 / 8192)
     assert derive_horizon(-1, 1e10 * model.estimate_flops(), -1, -1, model)[1] == derive_batch_size(1e10) == 2**19
-    assert derive_horizon(-1, 1e4 * model.estimate_flops(), -1, -1, model)[1] == 2048
+    assert derive_horizon(-1, 1e4 * model.estimate_flops(), -1, -1, model)[1] == 4096
 
 
 def test_a_batch_that_is_no_multiple_is_aligned_and_said(capsys):
