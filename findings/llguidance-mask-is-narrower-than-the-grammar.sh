@@ -52,7 +52,7 @@ class Encoder:
 tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Encoder()), n_vocab=len(TOKENS))
 seen = {}
 for name, head in (("default", ""), ("no_forcing", '%llguidance {"no_forcing": true}\n')):
-    matcher = llguidance.LLMatcher(tokenizer, head + GRAMMAR)
+    matcher = llguidance.LLMatcher(tokenizer, head + GRAMMAR, log_level=0)
     matcher.consume_token(ord("7"))
     mask = np.frombuffer(matcher.compute_logit_bias(), np.uint8)
     allowed = [TOKENS[i] for i in np.flatnonzero(mask)]
