@@ -13,8 +13,8 @@
 # Needs: bash, uv.
 #
 # Output seen:
-#   default     allowed [b', then']               taken [b',', b', ', b', then']
-#   no_forcing  allowed [b',', b', ', b', then']  taken [b',', b', ', b', then']
+#   default     allowed [b', then']                   taken [b',', b', ', b', then']
+#   no_forcing  allowed [b',', b', ', b', then']      taken [b',', b', ', b', then']
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -57,7 +57,7 @@ for name, head in (("default", ""), ("no_forcing", '%llguidance {"no_forcing": t
     mask = np.frombuffer(matcher.compute_logit_bias(), np.uint8)
     allowed = [TOKENS[i] for i in np.flatnonzero(mask)]
     taken = [token for i, token in enumerate(TOKENS) if matcher.deep_copy().consume_token(i)]
-    print(f"{name:<11} allowed {str(allowed):<29} taken {taken}")
+    print(f"{name:<11} allowed {str(allowed):<33} taken {taken}")
     seen[name] = (allowed, taken)
 
 every = [b",", b", ", b", then"]

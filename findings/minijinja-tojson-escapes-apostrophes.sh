@@ -4,8 +4,8 @@
 # Expected: servers that render chat templates by minijinja give a model the same text for its tools as
 #   transformers does. Its Python binding copies the rest: True, None and the separators ", " and ": ".
 # Happens:  ' < > & become \u0027 \u003c \u003e \u0026 (meant for HTML), also with automatic escaping off;
-#   transformers' own tojson leaves them as they are. "it's" costs five tokens more and was never seen in
-#   training. A float of 1e-07 becomes 1e-7 and `text is sequence` is false, so other branches are taken.
+#   transformers' own tojson leaves them as they are. A model was not trained on them. A float of 1e-07
+#   becomes 1e-7, and `text is sequence` is false, so a template may take another branch.
 #
 # Versions: minijinja 3.1.0, transformers 5.24.0, jinja2 3.1.6, Python 3.11. Seen: 2026-11-30.
 # Needs: bash, uv.
