@@ -18,7 +18,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 uv venv -q venv
-uv pip install -q --python venv/bin/python minijinja==3.1.0 transformers==5.24.0 jinja2==3.1.6 numpy
+uv pip install -q --python venv/bin/python minijinja==3.1.0 transformers==5.24.0 jinja2==3.1.6 numpy==2.4.6
 cat > try.py <<'PYTHON'
 import sys
 

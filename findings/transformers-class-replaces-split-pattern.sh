@@ -22,7 +22,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 uv venv -q venv
-uv pip install -q --python venv/bin/python transformers==5.24.0 tokenizers==0.23.3 numpy
+uv pip install -q --python venv/bin/python transformers==5.24.0 tokenizers==0.23.3 numpy==2.4.6
 cat > try.py <<'PYTHON'
 import json
 import sys
