@@ -5,7 +5,7 @@
 #   the end of the connection ends it: both of uvicorn's parsers do the same.
 # Happens:  h11 does so. httptools, which is used whenever it is installed (`uvicorn[standard]`), answers
 #   "transfer-encoding: chunked" to a client that cannot read it, so the sizes stand in the text.
-#   ab and older scripts say HTTP/1.0, and so does a proxy that is not told otherwise.
+#   ab and older scripts say HTTP/1.0, and so did nginx as a proxy by default for long.
 #
 # Versions: uvicorn 0.54.0, httptools 0.9.0, h11 0.16.0, starlette 1.10.0, Python 3.11. Seen: 2026-11-30.
 # Needs: bash, uv.
