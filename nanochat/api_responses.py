@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanochat.api import MAX_TOP_LOGPROBS, AnswerTokens, CompletionFields
 from nanochat.api_fields import UNSUPPORTED, ModelName, Text
@@ -101,6 +101,24 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
+def keep_functions(tools):
+    """
+    Of a request's tools, those that are functions. Coding agents also offer what OpenAI's server
+    runs itself (web_search) or groups of tools: the model is not told of them, so it calls none.
+    """
+    def is_other(tool):
+        return isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function"
+
+    return [tool for tool in tools if not is_other(tool)] if isinstance(tools, list) else tools
+
+
+Tools = Annotated[
+    list[FunctionTool],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+    BeforeValidator(keep_functions),
+]
+
+
 class NamedFunction(BaseModel):
     type: Literal["function"]
     name: FunctionName
@@ -119,7 +137,7 @@ class ResponsesRequest(CompletionFields):
     include: list[ModelName] = []                         # of it, "message.output_text.logprobs"
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     text: TextOptions = TextOptions()
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tools: Tools = []
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     metadata: Annotated[dict[str, Text], Field(max_length=16)] = {}
 

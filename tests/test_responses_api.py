@@ -129,11 +129,26 @@ def test_a_call_is_an_item_whole_and_streamed(client):
     assert events[4]["arguments"] == events[5]["item"]["arguments"] == item["arguments"]
 
 
+@needs_llguidance
+def test_tools_that_are_no_functions_are_not_offered(client):
+    """Coding agents send them in every request."""
+    group = {"type": "namespace", "name": "agents", "tools": [ADD]}
+    others = [{"type": "web_search"}, group, {"type": "custom", "name": "add"}]
+    fields = dict(tool_choice="required", max_output_tokens=100)
+    document = ask(client, tools=[*others, ADD], **fields).json()
+    alone = ask(client, tools=[ADD], **fields).json()
+    assert document["output"][0]["arguments"] == alone["output"][0]["arguments"]
+    assert document["usage"] == alone["usage"]  # the prompt is the same
+    assert [tool["name"] for tool in document["tools"]] == ["add"]
+    assert text_of(ask(client, tools=others).json()) == text_of(ask(client).json())
+
+
 @pytest.mark.parametrize("fields, hint", [
     ({"previous_response_id": "resp_1"}, "send the whole conversation as input"), ({"background": True}, "background"),
     ({"messages": HELLO["messages"]}, "use input"), ({"input": []}, "input"), ({"n": 2}, "n"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0"),
-    ({"tools": [{"type": "web_search", "name": "x"}]}, "tools.0.type"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "there are no tools"),
+    ({"tools": [{"name": "add"}]}, "tools.0.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "schema"),
     ({"tools": [ADD], "tool_choice": {"type": "function", "name": "sub"}}, "which no tool has"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"max_output_tokens": 0}, "max_output_tokens"),
