@@ -17,6 +17,7 @@ from nanochat.gate import MAX_HEAD_BYTES, error_response, long_head_response
 from nanochat.service import GRACE_S
 
 REQUEST_S = 20  # seconds in which a request must come in whole, from connecting or its first byte
+IDLE_S = 20     # that a connection stays open between requests: clients keep theirs for some 10 s
 STALLED_S = 60  # seconds in which a client must take some of what was sent to it (Linux only)
 
 # -----------------------------------------------------------------------------
@@ -137,7 +138,8 @@ class Server(uvicorn.Server):
     def __init__(self, app, service, grace_s=GRACE_S, request_s=REQUEST_S, log_level="warning"):
         protocol = partial(LimitedProtocol, request_s=request_s)
         config = uvicorn.Config(app, http=protocol, ws="none", log_level=log_level,
-                                access_log=False, timeout_graceful_shutdown=grace_s + 2)
+                                access_log=False, timeout_keep_alive=IDLE_S,
+                                timeout_graceful_shutdown=grace_s + 2)
         super().__init__(config)
         self.service = service
         self.grace_s = grace_s
