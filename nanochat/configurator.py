@@ -30,7 +30,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-from nanochat.common import UserError, exit_with
+from nanochat.files import UserError, exit_with
 
 # spellings on the command line
 TRUE = {"true", "1", "yes", "on"}
