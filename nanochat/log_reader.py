@@ -56,10 +56,10 @@ class LogReader:
             if file.read(len(self._tail)) != self._tail:
                 self._clear()
             size = file.seek(0, 2)
-            while self._read_chunk(file) and time.monotonic() < deadline:
-                self.fraction = self._offset / size
+            while self._read_chunk(file, size) and time.monotonic() < deadline:
+                pass
 
-    def _read_chunk(self, file):
+    def _read_chunk(self, file, size):
         """Read up to CHUNK_BYTES of whole lines. Returns whether there may be more."""
         file.seek(self._offset)
         data = file.read(CHUNK_BYTES)
@@ -71,9 +71,9 @@ class LogReader:
             self._add(line)
         self._offset += end
         self._tail = (self._tail + data[:end])[-TAIL_BYTES:]
-        if len(data) < CHUNK_BYTES:
-            self.fraction = 1.0
-        return len(data) == CHUNK_BYTES
+        may_be_more = len(data) == CHUNK_BYTES
+        self.fraction = self._offset / size if may_be_more else 1.0
+        return may_be_more
 
     def _add(self, line):
         """Add a line of the log to the buckets."""

@@ -67,7 +67,7 @@ class RunKeeper:
         self._smooth_loss = Ema(*stage.state.get("smooth_loss", ()))
 
         # First what may fail: wandb may lack a login
-        self._tracker = start_tracker(stage.settings, self._tracker_id())
+        self._tracker = start_tracker(stage.settings, self._tracker_id(), stage.step)
 
         # No checkpoint of another run stays among those of this one
         if stage.state:

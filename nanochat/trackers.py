@@ -21,10 +21,11 @@ HINTS = {
 }
 
 
-def start_tracker(settings, run_id=None):
+def start_tracker(settings, run_id=None, step=0):
     """
     The tracker that --tracker names for the run that --run names, on rank 0; None without a name.
-    run_id: `id` of the tracker of the run to go on with. UserError if it cannot begin.
+    run_id: `id` of the tracker of the run to go on with, from `step` on. UserError if it cannot
+    begin.
     """
     # "dummy" is the default: metrics.jsonl alone
     name = settings["tracker"]
@@ -35,7 +36,7 @@ def start_tracker(settings, run_id=None):
     if get_dist_info()[0] != 0:
         return None
     try:
-        return START[name](settings, run_id)
+        return START[name](settings, run_id, step)
     except ModuleNotFoundError as error:
         raise UserError(f"--tracker={name}: the package {error.name} is not installed",
                         f"uv pip install {error.name}") from None
@@ -44,7 +45,7 @@ def start_tracker(settings, run_id=None):
                         HINTS[name]) from error
 
 
-def start_wandb(settings, run_id):
+def start_wandb(settings, run_id, step):
     """A run of wandb. Steps that it has already are ignored by it when they come again."""
     import wandb
     # allow: go on with the run of that id, if there is one
@@ -55,7 +56,7 @@ def start_wandb(settings, run_id):
 class Trackio:
     """A run of trackio, in a file of this machine; `trackio show` opens its page."""
 
-    def __init__(self, settings, run_id):
+    def __init__(self, settings, run_id, step):
         import trackio
         self._run = trackio.init(
             project=PROJECT, name=run_id or settings["run"], config=settings,
@@ -72,11 +73,12 @@ class Trackio:
 class TensorBoard:
     """Event files below the base directory; `tensorboard --logdir` shows them. id: their folder."""
 
-    def __init__(self, settings, run_id):
+    def __init__(self, settings, run_id, step):
         from torch.utils.tensorboard import SummaryWriter
         folder = get_base_dir() / "tensorboard"
         self.id = run_id or new_name(folder, settings["run"])
-        self._writer = SummaryWriter(folder / self.id)
+        # later steps, which come again, are not shown twice
+        self._writer = SummaryWriter(folder / self.id, purge_step=step + 1 if run_id else None)
         self._writer.add_text("settings", "\n\n".join(f"{k}: {v}" for k, v in settings.items()))
 
     def log(self, numbers, step):
@@ -88,9 +90,12 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of mlflow: in a file of the working folder, or on the server $MLFLOW_TRACKING_URI."""
+    """
+    A run of mlflow: in a file of the working folder, or on the server $MLFLOW_TRACKING_URI. It keeps
+    both values of a step that comes again.
+    """
 
-    def __init__(self, settings, run_id):
+    def __init__(self, settings, run_id, step):
         import mlflow
         self._mlflow = mlflow
         mlflow.set_experiment(PROJECT)

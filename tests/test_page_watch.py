@@ -104,7 +104,8 @@ def test_runs_are_laid_over_each_other_by_steps_tokens_and_time(browser, server,
     for stage, steps in (("base", 50), ("mid", 20)):
         run = Run(tmp_path / f"{stage}_checkpoints" / "d4")
         run.train(range(1, steps + 1))
-        run.log.log({"step": steps, "time": time.time(), "tokens": 1000 * steps, "val/bpb": 1.25})
+        last = {"step": steps, "time": run.facts["started"] + steps, "tokens": 1000 * steps}
+        run.log.log({**last, "val/bpb": 1.25})
         run.write("finished")
         run.kill()
     with open_page(browser, server) as opened:

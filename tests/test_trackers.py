@@ -33,7 +33,7 @@ def calls(monkeypatch, tmp_path):
     stand_in(monkeypatch, "mlflow", set_experiment=note("experiment"), start_run=note("start", active),
              log_params=note("params"), log_metrics=note("log"), end_run=note("finish"))
     writer = SimpleNamespace(add_scalar=note("scalar"), add_text=note("text"), close=note("finish"))
-    stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=lambda path: calls.append(("init", path)) or writer)
+    stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=note("init", writer))
     return calls
 
 
@@ -45,15 +45,15 @@ def keep_a_run(folder, tracker, step=0, state=None):
     return keeper
 
 
-def resume(folder, tracker, calls, **other):
-    """Save a run at step 5 and go on with it. Returns what was heard since."""
+def resume(folder, tracker, calls, other=None):
+    """Save a run at step 5 and go on with it, perhaps with another tracker. Returns what was heard since."""
     keeper = keep_a_run(folder, tracker)
     keeper.save_if_due(5, eval_due=False)
     keeper.stage.manager.finish_saving(torch.device("cpu"))
     keeper.close()
     step, state = keeper.stage.manager.load_meta()
     calls.clear()
-    keep_a_run(folder, step=step, state=state, **{"tracker": tracker, **other}).close()
+    keep_a_run(folder, other or tracker, step, state).close()
     return calls
 
 
@@ -79,15 +79,15 @@ def test_tensorboard_writes_each_run_to_a_folder_and_a_resumed_one_to_the_same(t
     folder = tmp_path / "base" / "tensorboard"
     (folder / "my-run").mkdir(parents=True)
     keep_a_run(tmp_path / "run", "tensorboard").close()
-    assert calls[0] == ("init", folder / "my-run-2")
+    assert calls[0] == ("init", folder / "my-run-2", None)
     scalars = [call[1:] for call in calls if call[0] == "scalar"]
     assert scalars[:2] == [("train/loss", 2.5, 1), ("pass@1", 0.5, 1)]
     (folder / "my-run-2").mkdir()
-    assert resume(tmp_path / "other", "tensorboard", calls)[0] == ("init", folder / "my-run-3")
+    assert resume(tmp_path / "other", "tensorboard", calls)[0] == ("init", folder / "my-run-3", 6)
 
 
 def test_a_run_that_is_resumed_with_another_tracker_begins_anew_there(tmp_path, calls):
-    assert resume(tmp_path, "trackio", calls, tracker="mlflow")[1] == ("start", None, "my-run")
+    assert resume(tmp_path, "trackio", calls, other="mlflow")[1] == ("start", None, "my-run")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "mlflow", "tensorboard"])
