@@ -135,11 +135,13 @@ class MetricsLog:
 
     def _track(self, metrics):
         """Send the numbers to the tracker. If it fails, the run goes on without it."""
-        # a tracker takes the step as an argument of its own
+        # it takes the step as an argument of its own, and notes the time itself
         numbers = {}
         for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, int | float) and name not in ("step", "time"):
                 numbers[name] = value
+        if not numbers:
+            return
         try:
             self._tracker.log(numbers, step=metrics["step"])
         except Exception as error:  # a server that is gone, a full disk

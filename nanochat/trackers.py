@@ -54,7 +54,10 @@ def start_wandb(settings, run_id, step):
 
 
 class Trackio:
-    """A run of trackio, in a file of this machine; `trackio show` opens its page."""
+    """
+    A run of trackio, in a file of this machine; `trackio show` opens its page. It is resumed by its
+    name: of several runs with one name, the newest.
+    """
 
     def __init__(self, settings, run_id, step):
         import trackio

@@ -43,7 +43,8 @@ def create_app(base_dir):
 
     def runs(request):
         found = find_runs(base_dir)
-        return JSONResponse({run: describe_run(folder) for run, folder in found.items()}, headers=HEADERS)
+        described = {run: describe_run(folder) for run, folder in found.items()}
+        return JSONResponse({"folder": str(base_dir), "runs": described}, headers=HEADERS)
 
     def curves(request):
         # the path is only looked up, never opened

@@ -35,7 +35,7 @@ def client(runs_dir):
 
 
 def test_the_runs_are_listed_with_how_they_are(client):
-    runs = client.get("/runs").json()
+    runs = client.get("/runs").json()["runs"]
     assert runs.keys() == {"base/d4", "sft/my run+2"}
     assert runs["base/d4"]["state"] == "finished" and runs["base/d4"]["step"] == 5
     assert runs["sft/my run+2"]["state"] == "unknown"
@@ -53,7 +53,7 @@ def test_curves_are_sent_once_and_then_only_what_is_new(client, runs_dir):
 def test_a_run_that_appears_later_is_listed_and_one_that_is_gone_is_not(client, runs_dir):
     folder = runs_dir / "base_checkpoints" / "d4"
     folder.rename(folder.with_name("d4.old1"))
-    assert client.get("/runs").json().keys() == {"base/d4.old1", "sft/my run+2"}
+    assert client.get("/runs").json()["runs"].keys() == {"base/d4.old1", "sft/my run+2"}
     assert client.get("/curves/base/d4").status_code == 404
     assert client.get("/curves/base/d4.old1").json()["columns"]["step"]["last"][-1] == 5
 
@@ -126,11 +126,11 @@ def test_a_port_that_is_none_is_refused(port):
 
 def test_a_base_directory_without_runs_has_none(tmp_path):
     with TestClient(create_app(tmp_path), base_url=URL) as client:
-        assert client.get("/runs").json() == {}
+        assert client.get("/runs").json()["runs"] == {}
 
 
 def test_errors_of_ranks_are_told(client, runs_dir):
     (runs_dir / "base_checkpoints" / "d4" / "error_rank10.txt").write_text("E: ten")
     (runs_dir / "base_checkpoints" / "d4" / "error_rank2.txt").write_text("E: two")
     (runs_dir / "base_checkpoints" / "d4" / "error_rank2.txt.77.tmp").write_text("half")
-    assert json.dumps(client.get("/runs").json()["base/d4"]["errors"]) == '{"2": "E: two", "10": "E: ten"}'
+    assert json.dumps(client.get("/runs").json()["runs"]["base/d4"]["errors"]) == '{"2": "E: two", "10": "E: ten"}'
