@@ -10,6 +10,8 @@ MAX_BUCKETS = 1000      # per curve; more than a chart has pixels
 CHUNK_BYTES = 2**20     # read at a time; no line is as long
 TAIL_BYTES = 200        # kept of what was read, to see whether the file is still the same
 MAX_SAMPLES = 10        # newest lines of samples to keep
+LONG_BYTES = 2**25      # a longer file takes a second or more to read: it is first looked through
+LARGEST = 1e300         # of the numbers that are drawn
 # Keys that no chart shows
 NOT_DRAWN = {
     "train_s", "flops", "epoch", "num_targets", "lrm", "dt_ms", "answer_tokens", "useful",
@@ -25,6 +27,9 @@ class LogReader:
 
     `generation` is another number whenever buckets changed that were already handed out: where the
     file is another one, or the width doubled, or steps came again.
+
+    While a long file is read for the first time, its curves are those of single lines from all over
+    it: a whole picture at once, without the peaks.
     """
 
     def __init__(self, path):
@@ -41,6 +46,7 @@ class LogReader:
         self._offset = 0      # bytes that are read
         self._tail = b""      # the last of them
         self._last_step = 0
+        self._overview = None  # a LogReader of single lines, until all is read
 
     def read(self, seconds=0.2):
         """Read what is new, for about so long."""
@@ -56,8 +62,21 @@ class LogReader:
             if file.read(len(self._tail)) != self._tail:
                 self._clear()
             size = file.seek(0, 2)
+            if self._offset == 0 and size > LONG_BYTES:
+                self._overview = self._look_through(file, size)
             while self._read_chunk(file, size) and time.monotonic() < deadline:
                 pass
+        if self.fraction == 1:
+            self._overview = None
+
+    def _look_through(self, file, size):
+        """A LogReader of the lines at MAX_BUCKETS places of a file."""
+        overview = LogReader(self.path)
+        for i in range(MAX_BUCKETS):
+            file.seek(i * size // MAX_BUCKETS)
+            file.readline()  # the rest of one
+            overview._add(file.readline())
+        return overview
 
     def _read_chunk(self, file, size):
         """Read up to CHUNK_BYTES of whole lines. Returns whether there may be more."""
@@ -98,12 +117,14 @@ class LogReader:
             self.samples = [*self.samples, row][-MAX_SAMPLES:]
             return
         for name, value in row.items():
-            # also refuses nan, which older logs may have
-            if name not in NOT_DRAWN and isinstance(value, int | float) and abs(value) < 1e300:
+            # null where a stage has no such number. The range refuses nan, which older logs may have
+            if type(value) in (int, float) and name not in NOT_DRAWN and -LARGEST < value < LARGEST:
                 self._put(name, bucket, value)
 
     def _put(self, name, bucket, value):
-        column = self.columns.setdefault(name, [])
+        column = self.columns.get(name)
+        if column is None:
+            column = self.columns[name] = []
         if len(column) <= bucket:
             column.extend([None] * (bucket - len(column)))
             column.append([value, value, value])
@@ -136,6 +157,8 @@ class LogReader:
         The buckets from `start` on, for somebody who has those before it of this generation, as a
         dict for JSON; all buckets for somebody of another generation.
         """
+        if self._overview is not None:
+            return {**self._overview.curves(generation, start), "fraction": self.fraction}
         if generation != self.generation:
             start = 0
         columns = {}

@@ -281,9 +281,6 @@ def main():  # noqa: PLR0915
                 progress["start"] = progress["start"] or progress["accuracy"]
                 passes = {f"pass@{k}": value for k, value in result["pass_at_k"].items()}
                 keeper.log_evaluation(step, {**passes, "stderr": result["stderr"]})
-            # answers of the step before
-            if samples:
-                keeper.log_samples(step, samples)
         if last:
             break
 
@@ -297,6 +294,8 @@ def main():  # noqa: PLR0915
         for row, reward in zip(rows[:SHOWN_ANSWERS], rewards, strict=False):
             text = f"{tokenizer.decode(row.tokens)} -> {reward:g}"
             samples.append({"prompt": tokenizer.decode(row.prompt[1:]), "text": text})
+        if eval_due:
+            keeper.log_samples(step, samples)
 
         # Compare with the reference model on answers to several questions
         inputs, targets, weights = training_arrays(rows, advantages, model.config.sequence_len)

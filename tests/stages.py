@@ -61,7 +61,11 @@ def curve(stage, tag="d1"):
     """The numbers of a run that do not depend on the clock."""
     lines = (get_checkpoint_dir(stage, tag) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     other = ("dt_ms", "per_sec", "mfu", "time", "train_s", "memory", "samples")
-    return [{k: v for k, v in json.loads(line).items() if not any(word in k for word in other)} for line in lines]
+    kept = []
+    for line in lines:
+        items = json.loads(line).items()
+        kept.append({k: v for k, v in items if v is not None and not any(word in k for word in other)})
+    return kept
 
 
 if __name__ == "__main__":  # one rank of a run: python -m tests.stages rl '{"num_iterations": 2}'

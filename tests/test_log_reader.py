@@ -165,6 +165,25 @@ def test_a_long_log_is_read_in_short_turns(path):
     assert losses(reader)[len(rows) - 1] == 1
 
 
+def test_a_long_log_is_shown_as_a_whole_before_it_is_read(path, monkeypatch):
+    monkeypatch.setattr("nanochat.log_reader.LONG_BYTES", 2 * CHUNK_BYTES)
+    num_steps = 4 * CHUNK_BYTES // 1000
+    append(path, *[step_line(step, 1.0, more="x" * 1000) for step in range(num_steps)])
+    reader = LogReader(path)
+    watcher = Watcher()
+    reader.read(seconds=0)
+    watcher.update(reader)
+    first = losses(reader)
+    assert reader.fraction < 1 and len(first) > MAX_BUCKETS / 3
+    assert min(first) < 0.01 * num_steps and max(first) > 0.99 * num_steps
+    while reader.fraction < 1:
+        reader.read(seconds=0)
+    append(path, step_line(num_steps, 7.0))
+    reader.read()
+    watcher.update(reader)
+    assert losses(reader)[num_steps] == 7.0 and watcher.columns["step"][-1] == num_steps
+
+
 @pytest.mark.parametrize("line", [
     "", "nonsense", "[1, 2]", "7", "null", '{"step": "1"}', '{"step": 1.5, "a": 1}', '{"step": -1, "a": 1}', "\x00\x01",
     '{"a": 1}', '{"step": null}', "[" * 5000, '{"step": 2, "a": NaN, "b": Infinity, "c": 1' + "0" * 400 + "}", "\xff"])
