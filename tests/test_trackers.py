@@ -31,7 +31,8 @@ def calls(monkeypatch, tmp_path):
     stand_in(monkeypatch, "trackio", init=lambda **kwargs: calls.append(("init", kwargs)) or run)
     active = SimpleNamespace(info=SimpleNamespace(run_id="abc"))
     stand_in(monkeypatch, "mlflow", set_experiment=note("experiment"), start_run=note("start", active),
-             log_params=note("params"), log_metrics=note("log"), end_run=note("finish"))
+             log_params=note("params"), log_metrics=note("log"), end_run=note("finish"),
+             flush_async_logging=note("flush"))
     writer = SimpleNamespace(add_scalar=note("scalar"), add_text=note("text"), close=note("finish"))
     stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=note("init", writer))
     return calls
@@ -70,7 +71,7 @@ def test_mlflow_hears_numbers_and_is_resumed_by_its_id(tmp_path, calls):
     keep_a_run(tmp_path / "run", "mlflow").close()
     assert [call[0] for call in calls][:3] == ["experiment", "start", "params"] and calls[-1] == ("finish",)
     assert calls[1] == ("start", None, "my-run")
-    assert calls[3:5] == [("log", {"train/loss": 2.5}, 1), ("log", {"pass_at_1": 0.5}, 1)]
+    assert calls[3:5] == [("log", {"train/loss": 2.5}, 1, False), ("log", {"pass_at_1": 0.5}, 1, False)]
     again = resume(tmp_path / "other", "mlflow", calls)
     assert again[1] == ("start", "abc", "my-run") and "params" not in [call[0] for call in again]
 
@@ -105,7 +106,7 @@ def test_a_tracker_needs_a_name_for_the_run():
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_no_line_of_the_log(tmp_path, calls, monkeypatch, capsys):
-    def fail(numbers, step):
+    def fail(numbers, step, synchronous):
         raise OSError("the server is gone")
     monkeypatch.setattr(sys.modules["mlflow"], "log_metrics", fail)
     keep_a_run(tmp_path / "run", "mlflow").close()
