@@ -55,6 +55,7 @@ class LogReader:
             file = open(self.path, "rb")
         except FileNotFoundError:
             self._clear()
+            self.fraction = 1.0  # there is nothing more to read
             return
         with file:
             # A resumed run writes another file: then the last bytes do not stand where they did
@@ -105,7 +106,7 @@ class LogReader:
         if not isinstance(step, int) or step < 0:
             return
 
-        # A step that is not later than the last one comes again
+        # After an earlier step, those that follow it come again
         if step < self._last_step:
             self._forget_after(step)
         self._last_step = step

@@ -8,6 +8,7 @@ import pytest
 
 from nanochat.common import UserError, run_script
 from nanochat.locks import hold_lock, is_locked
+from nanochat.run_file import RunFile
 from nanochat.run_keeper import RunKeeper
 from nanochat.run_status import describe_run, find_runs
 from tests.stages import small_stage
@@ -120,3 +121,10 @@ def test_a_run_that_fails_leaves_the_error_of_its_rank_until_it_is_started_again
     assert read_run(tmp_path)["state"] == "failed"
     RunKeeper(small_stage(tmp_path), 10, "").close()
     assert not (tmp_path / "error_rank0.txt").exists() and read_run(tmp_path)["state"] == "finished"
+
+
+def test_another_rank_writes_its_error_and_nothing_else(tmp_path):
+    stage = small_stage(tmp_path)
+    stage.rank = 3
+    RunFile(stage, 10).note_failure(RuntimeError("the peer is gone"))
+    assert [path.name for path in tmp_path.iterdir()] == ["error_rank3.txt"]
