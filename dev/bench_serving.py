@@ -71,12 +71,13 @@ def run_server():
     import torch
 
     from nanochat.common import compute_init
-    from nanochat.connections import Server, listen
+    from nanochat.connections import Server
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.inference import prepare
     from nanochat.scheduler import Scheduler
     from nanochat.service import Service
+    from nanochat.web import listen
     from scripts.chat_web import create_app
 
     _, _, _, device = compute_init()

@@ -10,15 +10,8 @@ leave such folders out.
 import re
 
 from nanochat.checkpoint_files import is_complete, read_meta
-from nanochat.common import UserError, get_base_dir
+from nanochat.files import STAGE_DIRS, UserError, get_base_dir
 
-# stage -> folder below the base directory
-STAGE_DIRS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
 # stage -> script that trains it
 STAGE_SCRIPTS = {
     "base": "base_train",

@@ -1,6 +1,6 @@
 """
-Shared by all stages: errors, folders, and the set-up of a process with its device and rank.
-Importing this module does nothing; `compute_init` sets a process up.
+Shared by all stages: the set-up of a process with its device and rank; and all of files.py, errors
+and folders. Importing this module does nothing; `compute_init` sets a process up.
 """
 
 import contextlib
@@ -8,115 +8,25 @@ import ctypes
 import importlib.util
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from nanochat.files import (  # noqa: F401, most modules take these from here
+    AT_FAILURE,
+    UserError,
+    exit_with,
+    get_base_dir,
+    get_data_dir,
+    get_data_root,
+    run_script,
+    write_text,
+)
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it compiles kernels for GPUs
 IGNORE = -1  # the target where there is no loss
-
-# -----------------------------------------------------------------------------
-# Errors that a user can cause, and how a script ends on one
-
-
-class UserError(ValueError):
-    """
-    A wrong setting, file, row, checkpoint or environment. The message is one line with the thing,
-    the value and what was needed; the hint has a command that works. `run_script` prints both and
-    exits 2, without a traceback.
-    """
-
-    def __init__(self, message, hint=None):
-        super().__init__(message if hint is None else f"{message}\nhint: {hint}")
-
-
-def run_script(main):
-    """
-    Run a script's main(). A user's mistake, or a file that cannot be read or written, ends in
-    `error:` and `hint:` lines and exit code 2.
-    """
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except BrokenPipeError:  # for example by `| head`
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # else the flush at exit fails once more
-        sys.exit(128 + signal.SIGPIPE)
-    except (MemoryError, RuntimeError) as error:
-        # torch reports that a CPU's memory is full as a plain RuntimeError
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):
-            raise
-        first_line = str(error).partition("\n")[0] or "nothing is left"
-        exit_with(UserError(
-            f"out of memory: {first_line}",
-            "take less at once or a smaller model: --device_batch_size, --max_seq_len, --depth"))
-    except OSError as error:
-        exit_with(UserError(
-            str(error), "check that the path is right and writable and the disk not full: df -h"))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-
-
-def exit_with(error):
-    """Print a UserError and end the process, exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-# -----------------------------------------------------------------------------
-# Folders
-
-
-def get_base_dir():
-    """Where artifacts go: $NANOCHAT_BASE_DIR, default ~/.cache/nanochat. Created when missing."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    try:
-        base_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"NANOCHAT_BASE_DIR={base_dir} cannot be a folder: {error.strerror}",
-            "export NANOCHAT_BASE_DIR=~/nanochat_files",
-        ) from error
-    return base_dir
-
-
-def get_data_dir():
-    """The local data mirror $NANOCHAT_DATA_DIR as a Path, or None when unset."""
-    data_dir = os.environ.get("NANOCHAT_DATA_DIR")
-    if not data_dir:
-        return None
-    if not Path(data_dir).is_dir():
-        raise UserError(f"NANOCHAT_DATA_DIR={data_dir} is not a folder",
-                        "unset it, or point it at a data mirror")
-    return Path(data_dir)
-
-
-def get_data_root():
-    """
-    The folder of the chat stages' files: the local mirror if there is one, else the base directory.
-    """
-    return get_data_dir() or get_base_dir()
-
-
-def write_text(path, text):
-    """
-    Write a whole file or none, even if the process or the machine stops in between: under a
-    temporary name, then renamed. Makes the folder.
-    """
-    # on the disk before the rename
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
 
 # -----------------------------------------------------------------------------
 # Ranks: torchrun sets RANK, LOCAL_RANK, WORLD_SIZE; without it this is rank 0 of 1

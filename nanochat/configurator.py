@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-from nanochat.common import UserError, exit_with, run_script
+from nanochat.files import UserError, exit_with, run_script
 
 # spellings on the command line
 TRUE = {"true", "1", "yes", "on"}

@@ -4,21 +4,17 @@ the time between two requests and for a shutdown; here are those for a request t
 """
 
 import asyncio
-import errno
 import http
-import socket
 from functools import partial
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from nanochat.common import UserError
 from nanochat.gate import MAX_HEAD_BYTES, error_response, long_head_response
 from nanochat.service import GRACE_S
 
 REQUEST_S = 20  # seconds in which a request must come in whole, from connecting or its first byte
 IDLE_S = 20     # that a connection stays open between requests: clients keep theirs for some 10 s
-STALLED_S = 60  # seconds in which a client must take some of what was sent to it (Linux only)
 
 # -----------------------------------------------------------------------------
 # Connections
@@ -158,25 +154,3 @@ class Server(uvicorn.Server):
     def _abort_connections(self):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-def listen(host, port):
-    """A socket on this address, before anything is loaded. UserError if there can be none."""
-    try:
-        # of a name with several addresses (localhost) the IPv4 one
-        family, *_, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        sock = socket.create_server(address, family=family)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no machine can have such a name
-        flag = "--host=127.0.0.1"
-        # a port that is taken, or below 1024 and not ours to take
-        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-            other_port = port + 1 if 1023 < port < 65535 else 8001
-            flag = f"-p {other_port}"
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on --host={host} --port={port}: {reason}",
-                        f"python -m scripts.chat_web {flag}") from error
-
-    # connections inherit it from the socket that accepts them
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)
-    return sock

@@ -400,18 +400,20 @@ class GPT(nn.Module):
         [DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates scale with the width.
         """
         groups = [
-            self._adam_group("lm_head.weight", unembedding_lr),
-            self._adam_group("transformer.wte.weight", embedding_lr),
+            self._adam_group("unembedding", "lm_head.weight", unembedding_lr),
+            self._adam_group("embedding", "transformer.wte.weight", embedding_lr),
         ]
         if self.config.value_embeds:
-            groups.append(self._adam_group("transformer.value_embeds.*", value_lr))
+            groups.append(self._adam_group("value", "transformer.value_embeds.*", value_lr))
         # everything in the blocks is a matrix
         matrices = self._named_parameters("transformer.h.*")
         muon = DistMuon(matrices, matrix_lr, weight_decay=weight_decay, compile=compile)
         return [DistAdamW(groups), muon]
 
-    def _adam_group(self, pattern, lr):
-        return {"named_params": self._named_parameters(pattern), "lr": lr * self.adam_scale}
+    def _adam_group(self, name, pattern, lr):
+        # the name is for the log
+        params = self._named_parameters(pattern)
+        return {"name": name, "named_params": params, "lr": lr * self.adam_scale}
 
     def _named_parameters(self, pattern):
         return [(name, p) for name, p in self.named_parameters() if fnmatch(name, pattern)]

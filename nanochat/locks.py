@@ -4,6 +4,7 @@ system gives a lock back when its process ends, whatever ends it.
 """
 
 import errno
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,3 +33,25 @@ def hold_lock(path: Path, wait_s: float = -1, once_per_process: bool = False):
         if error.errno not in NO_LOCKS:
             raise
         return nullcontext()
+
+
+def is_locked(path: Path):
+    """
+    Whether another process holds the lock file `path`: looks, without taking it for longer than
+    that. True also where it cannot be told: on Windows, or a file system without locks.
+    """
+    try:
+        import fcntl  # POSIX only
+    except ImportError:
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)  # which gives it back

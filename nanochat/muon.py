@@ -150,7 +150,8 @@ class DistMuon:
                 raise ValueError(
                     f"Muon takes matrices, {name} has shape {shape}; give it to DistAdamW"
                 )
-            group = groups.setdefault(p.shape, {"params": [], "names": [], **defaults})
+            new = {"name": "matrix", "params": [], "names": [], **defaults}
+            group = groups.setdefault(p.shape, new)
             group["params"].append(p)
             group["names"].append(name)
         self.param_groups = list(groups.values())

@@ -11,6 +11,7 @@ import time
 import torch
 
 from nanochat.common import (
+    AT_FAILURE,
     UserError,
     compute_cleanup,
     get_data_root,
@@ -20,9 +21,11 @@ from nanochat.common import (
     synchronize,
 )
 from nanochat.distributed import all_reduce_sum, find_drift
-from nanochat.metrics_log import MetricsLog, start_wandb, step_line
+from nanochat.metrics_log import STEP_KEYS, MetricsLog, step_line
 from nanochat.report import get_report
-from nanochat.training import Ema
+from nanochat.run_file import RunFile
+from nanochat.trackers import start_tracker
+from nanochat.training import Ema, get_rates
 
 CHECK_RANKS_EVERY = 100  # steps; a check reads all parameters once
 GRACE_S = 30  # between a request to stop and a kill: torchrun's, Slurm's and Kubernetes' default
@@ -64,7 +67,7 @@ class RunKeeper:
         self._smooth_loss = Ema(*stage.state.get("smooth_loss", ()))
 
         # First what may fail: wandb may lack a login
-        self._wandb_run = start_wandb(stage.settings, stage.state.get("wandb_id"))
+        self._tracker = start_tracker(stage.settings, self._tracker_id(), stage.step)
 
         # No checkpoint of another run stays among those of this one
         if stage.state:
@@ -76,10 +79,21 @@ class RunKeeper:
             if moved:
                 print0(f"note: the checkpoints of an earlier run are now in {moved}")
 
-        # From here on signals are noted, and metrics are written
+        # From here on signals are noted, metrics are written, and the folder says how the run is
         self._signal = StopSignal(stage.device)
         self.metrics_path = stage.manager.checkpoint_dir / "metrics.jsonl"
-        self.metrics_log = MetricsLog(self.metrics_path, self._wandb_run, stage.step)
+        self.metrics_log = MetricsLog(self.metrics_path, self._tracker, stage.step)
+        self.run_file = RunFile(stage, iterations)
+        AT_FAILURE[:] = [self.run_file.note_failure]
+
+    def _tracker_id(self):
+        """What the tracker called the run that is resumed; None if that had another tracker."""
+        # older checkpoints have the id of wandb alone
+        state = self.stage.state
+        tracker_then = state.get("settings", {}).get("tracker", "wandb")
+        if tracker_then != self.stage.settings["tracker"]:
+            return None
+        return state.get("tracker_id") or state.get("wandb_id")
 
     def _check_resumed(self):
         # The horizon may have been changed
@@ -151,7 +165,7 @@ class RunKeeper:
             "scaler": stage.scaler.state_dict() or None,
             "progress": stage.progress,
             "smooth_loss": self._smooth_loss.state(),
-            "wandb_id": self._wandb_run.id if self._wandb_run else None,
+            "tracker_id": self._tracker.id if self._tracker else None,
             "examples": read_examples(),
             **state,
         }
@@ -230,13 +244,29 @@ class RunKeeper:
 
     def log_evaluation(self, step, metrics):
         """Print and log the results {name: number} of an evaluation at `step`."""
-        train_s = self.stage.progress["train_s"]
+        so_far = self._so_far()
         # metric names have a slash, for wandb's panels
         parts = [f"step: {step:05d}"]
         for name, value in metrics.items():
             parts.append(f"{name.replace('/', ' ')}: {value:.6f}")
-        print0(" | ".join([*parts, f"train time: {train_s / 60:.2f}m"]))
-        self.metrics_log.log({"step": step, **metrics, "train_s": train_s})
+        print0(" | ".join([*parts, f"train time: {so_far['train_s'] / 60:.2f}m"]))
+        self.metrics_log.log({"step": step, **so_far, **metrics})
+
+    def log_samples(self, step, samples):
+        """Print and log texts [{prompt, text}] that the model has written at `step`."""
+        for sample in samples:
+            print0(f"sample: {sample['text']!r}")
+        self.metrics_log.log({"step": step, "time": time.time(), "samples": samples})
+
+    def _so_far(self):
+        """What has been spent: the time, and sums over the steps."""
+        tokens = self.stage.progress["tokens"]
+        return {
+            "time": time.time(),
+            "train_s": self.stage.progress["train_s"],
+            "tokens": tokens,
+            "flops": self._flops_per_token * tokens,
+        }
 
     def start_step(self):
         """Start the clock of a step. Returns time.perf_counter()."""
@@ -248,7 +278,7 @@ class RunKeeper:
     def finish_step(self, step, loss, tokens, lr_factor, grad_norm, **more):
         """
         Count, log and print an optimizer step. `step` includes it. tokens: those that all ranks
-        trained on. more: further metrics of this stage.
+        trained on. more: further metrics of this stage, with names of STEP_KEYS.
         """
         # The step ends when the device has done it
         stage = self.stage
@@ -257,23 +287,27 @@ class RunKeeper:
             self.check_ranks(step)
         dt_s = time.perf_counter() - self._start
         stage.progress["train_s"] += dt_s
+        stage.progress["tokens"] += tokens
 
         # Everything to the file, the main figures to the screen
-        metrics = {
+        metrics = dict.fromkeys(STEP_KEYS)
+        metrics |= {
             "step": step,
+            **self._so_far(),
             "train/loss": loss,
             "smooth_loss": self._smooth_loss.update(loss),
             "lrm": lr_factor,
+            **get_rates(stage.optimizers),
             "grad_norm": grad_norm,
             "dt_ms": 1000 * dt_s,
             "tok_per_sec": tokens / dt_s,
-            "train_s": stage.progress["train_s"],
             "memory_bytes": peak_memory_bytes(stage.device),
             **more,
         }
         if stage.peak_flops is not None:
             flops_per_s = self._flops_per_token * tokens / dt_s
             metrics["mfu"] = flops_per_s / (stage.peak_flops * stage.world_size)
+        assert len(metrics) == len(STEP_KEYS), metrics.keys() - STEP_KEYS
         self.metrics_log.log(metrics)
         eta_s = self._step_s.update(dt_s) * (self.iterations - step)
         print0(step_line(metrics, self.iterations, eta_s))
@@ -308,6 +342,8 @@ class RunKeeper:
         """
         self.metrics_log.close()
         self._signal.restore()
+        self.run_file.write("stopped" if self.stopping else "finished")
+        AT_FAILURE.clear()
         if not self.stopping:
             return
 

@@ -79,7 +79,8 @@ def open_stage(
     manager.verify = settings["verify"]
     manager.claim(device, CLAIM_WAIT_S if settings["auto_resume"] else 0)
     step, state = resume_step(manager, settings, device, fixed)
-    progress = {"train_s": 0.0, **(progress or {}), **state.get("progress", {})}
+    counted = {"train_s": 0.0, "tokens": 0}  # by the RunKeeper
+    progress = {**counted, **(progress or {}), **state.get("progress", {})}
     stage = Stage(settings, device, rank, world_size, None, manager, step, state, progress)
 
     # Model and tokenizer; a resumed run has them in its own checkpoint

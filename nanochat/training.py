@@ -48,6 +48,15 @@ def set_rates(optimizers, lr_factor, **values):
                 group.update(values)
 
 
+def get_rates(optimizers):
+    """{"lr/<name of a group>": its learning rate}. Muon has one group for each shape, all alike."""
+    rates = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rates[f"lr/{group['name']}"] = group["lr"]
+    return rates
+
+
 class Ema:
     """Exponential moving average without start-up bias. `value` is None before the first update."""
 

@@ -42,11 +42,13 @@ from nanochat.precision import get_precision
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.trackers import Tracker
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+run: str = "dummy"                    # name of the run; dummy = log to metrics.jsonl only
+tracker: Tracker = "wandb"            # where a run with a name is also logged: trackers.py
 device_type: str = ""                 # cuda, mps or cpu; empty = detect
 seed: int = 42                        # of initialisation and data order
 # Data
@@ -110,7 +112,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
     # Device, ranks, precision, and the checkpoint to resume, if any
     settings = get_settings(globals())
     manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
-    progress = {"tokens": 0, "val_bpb": None, "min_val_bpb": None, "head_start": False}
+    progress = {"val_bpb": None, "min_val_bpb": None, "head_start": False}
     stage = open_stage(
         settings, manager, fixed=FIXED, progress=progress, fp8=True, width=64 * depth)
     device = stage.device
@@ -206,8 +208,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
         if sample_due and stage.rank == 0:
             engine = Engine(model, tokenizer)
             samples = attempt("sampling", partial(complete_prompts, engine)) or samples
-            for sample in samples:
-                print0(f"sample: {sample['text']!r}")
+            keeper.log_samples(step, samples)
         if last:
             break
 
@@ -224,9 +225,9 @@ def main():  # noqa: C901, PLR0912, PLR0915
 
         # Log
         step += 1
-        progress["tokens"] += batch_tokens
         epoch = loader.state()["epoch"]
-        keeper.finish_step(step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch)
+        keeper.finish_step(
+            step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch, num_targets=batch_tokens)
 
     # Report and cleanup
     loader.close()

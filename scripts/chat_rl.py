@@ -45,6 +45,7 @@ from nanochat.inference import compile_decoding, prepare, refresh
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
+from nanochat.trackers import Tracker
 from nanochat.training import (
     accumulate_gradients,
     fit_rows,
@@ -57,7 +58,8 @@ from tasks.gsm8k import GSM8K
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+run: str = "dummy"                    # name of the run; dummy = log to metrics.jsonl only
+tracker: Tracker = "wandb"            # where a run with a name is also logged: trackers.py
 device_type: str = ""                 # cuda, mps or cpu; empty = detect
 seed: int = 42                        # of the order of questions and of the samples
 # Model
@@ -292,6 +294,8 @@ def main():  # noqa: PLR0915
         for row, reward in zip(rows[:SHOWN_ANSWERS], rewards, strict=False):
             text = f"{tokenizer.decode(row.tokens)} -> {reward:g}"
             samples.append({"prompt": tokenizer.decode(row.prompt[1:]), "text": text})
+        if eval_due:
+            keeper.log_samples(step, samples)
 
         # Compare with the reference model on answers to several questions
         inputs, targets, weights = training_arrays(rows, advantages, model.config.sequence_len)
@@ -321,6 +325,8 @@ def main():  # noqa: PLR0915
         progress["rollouts"] += int(num_rollouts)
         keeper.finish_step(
             step, loss, int(num_targets), lr_factor, grad_norm,
+            epoch=step * examples_per_step // len(train_task),
+            num_targets=int(num_targets),
             reward=reward_sum / num_rollouts,
             kl=kl,
             entropy=entropy,

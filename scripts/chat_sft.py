@@ -32,13 +32,15 @@ from nanochat.horizon import (
 from nanochat.loss_eval import evaluate_loss
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
+from nanochat.trackers import Tracker
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
 from tasks.mixtures import sft_mixture
 from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+run: str = "dummy"                    # name of the run; dummy = log to metrics.jsonl only
+tracker: Tracker = "wandb"            # where a run with a name is also logged: trackers.py
 device_type: str = ""                 # cuda, mps or cpu; empty = detect
 seed: int = 42                        # of the data order
 # Model
@@ -155,8 +157,10 @@ def main():
         progress["used"] += len(inputs)
         progress["cut"] += num_cut
         progress["targets"] += num_targets
-        num_tokens = count_used(targets)
-        keeper.finish_step(step, loss, num_tokens, lr_factor, grad_norm, num_targets=num_targets)
+        epoch = step * examples_per_step // len(mixture)
+        keeper.finish_step(
+            step, loss, count_used(targets), lr_factor, grad_norm, epoch=epoch,
+            num_targets=num_targets)
 
     # Report and cleanup
     print0(f"conversations used: {progress['used']:,} | "

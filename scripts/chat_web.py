@@ -16,10 +16,8 @@ import ipaddress
 import math
 import os
 import re
-import secrets
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 import prometheus_client
 import torch
@@ -34,18 +32,14 @@ from nanochat.chat_response import token_text
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
-from nanochat.connections import Server, listen
+from nanochat.connections import Server
 from nanochat.engine import Engine
 from nanochat.gate import ERROR_HANDLERS, BodyRoute, Gate, split_keys
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_precision_dtype
 from nanochat.scheduler import Scheduler
 from nanochat.service import Service, build_chat, build_completion, build_response, respond
-
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-# nothing but the page's own script and style, and calls of this server
-CSP = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
-       "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+from nanochat.web import LOCAL_HOSTS, listen, page_response
 
 # -----------------------------------------------------------------------------
 # The application
@@ -154,16 +148,7 @@ def add_operations_routes(app, service):
 
 def page():
     """The chat page."""
-    # a new nonce each time lets the page's own scripts and styles run, and no others
-    nonce = secrets.token_urlsafe(16)
-    html = (Path(__file__).parents[1] / "nanochat" / "ui.html").read_text(encoding="utf-8")
-    headers = {
-        "Content-Security-Policy": CSP.format(nonce),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }
-    return HTMLResponse(html.replace("__NONCE__", nonce), headers=headers)
+    return page_response("ui.html")
 
 
 # -----------------------------------------------------------------------------

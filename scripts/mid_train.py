@@ -39,13 +39,15 @@ from nanochat.packing import pack_documents
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.tokenizer import get_token_bytes
+from nanochat.trackers import Tracker
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
 from tasks.mixtures import mid_mixture
 from tasks.smoltalk import SmolTalk
 
 # -----------------------------------------------------------------------------
 # Settings
-run: str = "dummy"                    # wandb run name; dummy = log to metrics.jsonl only
+run: str = "dummy"                    # name of the run; dummy = log to metrics.jsonl only
+tracker: Tracker = "wandb"            # where a run with a name is also logged: trackers.py
 device_type: str = ""                 # cuda, mps or cpu; empty = detect
 seed: int = 42                        # of the data order
 # Model
@@ -100,7 +102,7 @@ def main():  # noqa: PLR0915
     settings = get_settings(globals())
     manager, base_manager = stage_managers(
         "mid", "base", model_tag, resume_from_step, auto_resume)
-    stage = open_stage(settings, manager, base_manager, FIXED, {"tokens": 0, "val_bpb": None})
+    stage = open_stage(settings, manager, base_manager, FIXED, {"val_bpb": None})
     model = stage.model
     progress = stage.progress
     token_bytes = get_token_bytes(stage.device, stage.tokenizer)
@@ -169,9 +171,9 @@ def main():  # noqa: PLR0915
 
         # Log
         step += 1
-        progress["tokens"] += batch_tokens
         epoch = loader.state()["epoch"]
-        keeper.finish_step(step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch)
+        keeper.finish_step(
+            step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch, num_targets=num_targets)
 
     # Report and cleanup
     loader.close()

@@ -6,10 +6,11 @@ import time
 
 import torch
 
-from nanochat.connections import Server, listen
+from nanochat.connections import Server
 from nanochat.engine import Engine
 from nanochat.scheduler import Scheduler
 from nanochat.service import Service
+from nanochat.web import listen
 from scripts.chat_web import create_app
 from tests.tiny import tiny_model
 

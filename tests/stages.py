@@ -51,17 +51,21 @@ def run_stage(stage, **settings):
 
 def small_stage(folder, step=0, state=None, **settings):
     """A Stage as `open_stage` makes it, of a tiny model."""
-    settings = {"run": "dummy", "save_every": 5, "keep_last": -1, **settings}
+    settings = {"run": "dummy", "tracker": "wandb", "save_every": 5, "keep_last": -1, **settings}
     return stage_module.Stage(settings, torch.device("cpu"), rank=0, world_size=1, peak_flops=1e12,
                               manager=CheckpointManager(folder), step=step, state=state or {},
-                              progress={"train_s": 0.0}, model=tiny_model())
+                              progress={"train_s": 0.0, "tokens": 0}, model=tiny_model())
 
 
 def curve(stage, tag="d1"):
     """The numbers of a run that do not depend on the clock."""
     lines = (get_checkpoint_dir(stage, tag) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items()
-             if not any(word in k for word in ("dt_ms", "per_sec", "mfu", "train_s", "memory"))} for line in lines]
+    other = ("dt_ms", "per_sec", "mfu", "time", "train_s", "memory", "samples")
+    kept = []
+    for line in lines:
+        items = json.loads(line).items()
+        kept.append({k: v for k, v in items if v is not None and not any(word in k for word in other)})
+    return kept
 
 
 if __name__ == "__main__":  # one rank of a run: python -m tests.stages rl '{"num_iterations": 2}'

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 # those above it: the imports have no cycle, and a reader can take the files from the top down.
 MAY_IMPORT = {
     # settings, files, devices
-    "common": [],
+    "files": [],
+    "common": ["files"],
     "locks": [],
-    "configurator": ["common"],
+    "configurator": ["files"],
     "distributed": ["common"],
     "device_speed": ["common"],
     "precision": ["common", "device_speed", "distributed"],
@@ -60,16 +61,18 @@ MAY_IMPORT = {
         "scheduler", "streaming",
     ],
     "gate": ["api"],
-    "connections": ["common", "gate", "service"],
+    "connections": ["gate", "service"],
+    "web": ["files"],
     # training
     "checkpoint_files": ["common"],
     "background_writer": [],
-    "checkpoint_folders": ["checkpoint_files", "common"],
+    "checkpoint_folders": ["checkpoint_files", "files"],
     "checkpoint_manager": ["background_writer", "checkpoint_files", "checkpoint_folders", "common", "distributed",
                            "gpt", "inference", "locks", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],
+    "trackers": ["common"],
     "stage": ["checkpoint_manager", "common", "device_speed", "gpt", "precision", "tokenizer", "training"],
     "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "training"],
     # evaluation
@@ -81,8 +84,14 @@ MAY_IMPORT = {
     "core_eval": ["distributed"],
     "curves": [],
     "run_facts": [],
+    "run_file": ["common", "run_facts"],
+    # watching
+    "log_reader": [],
+    "run_status": ["files", "locks"],
     "report": ["common", "configurator", "curves", "run_facts"],
-    "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
+    "run_keeper": [
+        "common", "distributed", "metrics_log", "report", "run_file", "trackers", "training",
+    ],
 }
 
 
@@ -204,7 +213,8 @@ def test_importing_everything_does_nothing(tmp_path):
     modules = [f"{path.parent.name}.{path.stem}" for path in files if path.stem not in left_out]
     code = (f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
             f"for name in {modules!r}: importlib.import_module(name)\n"
-            "optional = ('wandb', 'datasets', 'matplotlib', 'triton', 'transformers', 'llguidance')\n"
+            "optional = ('wandb', 'trackio', 'tensorboard', 'mlflow', 'datasets', 'matplotlib', 'triton',\n"
+            "            'transformers', 'llguidance')\n"
             "bad = [m for m in optional if m in sys.modules]\n"
             "assert not bad, bad")
     home = tmp_path / "home"

@@ -15,6 +15,7 @@ import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
+from nanochat.metrics_log import EVALUATION_KEYS, SAMPLE_KEYS, STEP_KEYS
 from scripts import base_loss, base_train, chat_sft
 from tests.stages import STAGES, curve, run_stage
 
@@ -31,6 +32,33 @@ def test_every_stage_trains_saves_and_reports(stage, base_dir):
     assert [line["step"] for line in steps] == [1, 2, 3, 4] and any(line["grad_norm"] > 0 for line in steps)
     sections = [json.loads(path.read_text())["section"] for path in (base_dir / "report").glob("*.json")]
     assert {"base": "Base model training", "mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"}[stage] in sections
+
+
+def no_number(text):
+    raise AssertionError(f"{text} in a log")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_writes_the_same_documented_keys_for_a_step(stage, base_dir):
+    text = (get_checkpoint_dir(stage, "d1") / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line, parse_constant=no_number) for line in text.splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert len(steps) == 4 and all(list(line) == list(STEP_KEYS) for line in steps)
+    others = {name.split("@")[0] for line in lines if line not in steps for name in line}
+    documented = STEP_KEYS | EVALUATION_KEYS | SAMPLE_KEYS
+    assert others <= {name.split("@")[0] for name in documented}
+    sums = [(line["time"], line["train_s"], line["tokens"], line["flops"]) for line in steps]
+    assert sums == sorted(sums) and steps[0]["tokens"] > 0 and steps[0]["flops"] > 1e4 * steps[0]["tokens"]
+    rates = {name: steps[0][name] for name in STEP_KEYS if name.startswith("lr/")}
+    assert rates.pop("lr/value") is None and all(rate > 0 for rate in rates.values())
+    assert (steps[0]["reward"] is None) == (stage != "rl")
+
+
+@pytest.mark.parametrize("stage, step", [("base", 4), ("rl", 2)])
+def test_what_the_model_writes_is_logged(stage, step, base_dir):
+    text = (get_checkpoint_dir(stage, "d1") / "metrics.jsonl").read_text(encoding="utf-8")
+    (*_, last) = [line for line in map(json.loads, text.splitlines()) if "samples" in line]
+    assert last["step"] == step and last["samples"] and last["samples"][0].keys() == {"prompt", "text"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

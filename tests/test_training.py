@@ -254,6 +254,14 @@ def test_metrics_log_drops_what_a_resumed_run_writes_again(tmp_path):
     assert lines[-2:] == [{"step": 4, "train/loss": 0}, {"step": 4, "val/bpb": 1}]
 
 
+def test_a_number_that_is_not_finite_is_null_in_the_log(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.log({"step": 1, "train/loss": math.nan, "kl": math.inf, "mfu": None, "lrm": 0.5})
+    log.close()
+    line = '{"step": 1, "train/loss": null, "kl": null, "mfu": null, "lrm": 0.5}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == line
+
+
 def test_a_resumed_run_whose_data_changed_is_warned(tmp_path, capsys):
     stage = small_stage(tmp_path, state={"data": "3 documents"})
     RunKeeper(stage, 10, "3 documents").close()
