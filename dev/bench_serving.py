@@ -117,7 +117,11 @@ def run_server():
     sock = listen("127.0.0.1", 0)
     print(f"http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
     service = Service(load, ["bench"], max_waiting=max_waiting)
-    Server(create_app(service), service).run(sockets=[sock])
+    server = Server(create_app(service), service)
+    service.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[sock])
+    if service.error is not None:
+        raise service.error
 
 
 SERVER_SETTINGS = ("source", "depth", "vocab_size", "max_seq_len", "rows", "max_waiting")

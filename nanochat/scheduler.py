@@ -205,10 +205,11 @@ class Scheduler:
         self.running = {}    # row -> request, those in the batch
         self.events = []     # since the last take_events
 
-    def warm_up(self):
+    def warm_up(self, row_counts=row_counts):
         """
         Do before anybody waits what takes seconds: on a GPU compile and record the steps, on a CPU
-        let oneDNN make its code for all numbers of tokens. Returns the scheduler.
+        let oneDNN make its code for all numbers of tokens. Returns the scheduler. row_counts: see
+        inference.py.
         """
         model = self.engine.model
         if compiles(model.device):
@@ -218,8 +219,11 @@ class Scheduler:
         longest = min(self.chunk, self.decoder.max_length - 1)
         for num_tokens in row_counts(model, longest):
             prompt = [0] * min(num_tokens, longest)
-            # with scores all tokens are read, and go through the last matmul too
-            for _ in self.decoder.prefill(prompt, self.chunk, scores=[]):
+            if num_tokens > self.decoder.block:  # as many as several short prompts have
+                self.decoder.prefill_short([prompt])
+                continue
+            # with scores all tokens go through the last matmul too
+            for _ in self.decoder.prefill(prompt, scores=[]):
                 pass
         return self
 
