@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -17,6 +18,7 @@ from nanochat.checkpoint_folders import find_checkpoint_dir
 from nanochat.checkpoint_manager import CheckpointManager, load_checkpoint, stage_managers
 from nanochat.common import UserError
 from nanochat.stage import choose_step
+from scripts import chat_cli
 from tests.stages import STAGES, curve, run_stage
 from tests.tiny import tiny_model
 
@@ -86,6 +88,16 @@ def test_the_impatient_and_those_without_checksums_load_unchecked(manager):
     meta = json.loads(meta_path.read_text())
     meta_path.write_text(json.dumps({k: v for k, v in meta.items() if not k.startswith("checksum")}))
     load_checkpoint("base", CPU)
+
+
+def test_chat_cli_loads_damaged_weights_only_if_asked_to(manager, monkeypatch, capsys):
+    flip_a_bit(manager.checkpoint_dir / "step_000020" / "model.safetensors")
+    monkeypatch.setattr("sys.argv", ["chat_cli", "-i", "base", "-p", "the", "-n", "1"])
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        chat_cli.main()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--verify=false"])
+    chat_cli.main()
+    assert capsys.readouterr().out.startswith("the")
 
 
 def cut(path):

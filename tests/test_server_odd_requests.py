@@ -1,6 +1,6 @@
 """
-Hand-made requests, more than 1,500: every field with values that it is not made for, and bytes that are hardly HTTP. None
-ends in a 5xx, every refusal is one clear line, and the server goes on.
+Hand-made requests, more than 1,500: every field with values that it is not made for, and bytes that are hardly HTTP.
+None ends in a 5xx, every refusal is one clear line, and the server goes on.
 """
 
 import contextlib
@@ -110,17 +110,21 @@ POST = f"POST /v1/chat/completions HTTP/1.1\r\n{HEAD}"
 
 REQUEST_LINES = [
     "GET / HTTP/1.1", "GET  /health HTTP/1.1", "GET /health", "get /health HTTP/1.1", "GET /health HTTP/1.0",
-    "GET /health HTTP/0.9", "GET /health HTTP/2.0", "GET /health HTTP/9.9", "GET /health HTTPS/1.1", "HEAD /health HTTP/1.1",
+    "GET /health HTTP/0.9", "GET /health HTTP/2.0", "GET /health HTTP/9.9", "GET /health HTTPS/1.1",
+    "HEAD /health HTTP/1.1",
     "BREW /health HTTP/1.1", "OPTIONS * HTTP/1.1", "CONNECT example.org:443 HTTP/1.1", "TRACE /health HTTP/1.1",
     "DELETE /v1/models HTTP/1.1", "PUT / HTTP/1.1", "PATCH /v1/chat/completions HTTP/1.1", "PRI * HTTP/2.0",
     "GET http://127.0.0.1/health HTTP/1.1", "GET http://example.org/ HTTP/1.1", "GET /../../etc/passwd HTTP/1.1",
-    "GET /%2e%2e/%00 HTTP/1.1", "GET /%ff%fe HTTP/1.1", "GET /health?%ff=%zz&&& HTTP/1.1", "GET /v1/models/%0d%0a HTTP/1.1",
-    "GET //health HTTP/1.1", "GET /health/ HTTP/1.1", "GET /health#x HTTP/1.1", "GET /\u00e9 HTTP/1.1", "GET \\health HTTP/1.1",
+    "GET /%2e%2e/%00 HTTP/1.1", "GET /%ff%fe HTTP/1.1", "GET /health?%ff=%zz&&& HTTP/1.1",
+    "GET /v1/models/%0d%0a HTTP/1.1",
+    "GET //health HTTP/1.1", "GET /health/ HTTP/1.1", "GET /health#x HTTP/1.1", "GET /\u00e9 HTTP/1.1",
+    "GET \\health HTTP/1.1",
     "GET /v1/models/sft%2Ftiny HTTP/1.1", "GET /v1/models/" + "x" * 3000 + " HTTP/1.1",
 ]
 HEADERS = [
     "Host:", "Host: a b", "Host: 127.0.0.1:99999999", "Host: [::1", "Host: \u00e9", "X: \x01", "X", ": x", "X : x",
-    "X: a\r\n b", "Content-Length: -1", "Content-Length: 1e3", "Content-Length: 5, 6", "Content-Length: 99999999999999999999",
+    "X: a\r\n b", "Content-Length: -1", "Content-Length: 1e3", "Content-Length: 5, 6",
+    "Content-Length: 99999999999999999999",
     "Transfer-Encoding: gzip", "Transfer-Encoding: chunked, chunked", "Expect: 100-continue", "Expect: 200-ok",
     "Upgrade: websocket\r\nConnection: Upgrade", "Upgrade: h2c\r\nConnection: Upgrade", "Authorization: Bearer",
     "Authorization: Bearer \u00e9", "Authorization: Basic x", "Cookie: " + "a=b; " * 500, "Range: bytes=0-1",
