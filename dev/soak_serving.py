@@ -310,9 +310,9 @@ class Soak:
         tasks = [self.run_bursts(), self.run_greedy(), self.probe()]
         tasks += [self.run_client(i) for i in range(clients)]
         tasks += [self.run_lurker(i) for i in range(lurkers)]
-        before = bench_serving.resident_mib(self.process)
+        before = bench_serving.resident_mib(self.process.pid)
         await asyncio.gather(*tasks)
-        peak = bench_serving.resident_mib(self.process)
+        peak = bench_serving.resident_mib(self.process.pid)
         await asyncio.sleep(idle_s)
         return self.report(before, peak, await self.metrics())
 
@@ -323,7 +323,7 @@ class Soak:
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
     def report(self, before, peak, metrics):
-        after = bench_serving.resident_mib(self.process)
+        after = bench_serving.resident_mib(self.process.pid)
         for (kind, outcome), count in sorted(self.tally.outcomes.items()):
             print(f"{kind:24} {outcome:10} {count:6}")
         quantile = bench_serving.quantile_ms
@@ -355,6 +355,7 @@ async def soak(address, process):
 
 
 def main():
+    bench_serving.end_at_sigterm()
     for name in ("depth", "vocab_size", "max_seq_len", "rows", "max_waiting"):
         setattr(bench_serving, name, globals()[name])
     process, address = bench_serving.start_server()

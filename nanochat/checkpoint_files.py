@@ -170,14 +170,27 @@ def read_meta(folder):
 
 def is_complete(folder):
     """Whether all files that meta.json lists are there, with their sizes."""
+    return find_fault(folder) is None
+
+
+def find_fault(folder):
+    """
+    What a checkpoint lacks, as a text that names the file; None if it is complete. Looks at the
+    sizes alone: `is_file_intact` reads the files.
+    """
     # without meta.json, which is written last, it is not complete
     meta = read_meta(folder)
     if meta is None:
-        return False
-    try:
-        return all((folder / name).stat().st_size == size for name, size in meta["files"].items())
-    except OSError:  # missing, perhaps just now: a run deletes its oldest checkpoints
-        return False
+        return f"{folder / 'meta.json'} is missing or damaged"
+    for name, size in meta["files"].items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+        except OSError:  # missing, perhaps just now: a run deletes its oldest checkpoints
+            return f"{path} is missing"
+        if found != size:
+            return f"{path} is damaged: {found:,} bytes, {size:,} were saved"
+    return None
 
 
 def check_version(meta, folder):

@@ -9,7 +9,8 @@ leave such folders out.
 
 import re
 
-from nanochat.checkpoint_files import is_complete, read_meta
+from nanochat.checkpoint_files import find_fault, read_meta
+from nanochat.common import print0
 from nanochat.files import STAGE_DIRS, UserError, get_base_dir
 
 # stage -> script that trains it
@@ -45,9 +46,17 @@ def find_checkpoint_dir(stage, model_tag=None):
     # No tag: the model saved last
     checkpoints_dir = get_base_dir() / STAGE_DIRS[stage]
     models = find_models(checkpoints_dir, moved_aside=False)
+    damaged = find_damaged_models(checkpoints_dir)
     if not models:
+        if damaged:
+            raise damaged_error(damaged[0])
         raise UserError(f"no {stage} checkpoint in {checkpoints_dir}", first_model_hint(stage))
-    return max(models, key=last_saved_at)
+
+    # A model without a whole checkpoint may be the newest
+    newest = max(models, key=last_saved_at)
+    for folder in damaged:
+        print0(f"warning: {last_fault(folder)}; the model {newest.name} is taken")
+    return newest
 
 
 def find_models(checkpoints_dir, moved_aside):
@@ -60,6 +69,17 @@ def find_models(checkpoints_dir, moved_aside):
         if is_aside == moved_aside and complete_steps(folder):
             models.append(folder)
     return models
+
+
+def find_damaged_models(checkpoints_dir):
+    """The folders of a stage's models that have checkpoints, but no complete one."""
+    damaged = []
+    for folder in sorted(checkpoints_dir.glob("*")):
+        is_aside = re.search(r"\.old\d+$", folder.name) is not None
+        faults = step_faults(folder)
+        if faults and all(faults.values()) and not is_aside:
+            damaged.append(folder)
+    return damaged
 
 
 def training_hint(stage):
@@ -87,16 +107,27 @@ def step_folder(checkpoint_dir, step):
     return checkpoint_dir / f"step_{step:06d}"
 
 
+def step_faults(checkpoint_dir):
+    """{step: its `find_fault`, None for a complete one}, in ascending order."""
+    faults = {}
+    for folder in sorted(checkpoint_dir.glob("step_*")):
+        # The name alone is not enough: step_000100.old1 is one that was moved aside
+        match = re.fullmatch(r"step_(\d+)", folder.name)
+        if match:
+            faults[int(match[1])] = find_fault(folder)
+    return faults
+
+
 def complete_steps(checkpoint_dir):
     """Steps of the complete checkpoints of a model, ascending."""
     # Unfinished and truncated ones are left out
-    found = []
-    for folder in checkpoint_dir.glob("step_*"):
-        # The name alone is not enough: step_000100.old1 is one that was moved aside
-        match = re.fullmatch(r"step_(\d+)", folder.name)
-        if match and is_complete(folder):
-            found.append(int(match[1]))
-    return sorted(found)
+    return sorted(step for step, fault in step_faults(checkpoint_dir).items() if fault is None)
+
+
+def last_fault(checkpoint_dir):
+    """What the last step lacks, or None."""
+    faults = step_faults(checkpoint_dir)
+    return faults[max(faults)] if faults else None
 
 
 def last_saved_at(checkpoint_dir):
@@ -107,17 +138,30 @@ def last_saved_at(checkpoint_dir):
     return saved_at or (folder / "meta.json").stat().st_mtime
 
 
+def damaged_error(checkpoint_dir):
+    """The error for a folder whose checkpoints are all damaged."""
+    return UserError(
+        f"no whole checkpoint in {checkpoint_dir}: {last_fault(checkpoint_dir)}",
+        "restore the file from a backup, or train again",
+    )
+
+
 def missing_error(checkpoint_dir, step):
-    """The error for a missing checkpoint. It says which ones there are."""
+    """The error for a missing or incomplete checkpoint. It says which ones there are."""
     # Another step was asked for
     steps = complete_steps(checkpoint_dir)
     if steps:
         listing = ", ".join(map(str, steps))
+        fault = step_faults(checkpoint_dir).get(step)
+        reason = f": {fault}" if fault else ""
         return UserError(
-            f"no whole checkpoint of step {step} in {checkpoint_dir}",
+            f"no whole checkpoint of step {step} in {checkpoint_dir}{reason}",
             f"there are the steps {listing}; without a step the last one is taken, in training "
             "by --resume_from_step=-2",
         )
+
+    if last_fault(checkpoint_dir):
+        return damaged_error(checkpoint_dir)
 
     # A run that ended before its first save has moved those of the run before it aside. The newest
     # of these has the highest number

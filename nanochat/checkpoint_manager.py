@@ -37,9 +37,12 @@ from nanochat.checkpoint_files import (
 from nanochat.checkpoint_folders import (
     STAGE_DIRS,  # noqa: F401, scripts take all that concerns checkpoints from here
     complete_steps,
+    damaged_error,
     find_checkpoint_dir,
     get_checkpoint_dir,
+    last_fault,
     missing_error,
+    step_faults,
     step_folder,
 )
 from nanochat.common import UserError, is_finite, print0
@@ -137,7 +140,7 @@ class CheckpointManager:
         """
         # The other ranks wait until the folder is free
         moved = None
-        if rank() == 0 and self.steps():
+        if rank() == 0 and step_faults(self.checkpoint_dir):
             moved = rename_aside(self.checkpoint_dir)
         barrier()
         return moved
@@ -150,7 +153,8 @@ class CheckpointManager:
         # Nothing is deleted
         moved = []
         if rank() == 0:
-            moved = [rename_aside(self._folder(later)) for later in self.steps() if later > step]
+            later_steps = [later for later in step_faults(self.checkpoint_dir) if later > step]
+            moved = [rename_aside(self._folder(later)) for later in later_steps]
         barrier()
         return moved
 
@@ -254,8 +258,13 @@ class CheckpointManager:
         machines may see a network's folder differently. Collective.
         """
         def find():
-            steps = self.steps() if rank() == 0 else []
+            if rank() > 0:
+                return []
+            steps = self.steps()
             error = None
+            if not steps and last_fault(self.checkpoint_dir):
+                error = damaged_error(self.checkpoint_dir)
+            self._warn_of_incomplete(self.last_step())
             for step in reversed(steps):
                 try:
                     self._check_all(step)
@@ -288,13 +297,20 @@ class CheckpointManager:
         """(step, meta) of a checkpoint; step None = the latest complete one."""
         if step is None:
             step = self.last_step()
+            self._warn_of_incomplete(step)
         if step is None or not is_complete(self._folder(step)):
             raise missing_error(self.checkpoint_dir, step)
         folder = self._folder(step)
         meta = read_meta(folder)
-        check_version(meta, folder)
         self._check_file(step, meta, "meta.json")
+        check_version(meta, folder)
         return step, upgrade(meta, folder)
+
+    def _warn_of_incomplete(self, step):
+        """Warn of damaged checkpoints after `step`, the last complete one, or None."""
+        for later, fault in step_faults(self.checkpoint_dir).items():
+            if step is not None and later > step:
+                print0(f"warning: {fault}; step {step} is taken")
 
     def _check_file(self, step, meta, name):
         """UserError if a file of a checkpoint is not as it was saved."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from nanochat.files import (  # noqa: F401, most modules take these from here
     AT_FAILURE,
     UserError,
+    discard,
     exit_with,
     get_base_dir,
     get_data_dir,

@@ -258,6 +258,14 @@ def help_text(namespace, kinds, prefix):
     return text
 
 
+def switch(text):
+    """`cast_bool` as the type of an argparse option: --verify=false."""
+    try:
+        return cast_bool(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """
     argparse's, for tools with short flags. A mistake ends in `error:` and `hint:` lines here, too.

@@ -54,8 +54,7 @@ def run_script(main):
     except UserError as error:
         exit_with(error)
     except BrokenPipeError:  # for example by `| head`
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # else the flush at exit fails once more
+        discard(sys.stdout)  # else the flush at exit fails once more
         sys.exit(128 + signal.SIGPIPE)
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for a GPU's memory, and for a CPU's a plain RuntimeError
@@ -71,6 +70,13 @@ def run_script(main):
             str(error), "check that the path is right and writable and the disk not full: df -h"))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def discard(stream):
+    """From now on, let what is written to a stream, such as sys.stdout, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def exit_with(error):

@@ -14,6 +14,7 @@ from nanochat.common import (
     AT_FAILURE,
     UserError,
     compute_cleanup,
+    discard,
     get_data_root,
     is_finite,
     peak_memory_bytes,
@@ -359,8 +360,9 @@ class RunKeeper:
 class StopSignal:
     """
     SIGTERM, SIGINT (Ctrl-C), SIGHUP (a lost connection) and SIGUSR1 (Slurm's warning) ask the loop
-    to save and end. So does the end of torchrun, if that was killed and could not pass a signal on.
-    A second SIGINT interrupts at once. `received` is the number of the first signal, or 0.
+    to save and end. So does the end of torchrun, if that was killed and could not pass a signal on,
+    and the end of who reads the output. A second SIGINT interrupts at once. `received` is the
+    number of the first signal, or 0.
     """
 
     def __init__(self, device):
@@ -376,6 +378,11 @@ class StopSignal:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._receive) for number in numbers}
+        self._stdout = sys.stdout
+        sys.stdout = Output(sys.stdout, self._lose_reader)
+
+    def _lose_reader(self):
+        self.received = self.received or getattr(signal, "SIGPIPE", signal.SIGTERM)
 
     def _receive(self, number, frame):
         # the first signal only sets a flag, which the loop reads between steps
@@ -400,6 +407,35 @@ class StopSignal:
         """Give the signals back to their earlier handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        sys.stdout = self._stdout
+
+
+class Output:
+    """
+    A stream whose reader may end before us: Ctrl-C reaches both sides of `| tee log`. What is
+    written from then on goes nowhere, and on_loss() is called.
+    """
+
+    def __init__(self, stream, on_loss):
+        self._stream = stream
+        self._on_loss = on_loss
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            function(*args)
+        except BrokenPipeError:
+            discard(self._stream)
+            self._on_loss()
 
 
 def is_due(step, every):

@@ -205,20 +205,24 @@ class Scheduler:
         self.running = {}    # row -> request, those in the batch
         self.events = []     # since the last take_events
 
-    def warm_up(self):
+    def warm_up(self, row_counts=row_counts):
         """
         Do before anybody waits what takes seconds: on a GPU compile and record the steps, on a CPU
-        let oneDNN make its code for all numbers of tokens. Returns the scheduler.
+        let oneDNN make its code for all numbers of tokens. Returns the scheduler. row_counts: see
+        inference.py.
         """
         model = self.engine.model
         if compiles(model.device):
             compile_decoding(model)
             self.decoder.warm_up()
 
-        longest = min(self.decoder.block, self.decoder.max_length - 1)
+        longest = min(self.chunk, self.decoder.max_length - 1)
         for num_tokens in row_counts(model, longest):
             prompt = [0] * min(num_tokens, longest)
-            # with scores all tokens are read, and go through the last matmul too
+            if num_tokens > self.decoder.block:  # as many as several short prompts have
+                self.decoder.prefill_short([prompt])
+                continue
+            # with scores all tokens go through the last matmul too
             for _ in self.decoder.prefill(prompt, scores=[]):
                 pass
         return self
@@ -249,7 +253,7 @@ class Scheduler:
 
         budget = self.chunk
         while budget > 0 and self._has_row():
-            short = [] if self.reading else self._take_short_prompts(budget)
+            short = [] if self.reading else self._take_short_prompts()
             if len(short) > 1:
                 budget -= self._prefill_together(short)
             else:
@@ -332,10 +336,11 @@ class Scheduler:
         self.waiting.put_back(shortest)
         return True
 
-    def _take_short_prompts(self, budget):
+    def _take_short_prompts(self):
         """
-        The next waiting requests, those whose prompts fit in the budget when padded to one length.
-        At least one. They leave the queue.
+        The next waiting requests, those whose prompts fit in a chunk when padded to one length. At
+        least one. They leave the queue. A whole chunk, whatever was read in this step: what is left
+        of it would be filled by one or two prompts, and a forward pass of those takes half as long.
         """
         num_rows = self._rows_by_client()
         most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)
@@ -344,7 +349,7 @@ class Scheduler:
         while self.waiting and len(taken) < most:
             request = self.waiting.peek(num_rows)
             longest = max(longest, len(request.ids))
-            fits = (len(taken) + 1) * longest <= budget
+            fits = (len(taken) + 1) * longest <= self.chunk
             # read alone: a prompt that failed with others, or that is scored
             is_alone = request.alone or request.scores_prompt or not fits
             if taken and is_alone:

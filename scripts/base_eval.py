@@ -35,6 +35,7 @@ from nanochat.report import get_report
 hf_path: str = ""              # a model of the Hugging Face hub, or a folder of one; empty = our own checkpoint
 model_tag: str | None = None   # which of our models, such as d20; None = the last one that was trained
 model_step: int | None = None  # which of its checkpoints; None = the last
+verify: bool = True            # compare it with its checksums
 max_per_task: CountOrOff = -1  # questions per task, the same ones each time; -1 = all
 batch_tokens: Positive = 16384  # most tokens in a forward pass; halve it when memory runs out
 device_type: str = ""          # cuda, mps or cpu; empty = detect
@@ -52,7 +53,7 @@ def load_own(device):
     """-> (model, tokenizer, longest input, name)"""
     # the tag of the last model, if none was given, for the name of the results
     tag = find_checkpoint_dir("base", model_tag).name
-    model, tokenizer, meta = load_checkpoint("base", device, tag, model_step)
+    model, tokenizer, meta = load_checkpoint("base", device, tag, model_step, verify)
     name = f"base_{tag}_step_{meta['step']}"
     return model, tokenizer, model.config.sequence_len, name
 

@@ -35,6 +35,7 @@ per_document: bool = False         # score each document alone and whole, instea
 device_batch_size: Positive = 8    # rows at a time
 temperature: NonNegative = 0.8     # of the unconditioned samples
 seed: int = 42                     # of the unconditioned samples
+verify: bool = True                # compare the checkpoint with its checksums
 
 NUM_UNCONDITIONED = 4
 SAMPLE_TOKENS = 64
@@ -74,7 +75,7 @@ def main():
     # Device, ranks, model
     settings = get_settings(globals())
     ddp_rank, _, ddp_world_size, device = compute_init(device_type)
-    model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step)
+    model, tokenizer, meta = load_checkpoint(source, device, model_tag, model_step, verify)
     token_bytes = get_token_bytes(device, tokenizer)
     print0(f"model: {source}, step {meta['step']}, {model.num_params():,} parameters")
 

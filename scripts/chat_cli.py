@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from nanochat.checkpoint_manager import STAGE_DIRS, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
-from nanochat.configurator import ArgumentParser
+from nanochat.configurator import ArgumentParser, switch
 from nanochat.conversation import PART_AFTER
 from nanochat.engine import Engine, Sampling, fit_conversation
 from nanochat.streaming import TextStream
@@ -43,6 +43,8 @@ def parse_args(argv=None):
     add("-i", "--source", default="sft", choices=STAGE_DIRS, help="stage of the model (default: sft)")
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
+    add("--verify", type=switch, default=True, metavar="BOOL",
+        help="false: load without comparing files with their checksums (default: true)")
     add("--device_type", "--device-type", default="", help="cuda, mps or cpu (default: detect)")
     # what to ask
     add("-p", "--prompt", action="append", help="answer this one prompt and end; may be repeated")
@@ -238,7 +240,7 @@ def main():
     # init, model
     args = parse_args()
     _, _, _, device = compute_init(args.device_type)
-    model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step)
+    model, tokenizer, _ = load_checkpoint(args.source, device, args.model_tag, args.step, args.verify)
     engine = Engine(model, tokenizer)
 
     # one of the three modes; a base model knows no conversations

@@ -29,7 +29,7 @@ from nanochat.common import (
     run_script,
     write_text,
 )
-from nanochat.configurator import ArgumentParser
+from nanochat.configurator import ArgumentParser, switch
 from nanochat.distributed import all_reduce_sum
 from nanochat.engine import Engine, answer_messages
 from nanochat.execution import WALLS, sandbox_walls
@@ -57,6 +57,8 @@ def parse_args(argv=None):
     add("-a", "--tasks", help='names of tasks, such as "ARC-Easy|GSM8K" (default: ChatCORE, and Identity)')
     add("-g", "--model_tag", "--model-tag", help="model to load (default: the one saved last)")
     add("-s", "--step", type=int, help="step to load (default: the last)")
+    add("--verify", type=switch, default=True, metavar="BOOL",
+        help="false: load without comparing files with their checksums (default: true)")
     # how much at once
     add("-x", "--max_problems", "--max-problems", type=int, default=-1,
         help="problems per task, the same ones each time (default: -1, all)")
@@ -184,7 +186,7 @@ def main():
         make_task, _ = TASKS[name]
         tasks[name] = make_task(allow_unsafe=args.allow_unsafe) if name == "HumanEval" else make_task()
     tag = find_checkpoint_dir(args.source, args.model_tag).name
-    model, tokenizer, meta = load_checkpoint(args.source, device, tag, args.step)
+    model, tokenizer, meta = load_checkpoint(args.source, device, tag, args.step, args.verify)
     if compiles(device):
         compile_decoding(model)
     engine = Engine(model, tokenizer)

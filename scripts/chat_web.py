@@ -31,7 +31,7 @@ from nanochat.api_responses import ResponsesRequest
 from nanochat.chat_response import token_text
 from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError, compute_init, run_script
-from nanochat.configurator import ArgumentParser
+from nanochat.configurator import ArgumentParser, switch
 from nanochat.connections import Server
 from nanochat.engine import PROMPTS, Engine
 from nanochat.gate import ERROR_HANDLERS, BodyRoute, Gate, split_keys
@@ -167,6 +167,8 @@ def parse_args(argv=None):
     add("-s", "--step", type=int, help="step to load (default: the last)")
     add("--models", help="several models, stage:tag or stage:tag:step, with commas between; "
         "the first is the default")
+    add("--verify", type=switch, default=True, metavar="BOOL",
+        help="false: load without comparing files with their checksums (default: true)")
     add("-p", "--port", type=int, default=8000, help="0 = any free one (default: 8000)")
     add("--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine alone)")
     add("--api_key", "--api-key", default=os.environ.get("NANOCHAT_API_KEY") or None,
@@ -223,7 +225,7 @@ def find_models(args):
         stage, tag, step = match.groups()
         # the newest tag and step where none is named
         folder = find_checkpoint_dir(stage, tag or None)
-        step, meta = CheckpointManager(folder).load_meta(int(step) if step else None)
+        step, meta = CheckpointManager(folder, args.verify).load_meta(int(step) if step else None)
         name = f"{stage}-{folder.name}"
         if name in found:  # another step of the same model
             name = f"{name}-{step}"
@@ -237,13 +239,13 @@ def find_models(args):
 # Start
 
 
-def load_schedulers(models, device_type, rows, i):
+def load_schedulers(models, device_type, rows, i, verify=True):
     """{name: Scheduler} on device i, for the models of `find_models`."""
     device = choose_device(device_type, i)
     # all models first: what memory they leave is for the caches
     loaded = {}
     for name, spec in models.items():
-        loaded[name] = load_checkpoint(spec["stage"], device, spec["tag"], spec["step"])
+        loaded[name] = load_checkpoint(spec["stage"], device, spec["tag"], spec["step"], verify)
 
     # each model's cache gets an equal share
     cache_bytes = cache_budget(device) / len(loaded)
@@ -305,7 +307,7 @@ def main():
         raise UserError(f"--num_gpus={args.num_gpus}, but there are {num_gpus}", "ask for fewer")
 
     # models load in the threads that will serve them
-    load = partial(load_schedulers, models, device.type, args.rows)
+    load = partial(load_schedulers, models, device.type, args.rows, verify=args.verify)
     service = Service(load, list(models), args.num_gpus, args.max_waiting,
                       args.temperature, args.top_k, args.max_tokens)
     service.about = models

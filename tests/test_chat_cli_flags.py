@@ -13,6 +13,7 @@ from scripts import chat_cli, chat_eval, chat_web
     (chat_cli.parse_args, ["--temprature", "1"], "--temprature", "did you mean --temperature?"),
     (chat_cli.parse_args, ["-i", "bse"], "-i/--source: invalid choice: 'bse'", "--help lists"),
     (chat_cli.parse_args, ["Why?"], "unrecognized arguments: Why?", "--help lists"),
+    (chat_cli.parse_args, ["--verify=maybe"], "--verify: 'maybe' is neither true nor false", "--help lists"),
     (chat_eval.parse_args, [], "the following arguments are required: -i/--source", "--help lists"),
     (chat_eval.parse_args, ["-i", "sft", "--qqqqqq"], "--qqqqqq", "--help lists"),
     (dataset.main, ["-n", "few"], "-n: invalid int value: 'few'", "--help lists"),
@@ -26,6 +27,12 @@ def test_a_wrong_flag_is_two_lines_and_exit_code_2(monkeypatch, capsys, tool, fl
     assert end.value.code == 2 and len(lines) == 2
     assert lines[0].startswith("error: ") and error in lines[0]
     assert lines[1].startswith("hint: ") and hint in lines[1]
+
+
+@pytest.mark.parametrize("tool", [chat_cli, chat_eval, chat_web])
+def test_the_impatient_load_without_checksums(tool):
+    assert tool.parse_args(["-i", "base"]).verify is True
+    assert tool.parse_args(["-i", "base", "--verify=false"]).verify is False
 
 
 def test_help_keeps_the_lines_of_the_docstring(monkeypatch, capsys):

@@ -255,7 +255,8 @@ def test_only_a_checkpoint_that_uses_the_deleted_pair_embeddings_is_refused(mana
 
 def test_a_newer_format_says_update(manager, saved):
     path = manager.checkpoint_dir / "step_000020" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}))
+    meta = json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}
+    path.write_text(json.dumps(meta | {"checksum": meta_checksum(meta)}))
     with pytest.raises(UserError, match="git pull"):
         manager.load_meta(20)
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -17,6 +18,7 @@ from nanochat.checkpoint_folders import find_checkpoint_dir
 from nanochat.checkpoint_manager import CheckpointManager, load_checkpoint, stage_managers
 from nanochat.common import UserError
 from nanochat.stage import choose_step
+from scripts import chat_cli
 from tests.stages import STAGES, curve, run_stage
 from tests.tiny import tiny_model
 
@@ -86,6 +88,81 @@ def test_the_impatient_and_those_without_checksums_load_unchecked(manager):
     meta = json.loads(meta_path.read_text())
     meta_path.write_text(json.dumps({k: v for k, v in meta.items() if not k.startswith("checksum")}))
     load_checkpoint("base", CPU)
+
+
+def test_chat_cli_loads_damaged_weights_only_if_asked_to(manager, monkeypatch, capsys):
+    flip_a_bit(manager.checkpoint_dir / "step_000020" / "model.safetensors")
+    monkeypatch.setattr("sys.argv", ["chat_cli", "-i", "base", "-p", "the", "-n", "1"])
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        chat_cli.main()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--verify=false"])
+    chat_cli.main()
+    assert capsys.readouterr().out.startswith("the")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+DAMAGES = [cut, empty, remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_or_missing_file_is_named_and_the_step_before_is_taken(name, damage, manager, capsys):
+    path = manager.checkpoint_dir / "step_000020" / name
+    damage(path)
+    assert resume(manager) == 10
+    warning = capsys.readouterr().out
+    assert warning.startswith(f"warning: {path} is ") and warning.endswith("; step 10 is taken\n")
+    with pytest.raises(UserError, match=f"no whole checkpoint of step 20 .*: {re.escape(str(path))} is .*\nhint: .*10"):
+        resume(manager, 20)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_only_checkpoint_lacks_a_file(damage, manager):
+    """It is not said that there is none, and a run that resumes by itself does not begin anew."""
+    shutil.rmtree(manager.checkpoint_dir / "step_000010")
+    path = manager.checkpoint_dir / "step_000020" / "model.safetensors"
+    damage(path)
+    needed = f"no whole checkpoint in .*: {re.escape(str(path))} is .*\nhint: restore the file"
+    with pytest.raises(UserError, match=needed):
+        load_checkpoint("base", CPU)
+    with pytest.raises(UserError, match=needed):
+        load_checkpoint("base", CPU, "d2")
+    with pytest.raises(UserError, match=needed):
+        choose_step(manager, -1, True, CPU)
+
+
+def test_another_model_is_not_taken_without_a_word(manager, tokenizer, capsys):
+    other = CheckpointManager(manager.checkpoint_dir.with_name("d3"))
+    path = other.save(5, tiny_model(), tokenizer=tokenizer) / "model.safetensors"
+    cut(path)
+    assert find_checkpoint_dir("base") == manager.checkpoint_dir
+    assert f"warning: {path} is damaged" in capsys.readouterr().out
+
+
+def test_what_a_new_run_finds_damaged_is_moved_aside_too(manager):
+    cut(manager.checkpoint_dir / "step_000020" / "model.safetensors")
+    assert [folder.name for folder in manager.move_aside_after(10)] == ["step_000020.old1"]
+    shutil.rmtree(manager.checkpoint_dir / "step_000010")
+    (manager.checkpoint_dir / "step_000020.old1").rename(manager.checkpoint_dir / "step_000020")
+    assert manager.move_aside().name == "d2.old1"
+
+
+def test_a_damaged_version_number_is_no_newer_release(manager):
+    path = manager.checkpoint_dir / "step_000020" / "meta.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(UserError, match="meta.json is damaged: its checksum differs"):
+        manager.load_meta()
 
 
 def test_the_only_checkpoint_is_damaged(manager):

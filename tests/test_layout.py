@@ -67,7 +67,7 @@ MAY_IMPORT = {
     # training
     "checkpoint_files": ["common", "progress"],
     "background_writer": [],
-    "checkpoint_folders": ["checkpoint_files", "files"],
+    "checkpoint_folders": ["checkpoint_files", "common", "files"],
     "checkpoint_manager": ["background_writer", "checkpoint_files", "checkpoint_folders", "common", "distributed",
                            "gpt", "inference", "locks", "precision", "tokenizer"],
     "training": ["common", "dataloader", "distributed", "precision"],

@@ -246,6 +246,22 @@ def test_short_prompts_are_read_together_and_answered_as_if_alone(engine, tokeni
     assert (3, 3) in shapes and (1, 30) not in shapes  # within 16 tokens a step; the long one in pieces
 
 
+def test_a_warm_up_leaves_the_scheduler_as_it_was(engine, tokenizer):
+    """On every machine: what oneDNN needs where it multiplies bfloat16 is asked of all."""
+    asked = []
+
+    def row_counts(model, most):
+        asked.append(most)
+        return [1, 40, most]
+
+    warm = Scheduler(engine, 4, 100).warm_up(row_counts)
+    assert asked == [100] and not warm.busy
+    requests = [make_request(tokenizer), make_request(tokenizer)]
+    for scheduler, request in zip((warm, Scheduler(engine, 4, 100)), requests, strict=True):
+        run(scheduler, [request])
+    assert requests[0].row.tokens == requests[1].row.tokens != []
+
+
 def test_zero_tokens_give_the_prompt_s_logprobs_alone(engine, tokenizer):
     request = make_request(tokenizer, max_tokens=0, num_top=1, echo="abc")
     echo, end = run(Scheduler(engine, 1, 16), [request])
