@@ -10,6 +10,7 @@ included.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +19,71 @@ from nanochat.common import IGNORE, UserError
 from nanochat.distributed import all_reduce_sum, run_together
 from nanochat.precision import get_autocast_ctx
 
+# -----------------------------------------------------------------------------
+# A ratio of sums, with its error
+
+
+class Estimate(NamedTuple):
+    """
+    A loss on a sample of text. With `_asdict()` it is a metric of the report.
+
+    The standard error says how much the loss would differ on other text of this kind. It is that of
+    a ratio estimator (Cochran, Sampling Techniques, section 6.4) and takes the n units, rows or
+    documents, for independent of each other.
+    """
+    value: float
+    stderr: float | None  # None for a single unit
+    n: int
+
+    @classmethod
+    def from_moments(cls, moments):
+        """
+        Sum of x / sum of y over n pairs (x, y). moments: the sums of 1, x, y, x x, x y and y y.
+        """
+        n, x, y, xx, xy, yy = moments
+        ratio = x / y
+        if n < 2:
+            return cls(ratio, None, int(n))
+        # sum of the squares of x - ratio y; their mean is 0
+        residual = max(0.0, xx - 2 * ratio * xy + ratio**2 * yy)
+        return cls(ratio, math.sqrt(residual * n / (n - 1)) / y, int(n))
+
+    def scaled(self, factor):
+        """The same in another unit."""
+        stderr = None if self.stderr is None else self.stderr * factor
+        return Estimate(self.value * factor, stderr, self.n)
+
+    def as_metrics(self, name):
+        """{name: value, name_stderr: standard error} for the log of a run."""
+        metrics = {name: self.value}
+        if self.stderr is not None:
+            metrics[f"{name}_stderr"] = self.stderr
+        return metrics
+
+    def __str__(self):
+        error = "" if self.stderr is None else f" ± {self.stderr:.6f}"
+        return f"{self.value:.6f}{error}"
+
+
+# -----------------------------------------------------------------------------
+# The two losses
+
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model` on `batches`: an iterable of (x, y), each int64 (B, T), with y < 0
-    where there is no target. token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
-    Collective; raises as `_nats_per_unit` does.
+    Bits per byte of `model`, an Estimate over rows or documents. token_bytes: int tensor (V,),
+    bytes of each token, 0 for special ones.
+
+    batches: an iterable of (x, y) or (x, y, documents). x and y are int64 (B, T), with y < 0 where
+    there is no target. documents, int (B,), says which rows are of one document; without it, each
+    row counts by itself. Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
         text_bytes = token_bytes[y.clamp(min=0)]  # (B, T)
         return torch.where(y >= 0, text_bytes, 0)
 
     # one bit is log(2) nats
-    return _nats_per_unit(model, batches, num_bytes) / math.log(2)
+    return _nats_per_unit(model, batches, num_bytes).scaled(1 / math.log(2))
 
 
 def evaluate_loss(model, batches):
@@ -39,49 +92,74 @@ def evaluate_loss(model, batches):
     does.
     """
     # each target is one unit
-    return _nats_per_unit(model, batches, lambda y: (y >= 0).long())
+    return _nats_per_unit(model, batches, lambda y: (y >= 0).long()).value
 
 
 def _nats_per_unit(model, batches, units):
     """
-    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each
-    target; the loss of a target with 0 units is left out.
+    Sum of the losses in nats / sum of units(y), an Estimate. units(y) counts the units (bytes,
+    tokens) of each target; the loss of a target with 0 units is left out.
 
-    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error
-    on one rank, out of memory for example, becomes an error on all. Raises UserError when there is
-    nothing to score.
+    Collective: every rank brings its own batches (perhaps none), whole documents, and gets the same
+    result. An error on one rank, out of memory for example, becomes an error on all. Raises
+    UserError when there is nothing to score.
     """
     # Evaluation mode for the time of the loop, also when it fails
     was_training = model.training
     model.eval()
     try:
-        sums = run_together(lambda: _sum_nats_and_units(model, batches, units), model.device)
+        moments = run_together(lambda: _sum_moments(model, batches, units), model.device)
     finally:
         model.train(was_training)
 
     # The sums of all ranks
     if model.device.type == "cuda":
-        sums = sums.cuda()  # NCCL reduces tensors on GPUs only
-    nats, total = all_reduce_sum(sums).tolist()
-    if total == 0:
+        moments = moments.cuda()  # NCCL reduces tensors on GPUs only
+    moments = all_reduce_sum(moments).tolist()
+    if moments[2] == 0:
         raise UserError("the rows hold nothing to score; need at least one target token",
                         "score more rows: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
-    return nats / total
+    return Estimate.from_moments(moments)
+
+
+def _sum_moments(model, batches, units):
+    """This rank's sums for `Estimate.from_moments`, a tensor (6,), float64."""
+    nats, counts = _sum_documents(_score_rows(model, batches, units))
+    scored = counts > 0
+    x = nats[scored]
+    y = counts[scored]
+    sums = [len(x), x.sum(), y.sum(), x @ x, x @ y, y @ y]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 @torch.no_grad()
-def _sum_nats_and_units(model, batches, units):
-    """This rank's (nats, units) as a tensor (2,), float64."""
-    # In float64 the result does not depend on the size of the batches
-    sums = torch.zeros(2, dtype=torch.float64)
-    for x, y in batches:
+def _score_rows(model, batches, units):
+    """Yield (document, nats, units) of each row. Without documents, a row is its own."""
+    num_rows = 0
+    for x, y, *documents in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")  # (B, T)
         counts = units(y)  # (B, T)
-        # On the CPU, since MPS has no float64
-        sums[0] += (nats * (counts > 0)).cpu().double().sum()
-        sums[1] += counts.sum().cpu()
-    return sums
+        # On the CPU, since MPS has no float64. In float64 the result does not depend on the size of
+        # the batches
+        row_nats = (nats * (counts > 0)).cpu().double().sum(dim=1)
+        row_counts = counts.sum(dim=1)
+        numbers = range(num_rows, num_rows + len(x))
+        if documents:
+            numbers = documents[0]
+        num_rows += len(x)
+        yield from zip(numbers, row_nats.tolist(), row_counts.tolist(), strict=True)
+
+
+def _sum_documents(rows):
+    """(document, nats, units) of rows -> (nats, units) of the documents, float64 (n,) each."""
+    sums = {}
+    for document, nats, count in rows:
+        total = sums.setdefault(int(document), [0.0, 0])
+        total[0] += nats
+        total[1] += count
+    table = np.array(list(sums.values()), dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 # -----------------------------------------------------------------------------
@@ -110,19 +188,39 @@ def document_windows(ids, bos, sequence_len):
     return windows
 
 
-def window_batches(windows, device_batch_size, device):
+def document_pieces(ids, bos, sequence_len):
     """
-    Yield (inputs, targets), int64 (B, T) on the device, of windows with at most T tokens. Shorter
-    ones are padded at the end, where causal attention does not look.
+    [(inputs, targets)] like `document_windows`, but cut as training cuts: each piece starts with
+    <|bos|>, and none has context of the piece before.
     """
+    pieces = []
+    for start in range(0, len(ids), sequence_len):
+        targets = np.asarray(ids[start : start + sequence_len], dtype=np.int64)
+        inputs = np.concatenate(([bos], targets[:-1]))
+        pieces.append((inputs, targets))
+    return pieces
+
+
+def window_batches(documents, device_batch_size, device):
+    """
+    Yield (inputs, targets, documents): int64 (B, T) on the device, and the number of the document
+    of each row. `documents` is a list with the windows, of at most T tokens, of each document.
+    Shorter ones are padded at the end, where causal attention does not look.
+    """
+    windows = []
+    for number, document in enumerate(documents):
+        windows += [(inputs, targets, number) for inputs, targets in document]
+
     # By length: then a batch needs little padding
-    windows = sorted(windows, key=lambda window: len(window[0]))
+    windows.sort(key=lambda window: len(window[0]))
     for first in range(0, len(windows), device_batch_size):
         batch = windows[first : first + device_batch_size]
         T = len(batch[-1][0])
         inputs = np.zeros((len(batch), T), dtype=np.int64)
         targets = np.full((len(batch), T), IGNORE)
-        for row, (window_inputs, window_targets) in enumerate(batch):
+        numbers = []
+        for row, (window_inputs, window_targets, number) in enumerate(batch):
             inputs[row, : len(window_inputs)] = window_inputs
             targets[row, : len(window_targets)] = window_targets
-        yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            numbers.append(number)
+        yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers
