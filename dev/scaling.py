@@ -31,8 +31,8 @@ from nanochat.configurator import CountOrOff, Fraction, NonNegative, Positive, o
 from nanochat.curves import to_svg
 from nanochat.device_speed import PEAK_TFLOPS
 from nanochat.download import base_data_dir
-from nanochat.report import DEFAULT_GPU_HOURLY_RATE, get_report
-from nanochat.scaling_law import MEASURED, ModelSize, ScalingLaw
+from nanochat.report import get_report
+from nanochat.scaling_law import MEASURED, ModelSize, ScalingLaw, best_depth
 from nanochat.tokenizer import get_tokenizer
 
 # The series
@@ -56,7 +56,7 @@ vocab_size: Positive = 65536      # of speedrun.sh's tokenizer
 context: Positive = 2048          # of speedrun.sh's models
 plan: bool = False                # print what --budget buys, by the fitted law
 budget: NonNegative = 100.0       # dollars
-gpu_hourly_rate: NonNegative = DEFAULT_GPU_HOURLY_RATE  # dollars for one GPU and hour, as in the report
+gpu_hourly_rate: NonNegative = 3.0  # dollars for one GPU and hour, as in the report card
 num_gpus: Positive = 8            # of the machine
 gpu: str = "H100"                 # for its peak FLOP/s: device_speed.py
 mfu: Fraction = 0.53              # d20 on one H200 (dev/log/2026-11-26-first-gpu.md); 8 GPUs lose a little
@@ -282,18 +282,20 @@ def checkpoint_bytes(size):
     return weights, weights + 8 * tables + 4 * size.num_block_params
 
 
-def plan_rows(flops, law, laws, count_name, depth_range):
-    """One row a depth: what it reaches with `flops`, beside the best of them."""
-    sizes = [ModelSize.from_depth(depth, vocab_size, context) for depth in depth_range]
+def plan_rows(flops, law, laws, count_name, also=None):
+    """A row for each depth around the best, and for the depth `also`: what it reaches with `flops`."""
+    center = best_depth(flops, vocab_size, context, law, COUNTS[count_name])
+    around = set(range(max(1, center - AROUND), center + AROUND + 1))
+    if also:
+        around.add(also)
+    sizes = {depth: ModelSize.from_depth(depth, vocab_size, context) for depth in sorted(around)}
+    best = sizes[center]
 
     def predict(some_law, size):
         return some_law.loss(getattr(size, COUNTS[count_name]), flops / size.flops_per_token)
 
-    best = min(sizes, key=lambda size: predict(law, size))
     rows = []
-    for size in sizes:
-        if abs(size.depth - best.depth) > AROUND:
-            continue
+    for size in sizes.values():
         num_tokens = flops / size.flops_per_token
         weights, whole = checkpoint_bytes(size)
         rows.append({
@@ -319,7 +321,7 @@ def print_plan():
     print(f"${budget:,.0f} at ${gpu_hourly_rate:.2f} an hour and GPU: {hours:.1f} hours of {num_gpus} x {gpu}, "
           f"{pretraining * hours:.1f} of them for pretraining\n"
           f"{flops:.2e} FLOPs at {100 * mfu:.0f}% of {PEAK_TFLOPS[gpu]} TFLOP/s (MFU of a d20 on one H200)")
-    print_table("All depths take this time", plan_rows(flops, law, laws, count_name, range(4, 49)))
+    print_table("All depths take this time", plan_rows(flops, law, laws, count_name))
 
     # The run script's: its own amount of FLOPs, and the best use of them
     size = ModelSize.from_depth(beside, vocab_size, context)
@@ -327,7 +329,7 @@ def print_plan():
     hours = flops / flops_per_hour
     cost = hours * gpu_hourly_rate * num_gpus
     title = f"The time of d{beside} at {RATIO} tokens per parameter: {hours:.1f} hours, ${cost:,.0f}, {flops:.2e} FLOPs"
-    print_table(title, plan_rows(flops, law, laws, count_name, range(4, 49)))
+    print_table(title, plan_rows(flops, law, laws, count_name, also=beside))
 
 
 # -----------------------------------------------------------------------------

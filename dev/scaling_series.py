@@ -9,6 +9,7 @@ runs.jsonl (a line for each finished run), logs/. A run is an ordinary `python -
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -82,9 +83,9 @@ def plan_series(seconds, levels, seeds, sizes, speeds, eval_tokens):
             total += run_seconds(run, size_of[run.depth], speeds[run.depth], eval_tokens)
         return total
 
-    # at least three sizes at the lowest level
+    # at least three sizes, each at two levels
     by_cost = sorted(size.flops_per_token for size in sizes)
-    low = MIN_TOKENS * by_cost[min(2, len(by_cost) - 1)] * 2 ** (levels - 1)
+    low = 2 * MIN_TOKENS * by_cost[2]
     if total_s(low) > seconds:
         raise UserError(
             f"the smallest series takes {total_s(low) / 60:.0f} minutes, {seconds / 60:.0f} are planned for",
@@ -106,15 +107,38 @@ def plan_series(seconds, levels, seeds, sizes, speeds, eval_tokens):
 # Running
 
 
+def run_module(folder, log, module, *flags):
+    """Run a script of the project with `folder` as its base directory. Its output is appended to the file `log`."""
+    command = [sys.executable, "-m", module, *flags]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"{shlex.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            code = process.wait()
+        finally:
+            # when we are stopped: it saves a checkpoint, from which the next call goes on
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code != 0:
+        end = log.read_text("utf-8").strip().splitlines()[-2:]
+        raise UserError(f"{module} ended with code {code}: {' '.join(end)}", f"all of its output: {log}")
+
+
 class Series:
     """
     A series in `folder`. settings: what all of its runs share: data, text_field, depths, levels, seeds, max_seq_len,
-    flags (more flags of base_train), eval_tokens, device_type. A series that was begun keeps its settings.
+    flags (more flags of base_train), eval_tokens, device_type. A series that was begun keeps its settings. run_module:
+    as above.
     """
 
-    def __init__(self, folder, settings, vocab_size):
+    def __init__(self, folder, settings, vocab_size, run_module=run_module):
         self.folder = Path(folder)
         self.settings = settings
+        self._run_module = run_module
         self.sizes = [ModelSize.from_depth(d, vocab_size, settings["max_seq_len"]) for d in settings["depths"]]
         self._plan_path = self.folder / "series.json"
         self._results_path = self.folder / "runs.jsonl"
@@ -244,30 +268,13 @@ class Series:
         )
 
     def _command(self, tag, module, *flags):
-        """Run a script of the project on the data of the series. Its output goes to logs/."""
+        """Run a script of the project on the data of the series."""
         flags = list(flags)
         if self.settings["data"] is not None:
             flags.append(f"--data={self.settings['data']}")
         flags.append(f"--text_field={self.settings['text_field']}")
         flags.append(f"--device_type={self.settings['device_type']}")
-        command = [sys.executable, "-m", module, *flags]
-        log = self.folder / "logs" / f"{tag}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(self.folder), "PYTHONUNBUFFERED": "1"}
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"{' '.join(command)}\n")
-            file.flush()
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            try:
-                code = process.wait()
-            finally:
-                # when we are stopped: it saves a checkpoint, from which the next call goes on
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-        if code != 0:
-            end = log.read_text("utf-8").strip().splitlines()[-2:]
-            raise UserError(f"{module} ended with code {code}: {' '.join(end)}", f"all of its output: {log}")
+        self._run_module(self.folder, self.folder / "logs" / f"{tag}.log", module, *flags)
 
     def _checkpoint_dir(self, tag):
         return self.folder / "base_checkpoints" / tag

@@ -31,9 +31,10 @@ class ScalingLaw:
         return self.E + self.A / num_params**self.alpha + self.B / num_tokens**self.beta
 
 
-# Not fitted yet: exponents near those of the literature, through the losses of d3 and d4 after 2M to
-# 9M tokens in dev/log/2026-11-25-real-text.md and 2026-11-26-real-text-schedules.md
-MEASURED = ScalingLaw(E=0.84, A=116, alpha=0.35, B=180, beta=0.4)
+# Not fitted yet. Through the losses of d3 and d4 after 2M to 9M tokens in
+# dev/log/2026-11-25-real-text.md and 2026-11-26-real-text-schedules.md, with exponents that make half
+# a token per parameter the best at 1e14 FLOPs and some 15 at 4e19
+MEASURED = ScalingLaw(E=0.774, A=723, alpha=0.485, B=42, beta=0.28)
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,15 @@ class ModelSize:
         )
 
 
-def best_depth(flops, vocab_size, sequence_len, law=MEASURED):
+def best_depth(flops, vocab_size, sequence_len, law=MEASURED, count="num_matrix_params"):
     """
     The depth with the least predicted loss after `flops` of training, whose tokens follow from the
-    depth: a larger model sees fewer.
+    depth: a larger model sees fewer. count: the field of ModelSize that is the law's N.
     """
     least = float("inf")
     for depth in range(1, MAX_DEPTH + 1):
         size = ModelSize.from_depth(depth, vocab_size, sequence_len)
-        loss = law.loss(size.num_matrix_params, flops / size.flops_per_token)
+        loss = law.loss(getattr(size, count), flops / size.flops_per_token)
         # from the best depth on, each larger one is worse
         if loss > least:
             return depth - 1

@@ -27,7 +27,7 @@ END_SHARE = 0.02
 # without the fast path of the loss
 EVAL_COST = 0.5
 # An evaluation, at the start, after half of the run and at the end: this part of the run's tokens
-EVAL_SHARE = 0.06
+EVAL_SHARE = 0.04
 MAX_EVAL_TOKENS = 10485760
 # The speed is the median of the last steps: of so many, and at least of some. A step that compiles,
 # or during which the machine slept, changes nothing

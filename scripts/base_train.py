@@ -15,8 +15,8 @@ A step's rows depend on the seed and the step alone: any number of processes and
 give the same run, and `--resume_from_step` goes on with exactly the losses of an unbroken one.
 
 With `--minutes` the size of the model and the batch follow from the time and the speed of the
-machine, and the run ends on time with a learning rate of 0: time_limit.py. The time counts from the
-start of the process to the last evaluation.
+machine, and the run ends on time with a learning rate of 0: time_limit.py. Evaluations, checkpoints
+and samples are part of the time.
 """
 
 import time

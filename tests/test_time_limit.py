@@ -113,7 +113,7 @@ def test_sizes_grow_with_the_time_and_what_is_given_stays():
     assert small["depth"] < large["depth"] and small["max_seq_len"] == 256 and large["max_seq_len"] == 2048
     assert choose_sizes(1e13, 4096, depth=7, sequence_len=96) == {"depth": 7, "max_seq_len": 96}
     assert choose_sizes(1e13, 4096, sequence_len=96)["max_seq_len"] == 96
-    assert choose_evaluations(1000, 4096) == {"eval_every": 500, "eval_tokens": 245760}
+    assert choose_evaluations(1000, 4096) == {"eval_every": 500, "eval_tokens": 163840}
     assert choose_evaluations(10**6, 2**19)["eval_tokens"] == 10485760
 
 
