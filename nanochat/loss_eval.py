@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanochat.common import IGNORE, UserError
-from nanochat.distributed import all_reduce_sum, run_together
+from nanochat.distributed import gather_objects, rank, run_together
 from nanochat.precision import get_autocast_ctx
 
 # -----------------------------------------------------------------------------
@@ -25,28 +25,27 @@ from nanochat.precision import get_autocast_ctx
 
 class Estimate(NamedTuple):
     """
-    A loss on a sample of text. With `_asdict()` it is a metric of the report.
+    A loss on a sample of documents. With `_asdict()` it is a metric of the report.
 
-    The standard error says how much the loss would differ on other text of this kind. It is that of
-    a ratio estimator (Cochran, Sampling Techniques, section 6.4) and takes the n units, rows or
-    documents, for independent of each other.
+    The standard error says how much the loss would differ on other documents of this kind, of which
+    there are n. It is that of a ratio estimator (Cochran, Sampling Techniques, section 2.11).
     """
     value: float
-    stderr: float | None  # None for a single unit
+    stderr: float | None  # None for a single document
     n: int
 
     @classmethod
-    def from_moments(cls, moments):
-        """
-        Sum of x / sum of y over n pairs (x, y). moments: the sums of 1, x, y, x x, x y and y y.
-        """
-        n, x, y, xx, xy, yy = moments
-        ratio = x / y
+    def from_sums(cls, nats, units):
+        """sum(nats) / sum(units), of arrays (n,) with what each document has."""
+        n = len(nats)
+        total = units.sum()
+        ratio = nats.sum() / total
         if n < 2:
-            return cls(ratio, None, int(n))
-        # sum of the squares of x - ratio y; their mean is 0
-        residual = max(0.0, xx - 2 * ratio * xy + ratio**2 * yy)
-        return cls(ratio, math.sqrt(residual * n / (n - 1)) / y, int(n))
+            return cls(float(ratio), None, n)
+        # a document has this much more than the ratio makes of its units; the mean is 0
+        residuals = nats - ratio * units
+        stderr = np.sqrt(n / (n - 1) * (residuals**2).sum()) / total
+        return cls(float(ratio), float(stderr), n)
 
     def scaled(self, factor):
         """The same in another unit."""
@@ -71,12 +70,12 @@ class Estimate(NamedTuple):
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model`, an Estimate over rows or documents. token_bytes: int tensor (V,),
-    bytes of each token, 0 for special ones.
+    Bits per byte of `model`, an Estimate. token_bytes: int tensor (V,), bytes of each token, 0 for
+    special ones.
 
     batches: an iterable of (x, y) or (x, y, documents). x and y are int64 (B, T), with y < 0 where
-    there is no target. documents, int (B,), says which rows are of one document; without it, each
-    row counts by itself. Collective; raises as `_nats_per_unit` does.
+    there is no target. documents, int (B, T) or (B, 1), numbers the document of each target;
+    without it, each row counts as one. Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
         text_bytes = token_bytes[y.clamp(min=0)]  # (B, T)
@@ -100,66 +99,55 @@ def _nats_per_unit(model, batches, units):
     Sum of the losses in nats / sum of units(y), an Estimate. units(y) counts the units (bytes,
     tokens) of each target; the loss of a target with 0 units is left out.
 
-    Collective: every rank brings its own batches (perhaps none), whole documents, and gets the same
-    result. An error on one rank, out of memory for example, becomes an error on all. Raises
-    UserError when there is nothing to score.
+    Collective: every rank brings its own batches (perhaps none) and gets the same result. An error
+    on one rank, out of memory for example, becomes an error on all. Raises UserError when there is
+    nothing to score.
     """
     # Evaluation mode for the time of the loop, also when it fails
     was_training = model.training
     model.eval()
     try:
-        moments = run_together(lambda: _sum_moments(model, batches, units), model.device)
+        sums = run_together(lambda: _sum_documents(model, batches, units), model.device)
     finally:
         model.train(was_training)
 
-    # The sums of all ranks
-    if model.device.type == "cuda":
-        moments = moments.cuda()  # NCCL reduces tensors on GPUs only
-    moments = all_reduce_sum(moments).tolist()
-    if moments[2] == 0:
+    # The sums of all ranks, which may have parts of the same document
+    by_document = {}
+    for document, nats, count in gather_objects(sums):
+        total = by_document.setdefault(document, np.zeros(2))
+        total += (nats, count)
+    table = np.array([total for total in by_document.values() if total[1] > 0])  # (n, 2)
+    if len(table) == 0:
         raise UserError("the rows hold nothing to score; need at least one target token",
                         "score more rows: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
-    return Estimate.from_moments(moments)
-
-
-def _sum_moments(model, batches, units):
-    """This rank's sums for `Estimate.from_moments`, a tensor (6,), float64."""
-    nats, counts = _sum_documents(_score_rows(model, batches, units))
-    scored = counts > 0
-    x = nats[scored]
-    y = counts[scored]
-    sums = [len(x), x.sum(), y.sum(), x @ x, x @ y, y @ y]
-    return torch.tensor(sums, dtype=torch.float64)
+    return Estimate.from_sums(table[:, 0], table[:, 1])
 
 
 @torch.no_grad()
-def _score_rows(model, batches, units):
-    """Yield (document, nats, units) of each row. Without documents, a row is its own."""
+def _sum_documents(model, batches, units):
+    """[(document, nats, units)] of this rank; a document may come in several parts."""
+    sums = []
     num_rows = 0
     for x, y, *documents in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")  # (B, T)
         counts = units(y)  # (B, T)
+        nats = nats * (counts > 0)
+
+        # Documents are numbers; rows that stand for themselves are (rank, number)
+        rows = np.arange(num_rows, num_rows + len(x))[:, None]  # (B, 1)
+        num_rows += len(x)
+        owners = np.broadcast_to(documents[0] if documents else rows, y.shape)
+        numbers, places = np.unique(owners, return_inverse=True)
+        places = places.ravel()
         # On the CPU, since MPS has no float64. In float64 the result does not depend on the size of
         # the batches
-        row_nats = (nats * (counts > 0)).cpu().double().sum(dim=1)
-        row_counts = counts.sum(dim=1)
-        numbers = range(num_rows, num_rows + len(x))
-        if documents:
-            numbers = documents[0]
-        num_rows += len(x)
-        yield from zip(numbers, row_nats.tolist(), row_counts.tolist(), strict=True)
-
-
-def _sum_documents(rows):
-    """(document, nats, units) of rows -> (nats, units) of the documents, float64 (n,) each."""
-    sums = {}
-    for document, nats, count in rows:
-        total = sums.setdefault(int(document), [0.0, 0])
-        total[0] += nats
-        total[1] += count
-    table = np.array(list(sums.values()), dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+        nats_of = np.bincount(places, nats.cpu().double().numpy().ravel())
+        counts_of = np.bincount(places, counts.cpu().numpy().ravel())
+        for number, total_nats, total_count in zip(numbers.tolist(), nats_of, counts_of, strict=True):
+            document = number if documents else (rank(), number)
+            sums.append((document, total_nats, total_count))
+    return sums
 
 
 # -----------------------------------------------------------------------------
@@ -203,12 +191,12 @@ def document_pieces(ids, bos, sequence_len):
 
 def window_batches(documents, device_batch_size, device):
     """
-    Yield (inputs, targets, documents): int64 (B, T) on the device, and the number of the document
-    of each row. `documents` is a list with the windows, of at most T tokens, of each document.
-    Shorter ones are padded at the end, where causal attention does not look.
+    Yield (inputs, targets, documents): int64 (B, T) on the device, and the number of each row's
+    document, int (B, 1). `documents` is an iterable of (number, windows), of at most T tokens each.
+    Shorter windows are padded at the end, where causal attention does not look.
     """
     windows = []
-    for number, document in enumerate(documents):
+    for number, document in documents:
         windows += [(inputs, targets, number) for inputs, targets in document]
 
     # By length: then a batch needs little padding
@@ -218,9 +206,9 @@ def window_batches(documents, device_batch_size, device):
         T = len(batch[-1][0])
         inputs = np.zeros((len(batch), T), dtype=np.int64)
         targets = np.full((len(batch), T), IGNORE)
-        numbers = []
+        numbers = np.zeros((len(batch), 1), dtype=np.int64)
         for row, (window_inputs, window_targets, number) in enumerate(batch):
             inputs[row, : len(window_inputs)] = window_inputs
             targets[row, : len(window_targets)] = window_targets
-            numbers.append(number)
+            numbers[row] = number
         yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers

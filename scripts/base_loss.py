@@ -11,8 +11,7 @@ every document is scored alone and whole: the figure that lm-evaluation-harness 
 that is longer than the model's context into windows. With --cut=pieces it is cut as in training: each piece starts with
 <|bos|>, which is what the model knows.
 
-The standard error is that over documents. Packed rows have one over rows, which is a little too small: the rows of a
-long document resemble each other.
+The standard error is that over documents, in both cases.
 """
 
 from typing import Literal
@@ -50,13 +49,13 @@ SAMPLE_TOKENS = 64
 
 
 def whole_documents(tokenizer, spans, sequence_len):
-    """The windows of each of the first documents of `spans`, until these have eval_tokens tokens."""
+    """[(number, windows)] of the first documents of `spans`, until these have eval_tokens tokens."""
     cut_document = document_pieces if cut == "pieces" else document_windows
     bos = tokenizer.get_bos_token_id()
     documents = []
     num_tokens = 0
     for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1):
-        documents.append(cut_document(ids, bos, sequence_len))
+        documents.append((len(documents), cut_document(ids, bos, sequence_len)))
         num_tokens += len(ids)
         if 0 < eval_tokens <= num_tokens:
             break
@@ -85,9 +84,8 @@ def main():
     token_bytes = get_token_bytes(device, tokenizer)
     print0(f"model: {source}, step {meta['step']}, {model.num_params():,} parameters")
 
-    # Bits per byte of the splits; ranks share rows or whole documents
+    # Bits per byte of the splits; ranks share rows or documents
     bpb = {}
-    unit = "documents" if per_document else "rows"
     splits = ("train", "val") if split == "both" else (split,)
     for name in splits:
         spans = get_spans(data, name, text_field, strict)
@@ -98,7 +96,7 @@ def main():
             rows = eval_rows(tokenizer, spans, model.config.sequence_len, eval_tokens)
             batches = eval_batches(rows[ddp_rank::ddp_world_size], device_batch_size, device)
         bpb[name] = evaluate_bpb(model, batches, token_bytes)
-        print0(f"{name} bpb: {bpb[name]} | {unit}: {bpb[name].n} | rows without text: {describe_skipped(spans)}")
+        print0(f"{name} bpb: {bpb[name]} | documents: {bpb[name].n} | rows without text: {describe_skipped(spans)}")
 
     # Samples, on rank 0
     samples = []

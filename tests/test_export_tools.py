@@ -82,5 +82,6 @@ def test_lm_eval_finds_our_bits_per_byte(small_base, small_models, small_tokeniz
 
     bos = small_tokenizer.get_bos_token_id()
     documents = [document_windows(small_tokenizer.encode(text), bos, 64) for text in texts]
-    ours = evaluate_bpb(small_models[tag], window_batches(documents, 4, "cpu"), get_token_bytes("cpu", small_tokenizer))
+    batches = window_batches(enumerate(documents), 4, "cpu")
+    ours = evaluate_bpb(small_models[tag], batches, get_token_bytes("cpu", small_tokenizer))
     assert results["bits_per_byte,none"] == pytest.approx(ours.value, rel=1e-5)
