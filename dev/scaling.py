@@ -59,7 +59,7 @@ budget: NonNegative = 100.0       # dollars
 gpu_hourly_rate: NonNegative = 3.0  # dollars for one GPU and hour, as in the report card
 num_gpus: Positive = 8            # of the machine
 gpu: str = "H100"                 # for its peak FLOP/s: device_speed.py
-mfu: Fraction = 0.53              # d20 on one H200 (dev/log/2026-11-26-first-gpu.md); 8 GPUs lose a little
+mfu: Fraction = 0.53              # on one H200: 54% at d20, 53% at d26 (dev/log/2026-11-26-first-gpu.md)
 pretraining: Fraction = 0.75      # of the time: in speedrun.sh 3 of 4 hours
 beside: Positive = 20             # depth of the run to compare with, at 20 tokens per parameter
 
@@ -320,7 +320,7 @@ def print_plan():
     flops = pretraining * hours * flops_per_hour
     print(f"${budget:,.0f} at ${gpu_hourly_rate:.2f} an hour and GPU: {hours:.1f} hours of {num_gpus} x {gpu}, "
           f"{pretraining * hours:.1f} of them for pretraining\n"
-          f"{flops:.2e} FLOPs at {100 * mfu:.0f}% of {PEAK_TFLOPS[gpu]} TFLOP/s (MFU of a d20 on one H200)")
+          f"{flops:.2e} FLOPs at {100 * mfu:.0f}% of {PEAK_TFLOPS[gpu]} TFLOP/s")
     print_table("All depths take this time", plan_rows(flops, law, laws, count_name))
 
     # The run script's: its own amount of FLOPs, and the best use of them

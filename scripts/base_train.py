@@ -150,6 +150,10 @@ def choose_horizon(stage, flops):
         return derive_horizon(
             num_iterations, target_flops, target_param_data_ratio, total_batch_size, stage.model)
     if stage.state:
+        # a checkpoint of an earlier version does not have them
+        if "batch_tokens" not in stage.state:
+            raise UserError(f"step {stage.step} does not say the batch of its run, which --minutes needs",
+                            "resume with --num_iterations instead")
         return stage.state["iterations"], stage.state["batch_tokens"], "--minutes"
     # a guess, with enough steps to find a better one
     iterations, batch_tokens, _ = derive_horizon(-1, flops, -1, total_batch_size, stage.model)

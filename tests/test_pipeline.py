@@ -214,7 +214,9 @@ def test_base_loss_scores_one_split_in_pieces_and_without_samples(monkeypatch, c
 
 
 def test_the_final_loss_has_a_standard_error_in_the_report(base_dir):
-    for section, metric in (("base-model-training", "bpb"), ("midtraining", "bpb of conversations")):
+    sections = (("base", "base-model-training", "bpb"), ("mid", "midtraining", "bpb of conversations"))
+    for stage, section, metric in sections:
+        run_stage(stage, eval_tokens=4000, num_iterations=1, eval_every=-1)
         report = json.loads(next((base_dir / "report").glob(f"*-{section}.json")).read_text())
         assert report["metrics"][metric]["stderr"] > 0 and report["metrics"][metric]["n"] > 2
     last = [line for line in curve("base") if "val/bpb" in line][-1]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -275,36 +276,46 @@ def test_a_depth_that_has_no_run_cannot_be_left_out(finished, command):
 
 @pytest.mark.slow
 def test_a_tiny_series_for_real_broken_off_and_resumed(tmp_path, tokenizer, story):
-    """d1 to d3 at two amounts of FLOPs, by the scripts themselves; a SIGTERM falls into the second run."""
+    """Six runs of d1 to d3, by the scripts themselves; a SIGTERM falls into the second one."""
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": f"{n} {story}"}) + "\n" for n in range(40)), encoding="utf-8")
     base = tmp_path / "base"
-    tokenizer.save(base / "tokenizer")
-    code = ("from dev import scaling, scaling_series; scaling_series.MIN_TOKENS = 2000\n"
-            "from nanochat.configurator import override_from_cli; from nanochat.common import run_script\n"
-            "override_from_cli(vars(scaling)); run_script(scaling.main)")
-    command = [sys.executable, "-c", code, f"--data={data}", "--depths=1,2,3", "--levels=2", "--max_seq_len=64",
-               "--eval_tokens=2000", "--minutes=6", "--repeats=5", "--device_type=cpu",
-               "--flags=--head_start=False --save_every=20"]
+    folder = base / "scaling"
+    for where in (base, folder):
+        tokenizer.save(where / "tokenizer")
+    flags = ["--head_start=False", "--save_every=5", "--total_batch_size=256"]
+    settings = {"data": str(data), "text_field": "text", "depths": [1, 2, 3], "levels": 2, "seeds": 1,
+                "max_seq_len": 64, "eval_tokens": 2000, "flags": flags, "device_type": "cpu"}
+    series = Series(folder, settings, 512)
+    speed = series.measure_speed(series.sizes[0])
+    assert 1e6 < speed.flops_per_s < 1e13 and speed.start_s > 0.5
+
+    runs = []
+    for steps in (20, 40):
+        runs += [Run(size.depth, float(steps * 256 * size.flops_per_token), 42) for size in series.sizes]
+    plan = {"settings": settings, "runs": [asdict(run) for run in runs], "expected_s": {run.tag: 1.0 for run in runs}}
+    (folder / "series.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "dev.scaling", f"--data={data}", "--depths=1,2,3", "--levels=2", "--repeats=5",
+               "--max_seq_len=64", "--eval_tokens=2000", "--minutes=100", "--device_type=cpu",
+               f"--flags={' '.join(flags)}"]
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "NANOCHAT_PRECISION": "float32"}
     env.pop("NANOCHAT_DATA_DIR", None)
-    series = base / "scaling"
-
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < end and not (series / "runs.jsonl").exists():
+    log = tmp_path / "first.log"
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+    end = time.monotonic() + 600
+    while process.poll() is None and time.monotonic() < end and not (folder / "runs.jsonl").exists():
         time.sleep(0.1)
     time.sleep(1)
     process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    first = scaling_series.read_lines(series / "runs.jsonl")
-    assert len(first) >= 1
+    assert process.wait(120) == 128 + signal.SIGTERM, log.read_text()
+    first = series.results()
+    assert 1 <= len(first) < 6
 
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = scaling_series.read_lines(series / "runs.jsonl")
-    plan = json.loads((series / "series.json").read_text())["runs"]
-    assert lines[: len(first)] == first and len(lines) >= 6
-    assert [line["tag"] for line in lines] == [Run(**run).tag for run in plan][: len(lines)]
+    lines = series.results()
+    assert lines[: len(first)] == first and [line["tag"] for line in lines] == [run.tag for run in runs]
+    assert [line["steps"] for line in lines] == [20] * 3 + [40] * 3
     assert all(line["documents"] >= 1 and 0.5 < line["bpb"] < 8 for line in lines)
-    assert "Compute-optimal tokens" in done.stdout and (series / "scaling.svg").is_file()
+    assert "Compute-optimal tokens" in done.stdout and (folder / "scaling.svg").is_file()
