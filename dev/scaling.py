@@ -101,7 +101,7 @@ def split_runs(lines, name):
     return [line for line in lines if line["depth"] != depth], left_out
 
 
-def describe(values, style=".4g"):
+def describe(values, style=".4f"):
     """'low to high' of the values of a bootstrap."""
     low, high = interval(values)
     return f"{low:{style}} to {high:{style}}"
@@ -112,7 +112,7 @@ def law_rows(law, laws):
     rows = []
     for name, value in asdict(law).items():
         others = [getattr(other, name) for other in laws]
-        rows.append({"": name, "fitted": f"{value:.4g}", "90% interval": describe(others)})
+        rows.append({"": name, "fitted": f"{value:.4g}", "90% interval": describe(others, ".4g")})
     return rows
 
 

@@ -17,8 +17,9 @@ def draw_law(lines, params_key, law, laws, predicted):
     draw_by_tokens(by_tokens, lines, params_key, law)
     draw_by_params(by_params, lines, params_key, law)
     draw_by_flops(by_flops, lines, law, laws, predicted)
-    for axes in (by_tokens, by_params, by_flops):
+    for axes in (by_tokens, by_flops):
         axes.set_xscale("log")
+    for axes in (by_tokens, by_params, by_flops):
         axes.set_ylabel("bits per byte")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
@@ -54,7 +55,7 @@ def draw_by_tokens(axes, lines, params_key, law):
 def draw_by_params(axes, lines, params_key, law):
     """A colour for each amount of FLOPs. The line is the law, for 6 FLOPs per parameter and token."""
     axes.set_title("equal FLOPs")
-    axes.set_xlabel("parameters N")
+    axes.set_xlabel("depth, by its parameters N")
     for number, (flops, runs) in enumerate(group(lines, "flops").items()):
         params = np.array([run[params_key] for run in runs], dtype=float)
         tokens = np.array([run["num_tokens"] for run in runs], dtype=float)
@@ -62,6 +63,12 @@ def draw_by_params(axes, lines, params_key, law):
         axes.plot(params, [run["bpb"] for run in runs], "o", color=color, label=f"{flops:.1e} FLOPs", markersize=4)
         order = np.argsort(params)
         axes.plot(params[order], law.loss(params, tokens)[order], color=color)
+
+    # the depths instead of powers of ten, which hardly differ
+    params_of = {line["depth"]: line[params_key] for line in lines}
+    axes.set_xscale("log")
+    axes.set_xticks(list(params_of.values()), [f"d{depth}" for depth in params_of])
+    axes.minorticks_off()
 
 
 def draw_by_flops(axes, lines, law, laws, predicted):
@@ -81,5 +88,5 @@ def draw_by_flops(axes, lines, law, laws, predicted):
         below = max(0.0, line["bpb"] - line["low"])
         above = max(0.0, line["high"] - line["bpb"])
         axes.errorbar(line["flops"], line["bpb"], [[below], [above]], fmt="s", color="C1", markersize=4)
-        axes.annotate(f"d{line['depth']} {line['bpb']:.3f}", (line["flops"], line["bpb"]), fontsize=8,
-                      xytext=(4, 6), textcoords="offset points")
+        axes.annotate(f"d{line['depth']}", (line["flops"], line["high"]), fontsize=8, ha="center",
+                      xytext=(0, 3), textcoords="offset points")
