@@ -43,7 +43,7 @@ depths: str = "2,3,4,5,6,8"       # those whose runs would be too short are left
 levels: Positive = 4              # amounts of FLOPs, each twice the one before
 seeds: Positive = 1               # runs of each kind
 max_seq_len: Positive = 512       # context length of the runs
-eval_tokens: CountOrOff = 500000  # of whole validation documents; -1 = all
+eval_tokens: CountOrOff = 250000  # of whole validation documents; -1 = all
 flags: str = "--head_start=False"  # more flags of base_train, for all runs
 device_type: str = ""             # cuda, mps or cpu; empty = detect
 out: str | None = None            # folder of the series; None = scaling in the base directory

@@ -33,9 +33,8 @@ MAX_EVAL_TOKENS = 10485760
 # or during which the machine slept, changes nothing
 MAX_TIMED = 32
 MIN_TIMED = 10
-# Context: a power of two, so that a step has 8 rows or more
+# Context: a step has 8 rows or more
 MIN_ROWS = 8
-MIN_CONTEXT = 256
 MAX_CONTEXT = 2048
 USUAL_CONTEXT = 512  # to compare depths with, whose attention costs little
 
@@ -108,7 +107,7 @@ def choose_sizes(flops, vocab_size, depth=None, sequence_len=None):
     if sequence_len is None:
         size = ModelSize.from_depth(depth, vocab_size, USUAL_CONTEXT)
         batch_tokens = derive_tokens_batch(flops / size.flops_per_token)
-        sequence_len = min(MAX_CONTEXT, max(MIN_CONTEXT, batch_tokens // MIN_ROWS))
+        sequence_len = min(MAX_CONTEXT, batch_tokens // MIN_ROWS)
     return {"depth": depth, "max_seq_len": sequence_len}
 
 

@@ -291,8 +291,8 @@ def test_a_tiny_series_for_real_broken_off_and_resumed(tmp_path, tokenizer, stor
     assert 1e6 < speed.flops_per_s < 1e13 and speed.start_s > 0.5
 
     runs = []
-    for steps in (20, 40):
-        runs += [Run(size.depth, float(steps * 256 * size.flops_per_token), 42) for size in series.sizes]
+    for steps, size in zip((20, 30, 25, 40, 50, 45), 2 * series.sizes, strict=True):
+        runs.append(Run(size.depth, float(steps * 256 * size.flops_per_token), 42))
     plan = {"settings": settings, "runs": [asdict(run) for run in runs], "expected_s": {run.tag: 1.0 for run in runs}}
     (folder / "series.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "dev.scaling", f"--data={data}", "--depths=1,2,3", "--levels=2", "--repeats=5",
@@ -316,6 +316,6 @@ def test_a_tiny_series_for_real_broken_off_and_resumed(tmp_path, tokenizer, stor
     assert done.returncode == 0, done.stderr
     lines = series.results()
     assert lines[: len(first)] == first and [line["tag"] for line in lines] == [run.tag for run in runs]
-    assert [line["steps"] for line in lines] == [20] * 3 + [40] * 3
+    assert [line["steps"] for line in lines] == [20, 30, 25, 40, 50, 45]
     assert all(line["documents"] >= 1 and 0.5 < line["bpb"] < 8 for line in lines)
     assert "Compute-optimal tokens" in done.stdout and (folder / "scaling.svg").is_file()

@@ -110,7 +110,7 @@ def test_the_size_of_a_depth_is_that_of_the_model():
 
 def test_sizes_grow_with_the_time_and_what_is_given_stays():
     small, large = (choose_sizes(flops, 4096) for flops in (1e13, 1e19))
-    assert small["depth"] < large["depth"] and small["max_seq_len"] == 256 and large["max_seq_len"] == 2048
+    assert small["depth"] < large["depth"] and small["max_seq_len"] == 512 and large["max_seq_len"] == 2048
     assert choose_sizes(1e13, 4096, depth=7, sequence_len=96) == {"depth": 7, "max_seq_len": 96}
     assert choose_sizes(1e13, 4096, sequence_len=96)["max_seq_len"] == 96
     assert choose_evaluations(1000, 4096) == {"eval_every": 500, "eval_tokens": 163840}
@@ -121,12 +121,12 @@ def test_sizes_grow_with_the_time_and_what_is_given_stays():
 # The script
 
 MINUTES = dict(minutes=0.2, depth=None, max_seq_len=None, eval_every=None, eval_tokens=None, num_iterations=-1,
-               total_batch_size=-1, device_batch_size=-1)
+               total_batch_size=512, device_batch_size=-1)
 
 
 @pytest.fixture
 def short(base_dir, monkeypatch):
-    """Everything that base_train chooses is open, and it thinks the machine slow: few tokens a step."""
+    """All sizes are open but the batch: with 20 steps at least, larger ones would take a busy machine too long."""
     monkeypatch.setattr("nanochat.time_limit.GUESSED_EFFICIENCY", 0.02)
     return MINUTES
 
@@ -142,7 +142,7 @@ def test_a_run_of_some_seconds_ends_on_time_and_is_saved_as_chosen(short, capsys
     step, meta = CheckpointManager(get_checkpoint_dir("base", "minutes0.2")).load_meta()
     assert step == len(steps) == meta["iterations"]
     settings, config = meta["settings"], meta["model_config"]
-    assert settings["depth"] == config["n_layer"] and settings["max_seq_len"] == config["sequence_len"] == 256
+    assert settings["depth"] == config["n_layer"] and settings["max_seq_len"] == config["sequence_len"] == 512
     assert settings["eval_tokens"] >= meta["batch_tokens"] and settings["eval_every"] > 1
     out = capsys.readouterr().out
     assert "(from --minutes)" in out and "of 0.2 minutes" in out
@@ -174,7 +174,8 @@ def test_where_decisions_do_not_differ_a_resumed_run_repeats_exactly(base_dir, m
     monkeypatch.setattr("scripts.base_train.TimeLimit.decide", lambda self, step, *_: max(28, step + 1))
     monkeypatch.setattr("scripts.base_train.choose_horizon", lambda stage, flops: (
         stage.state.get("iterations", 24), 256, "--minutes"))
-    settings = MINUTES | dict(minutes=5.0, depth=1, max_seq_len=64, eval_tokens=300, eval_every=8, keep_last=-1)
+    settings = MINUTES | dict(minutes=5.0, depth=1, max_seq_len=64, total_batch_size=256, eval_tokens=300, eval_every=8,
+                              keep_last=-1)
     run_stage("base", **settings, model_tag="whole")
     whole = curve("base", "whole")
     assert whole[-1]["step"] == 28 and whole[-2]["lrm"] == pytest.approx(1 / 14)
