@@ -279,11 +279,16 @@ def to_device(array, device):
 
 
 def eval_batches(rows, device_batch_size, device):
-    """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1)."""
+    """
+    Yield (inputs, targets, documents) of rows (R, 2, T + 1), see pack_documents: int64 (B, T) on the
+    device, and the number of each target's document, int (B, T) on the CPU.
+    """
     starts = range(0, len(rows), device_batch_size)
     for start in progress(starts, "evaluating", "batches"):
-        inputs, targets = shift(rows[start: start + device_batch_size])
-        yield to_device(inputs, device), to_device(targets, device)
+        batch = rows[start: start + device_batch_size]
+        inputs, targets = shift(batch[:, 0])
+        documents = batch[:, 1, 1:]
+        yield to_device(inputs, device), to_device(targets, device), documents
 
 
 def count_used(targets):

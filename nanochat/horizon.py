@@ -45,7 +45,7 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
                         "--target_param_data_ratio are all <= 0",
                         "set one, for example --num_iterations=1000")
     if total_batch_size <= 0:
-        total_batch_size = min(derive_batch_size(num_tokens), round_batch(num_tokens / MIN_STEPS))
+        total_batch_size = derive_tokens_batch(num_tokens)
     batch_tokens = align_batch_size(total_batch_size, sequence_len)
     return max(1, round(num_tokens / batch_tokens)), batch_tokens, rule
 
@@ -63,6 +63,11 @@ def derive_batch_size(num_tokens):
     num_tokens^0.383 (arXiv 2505.13738), with 524,288 tokens at d20's horizon of 20 x 561M tokens.
     """
     return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
+
+
+def derive_tokens_batch(num_tokens):
+    """`derive_batch_size`, but small enough for MIN_STEPS steps."""
+    return min(derive_batch_size(num_tokens), round_batch(num_tokens / MIN_STEPS))
 
 
 def batch_size_of_steps(num_steps):

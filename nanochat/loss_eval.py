@@ -10,28 +10,80 @@ included.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanochat.common import IGNORE, UserError
-from nanochat.distributed import all_reduce_sum, run_together
+from nanochat.distributed import gather_objects, rank, run_together
 from nanochat.precision import get_autocast_ctx
 from nanochat.progress import progress
+
+# -----------------------------------------------------------------------------
+# A ratio of sums, with its error
+
+
+class Estimate(NamedTuple):
+    """
+    A loss on a sample of documents. With `_asdict()` it is a metric of the report.
+
+    The standard error says how much the loss would differ on other documents of this kind, of which
+    there are n. It is that of a ratio estimator (Cochran, Sampling Techniques, section 2.11).
+    """
+    value: float
+    stderr: float | None  # None for a single document
+    n: int
+
+    @classmethod
+    def from_sums(cls, nats, units):
+        """sum(nats) / sum(units), of arrays (n,) with what each document has."""
+        n = len(nats)
+        total = units.sum()
+        ratio = nats.sum() / total
+        if n < 2:
+            return cls(float(ratio), None, n)
+        # a document has this much more than the ratio makes of its units; the mean is 0
+        residuals = nats - ratio * units
+        stderr = np.sqrt(n / (n - 1) * (residuals**2).sum()) / total
+        return cls(float(ratio), float(stderr), n)
+
+    def scaled(self, factor):
+        """The same in another unit."""
+        stderr = None if self.stderr is None else self.stderr * factor
+        return Estimate(self.value * factor, stderr, self.n)
+
+    def as_metrics(self, name):
+        """{name: value, name_stderr: standard error} for the log of a run."""
+        metrics = {name: self.value}
+        if self.stderr is not None:
+            metrics[f"{name}_stderr"] = self.stderr
+        return metrics
+
+    def __str__(self):
+        error = "" if self.stderr is None else f" ± {self.stderr:.6f}"
+        return f"{self.value:.6f}{error}"
+
+
+# -----------------------------------------------------------------------------
+# The two losses
 
 
 def evaluate_bpb(model, batches, token_bytes):
     """
-    Bits per byte of `model` on `batches`: an iterable of (x, y), each int64 (B, T), with y < 0
-    where there is no target. token_bytes: int tensor (V,), bytes of each token, 0 for special ones.
-    Collective; raises as `_nats_per_unit` does.
+    Bits per byte of `model`, an Estimate. token_bytes: int tensor (V,), bytes of each token, 0 for
+    special ones.
+
+    batches: an iterable of (x, y) or (x, y, documents). x and y are int64 (B, T), with y < 0 where
+    there is no target. documents, int (B, T) or (B, 1), numbers the document of each target;
+    without it, each row counts as one. Collective; raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
         text_bytes = token_bytes[y.clamp(min=0)]  # (B, T)
         return torch.where(y >= 0, text_bytes, 0)
 
     # one bit is log(2) nats
-    return _nats_per_unit(model, batches, num_bytes) / math.log(2)
+    return _nats_per_unit(model, batches, num_bytes).scaled(1 / math.log(2))
 
 
 def evaluate_loss(model, batches):
@@ -40,13 +92,13 @@ def evaluate_loss(model, batches):
     does.
     """
     # each target is one unit
-    return _nats_per_unit(model, batches, lambda y: (y >= 0).long())
+    return _nats_per_unit(model, batches, lambda y: (y >= 0).long()).value
 
 
 def _nats_per_unit(model, batches, units):
     """
-    Sum of the losses in nats / sum of units(y). units(y) counts the units (bytes, tokens) of each
-    target; the loss of a target with 0 units is left out.
+    Sum of the losses in nats / sum of units(y), an Estimate. units(y) counts the units (bytes,
+    tokens) of each target; the loss of a target with 0 units is left out.
 
     Collective: every rank brings its own batches (perhaps none) and gets the same result. An error
     on one rank, out of memory for example, becomes an error on all. Raises UserError when there is
@@ -56,32 +108,46 @@ def _nats_per_unit(model, batches, units):
     was_training = model.training
     model.eval()
     try:
-        sums = run_together(lambda: _sum_nats_and_units(model, batches, units), model.device)
+        sums = run_together(lambda: _sum_documents(model, batches, units), model.device)
     finally:
         model.train(was_training)
 
-    # The sums of all ranks
-    if model.device.type == "cuda":
-        sums = sums.cuda()  # NCCL reduces tensors on GPUs only
-    nats, total = all_reduce_sum(sums).tolist()
-    if total == 0:
+    # The sums of all ranks, which may have parts of the same document
+    by_document = {}
+    for document, nats, count in gather_objects(sums):
+        total = by_document.setdefault(document, np.zeros(2))
+        total += (nats, count)
+    table = np.array([total for total in by_document.values() if total[1] > 0])  # (n, 2)
+    if len(table) == 0:
         raise UserError("the rows hold nothing to score; need at least one target token",
                         "score more rows: --eval_tokens=-1, in SFT --eval_examples=-1, takes all")
-    return nats / total
+    return Estimate.from_sums(table[:, 0], table[:, 1])
 
 
 @torch.no_grad()
-def _sum_nats_and_units(model, batches, units):
-    """This rank's (nats, units) as a tensor (2,), float64."""
-    # In float64 the result does not depend on the size of the batches
-    sums = torch.zeros(2, dtype=torch.float64)
-    for x, y in batches:
+def _sum_documents(model, batches, units):
+    """[(document, nats, units)] of this rank; a document may come in several parts."""
+    sums = []
+    num_rows = 0
+    for x, y, *documents in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")  # (B, T)
         counts = units(y)  # (B, T)
-        # On the CPU, since MPS has no float64
-        sums[0] += (nats * (counts > 0)).cpu().double().sum()
-        sums[1] += counts.sum().cpu()
+        nats = nats * (counts > 0)
+
+        # Documents are numbers; rows that stand for themselves are (rank, number)
+        rows = np.arange(num_rows, num_rows + len(x))[:, None]  # (B, 1)
+        num_rows += len(x)
+        owners = np.broadcast_to(documents[0] if documents else rows, y.shape)
+        numbers, places = np.unique(owners, return_inverse=True)
+        places = places.ravel()
+        # On the CPU, since MPS has no float64. In float64 the result does not depend on the size of
+        # the batches
+        nats_of = np.bincount(places, nats.cpu().double().numpy().ravel())
+        counts_of = np.bincount(places, counts.cpu().numpy().ravel())
+        for number, total_nats, total_count in zip(numbers.tolist(), nats_of, counts_of, strict=True):
+            document = number if documents else (rank(), number)
+            sums.append((document, total_nats, total_count))
     return sums
 
 
@@ -111,20 +177,40 @@ def document_windows(ids, bos, sequence_len):
     return windows
 
 
-def window_batches(windows, device_batch_size, device):
+def document_pieces(ids, bos, sequence_len):
     """
-    Yield (inputs, targets), int64 (B, T) on the device, of windows with at most T tokens. Shorter
-    ones are padded at the end, where causal attention does not look.
+    [(inputs, targets)] like `document_windows`, but cut as training cuts: each piece starts with
+    <|bos|>, and none has context of the piece before.
     """
+    pieces = []
+    for start in range(0, len(ids), sequence_len):
+        targets = np.asarray(ids[start : start + sequence_len], dtype=np.int64)
+        inputs = np.concatenate(([bos], targets[:-1]))
+        pieces.append((inputs, targets))
+    return pieces
+
+
+def window_batches(documents, device_batch_size, device):
+    """
+    Yield (inputs, targets, documents): int64 (B, T) on the device, and the number of each row's
+    document, int (B, 1). `documents` is an iterable of (number, windows), of at most T tokens each.
+    Shorter windows are padded at the end, where causal attention does not look.
+    """
+    windows = []
+    for number, document in documents:
+        windows += [(inputs, targets, number) for inputs, targets in document]
+
     # By length: then a batch needs little padding
-    windows = sorted(windows, key=lambda window: len(window[0]))
+    windows.sort(key=lambda window: len(window[0]))
     starts = range(0, len(windows), device_batch_size)
     for first in progress(starts, "evaluating", "batches"):
         batch = windows[first : first + device_batch_size]
         T = len(batch[-1][0])
         inputs = np.zeros((len(batch), T), dtype=np.int64)
         targets = np.full((len(batch), T), IGNORE)
-        for row, (window_inputs, window_targets) in enumerate(batch):
+        numbers = np.zeros((len(batch), 1), dtype=np.int64)
+        for row, (window_inputs, window_targets, number) in enumerate(batch):
             inputs[row, : len(window_inputs)] = window_inputs
             targets[row, : len(window_targets)] = window_targets
-        yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            numbers[row] = number
+        yield torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), numbers

@@ -151,23 +151,34 @@ def _random_part(ids, length, seed):
 
 def pack_documents(documents, bos, sequence_len, max_tokens):
     """
-    A finite stream of (position, ids) as rows, int32 (R, T + 1), from its start until max_tokens
-    (-1 = all). Packed as in training, without cropping. IGNORE fills the last row.
+    A finite stream of (position, ids) as rows, int32 (R, 2, T + 1), from its start until max_tokens
+    (-1 = all): tokens, and for each token the number of its document. Packed as in training,
+    without cropping. IGNORE fills the last row.
     """
     # The first max_tokens tokens
     pieces = []
+    owners = []
     left = sys.maxsize if max_tokens < 0 else max_tokens
     for _, ids in progress(documents, "packing", "documents"):
         if left == 0:
             break
         ids = ids[:left]
         pieces.append(_with_bos(bos, ids))
+        owners.append(np.full(1 + len(ids), len(owners), dtype=np.int32))
         left -= len(ids)
-    rows, rest = pack_rows(pieces, bos, sequence_len + 1)
 
-    # A last row with a bos alone has no target
+    # Packing looks at lengths alone, so both are packed alike
+    tokens = _pack_and_pad(pieces, bos, sequence_len + 1)
+    numbers = _pack_and_pad(owners, 0, sequence_len + 1)
+    return np.stack((tokens, numbers), axis=1)
+
+
+def _pack_and_pad(pieces, bos, capacity):
+    """The rows of pack_rows, and its unfinished last one filled with IGNORE."""
+    rows, rest = pack_rows(pieces, bos, capacity)
+    # one with a bos alone has no target
     if len(rest) > 1:
-        last_row = np.full((1, sequence_len + 1), IGNORE, dtype=np.int32)
+        last_row = np.full((1, capacity), IGNORE, dtype=np.int32)
         last_row[0, : len(rest)] = rest
         rows = np.concatenate((rows, last_row))
     return rows

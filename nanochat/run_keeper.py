@@ -279,7 +279,8 @@ class RunKeeper:
     def finish_step(self, step, loss, tokens, lr_factor, grad_norm, **more):
         """
         Count, log and print an optimizer step. `step` includes it. tokens: those that all ranks
-        trained on. more: further metrics of this stage, with names of STEP_KEYS.
+        trained on. more: further metrics of this stage, with names of STEP_KEYS. Returns the seconds
+        that the step took.
         """
         # The step ends when the device has done it
         stage = self.stage
@@ -312,6 +313,7 @@ class RunKeeper:
         self.metrics_log.log(metrics)
         eta_s = self._step_s.update(dt_s) * (self.iterations - step)
         print0(step_line(metrics, self.iterations, eta_s))
+        return dt_s
 
     # -- the end
 

@@ -59,7 +59,15 @@ class Stage:
 
 
 def open_stage(
-    settings, manager, source=None, fixed=(), progress=None, fp8=False, mfu=True, width=None
+    settings,
+    manager,
+    source=None,
+    fixed=(),
+    progress=None,
+    fp8=False,
+    mfu=True,
+    width=None,
+    chosen=(),
 ):
     """
     Set this process up and load the model that the stage starts from: its own checkpoint if
@@ -69,8 +77,9 @@ def open_stage(
     One run at a time may write to the manager's folder. One that resumes by itself waits for the
     run before it, whose processes may still be saving.
 
-    fixed: settings that a resumed run cannot change. progress: the loop's counters at the start of
-    a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
+    fixed: settings that a resumed run cannot change. chosen: those that are None until the stage
+    has chosen them; in a resumed run they get their saved values. progress: the loop's counters at
+    the start of a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
     FLOP/s. width: of the model that a new run without a source will make.
     """
     # Device, ranks; then a new run, or the state of the one to resume
@@ -78,7 +87,7 @@ def open_stage(
     # A new run, or the state of the one to resume. Claimed first: the run before may still be saving
     manager.verify = settings["verify"]
     manager.claim(device, CLAIM_WAIT_S if settings["auto_resume"] else 0)
-    step, state = resume_step(manager, settings, device, fixed)
+    step, state = resume_step(manager, settings, device, fixed, chosen)
     counted = {"train_s": 0.0, "tokens": 0}  # by the RunKeeper
     progress = {**counted, **(progress or {}), **state.get("progress", {})}
     stage = Stage(settings, device, rank, world_size, None, manager, step, state, progress)
@@ -117,11 +126,11 @@ def load_source(stage, source, step):
            f"parameters: {stage.model.num_params():,}")
 
 
-def resume_step(manager, settings, device, fixed=()):
+def resume_step(manager, settings, device, fixed=(), chosen=()):
     """
-    (step, meta data) of the checkpoint to resume from; (0, {}) for a new run. Settings that differ
-    from the saved run's are printed. Those in `fixed` are refused, since another value would make
-    it another run. Collective.
+    (step, meta data) of the checkpoint to resume from; (0, {}) for a new run. Settings in `chosen`
+    that are None get their saved values. Others that differ from the saved run's are printed. Those
+    in `fixed` are refused, since another value would make it another run. Collective.
     """
     step = choose_step(manager, settings["resume_from_step"], settings["auto_resume"], device)
     if step is None:
@@ -132,6 +141,9 @@ def resume_step(manager, settings, device, fixed=()):
                         "be resumed", "resume from another step, or start a new run")
 
     # Compare the settings
+    for name in chosen:
+        if settings[name] is None:
+            settings[name] = meta["settings"].get(name)
     for name, saved in meta["settings"].items():
         now = settings.get(name)
         if name in NOT_COMPARED or now == saved:

@@ -7,8 +7,14 @@ Bits per byte of a checkpoint on the training and the validation text, and sampl
     python -m scripts.base_loss --per_document --data=texts.jsonl
 
 Usually documents are packed into rows, as in training, and what does not fill a row is left out. With --per_document
-every document is scored alone and whole: the figure that lm-evaluation-harness calls bits_per_byte.
+every document is scored alone and whole: the figure that lm-evaluation-harness calls bits_per_byte. It cuts a document
+that is longer than the model's context into windows. With --cut=pieces it is cut as in training: each piece starts with
+<|bos|>, which is what the model knows.
+
+The standard error is that over documents, in both cases.
 """
+
+from typing import Literal
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
@@ -16,7 +22,7 @@ from nanochat.configurator import CountOrOff, NonNegative, Positive, get_setting
 from nanochat.dataloader import eval_batches, eval_rows, token_documents
 from nanochat.dataset import describe_skipped, get_spans
 from nanochat.engine import Engine, complete_prompts
-from nanochat.loss_eval import document_windows, evaluate_bpb, window_batches
+from nanochat.loss_eval import document_pieces, document_windows, evaluate_bpb, window_batches
 from nanochat.progress import progress
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
@@ -31,10 +37,13 @@ data: str | None = None            # file, folder or glob; None = the default co
 text_field: str = "text"           # column or field of the text, in .parquet and .jsonl
 strict: bool = False               # refuse rows without text; False = skip and count them
 eval_tokens: CountOrOff = 10485760  # tokens of each split to score; -1 = all
+split: Literal["both", "train", "val"] = "both"  # text to score
 per_document: bool = False         # score each document alone and whole, instead of packed rows
+cut: Literal["windows", "pieces"] = "windows"  # how --per_document cuts a document longer than the context
 device_batch_size: Positive = 8    # rows at a time
 temperature: NonNegative = 0.8     # of the unconditioned samples
 seed: int = 42                     # of the unconditioned samples
+sample: bool = True                # complete prompts, too
 verify: bool = True                # compare the checkpoint with its checksums
 
 NUM_UNCONDITIONED = 4
@@ -42,19 +51,18 @@ SAMPLE_TOKENS = 64
 
 
 def whole_documents(tokenizer, spans, sequence_len):
-    """(windows, number of documents): the first documents of `spans`, until they have eval_tokens tokens."""
+    """[(number, windows)] of the first documents of `spans`, until these have eval_tokens tokens."""
+    cut_document = document_pieces if cut == "pieces" else document_windows
     bos = tokenizer.get_bos_token_id()
-    windows = []
-    num_documents = 0
+    documents = []
     num_tokens = 0
-    documents = token_documents(tokenizer, spans, seed=0, epochs=1)
-    for _, ids in progress(documents, "cutting", "documents"):
-        windows += document_windows(ids, bos, sequence_len)
-        num_documents += 1
+    texts = token_documents(tokenizer, spans, seed=0, epochs=1)
+    for _, ids in progress(texts, "cutting", "documents"):
+        documents.append((len(documents), cut_document(ids, bos, sequence_len)))
         num_tokens += len(ids)
         if 0 < eval_tokens <= num_tokens:
             break
-    return windows, num_documents
+    return documents
 
 
 def sample_all(model, tokenizer):
@@ -79,28 +87,26 @@ def main():
     token_bytes = get_token_bytes(device, tokenizer)
     print0(f"model: {source}, step {meta['step']}, {model.num_params():,} parameters")
 
-    # Bits per byte of both splits; ranks share the rows
+    # Bits per byte of the splits; ranks share rows or documents
     bpb = {}
-    unit = "documents" if per_document else "rows"
-    for split in ("train", "val"):
-        spans = get_spans(data, split, text_field, strict)
+    splits = ("train", "val") if split == "both" else (split,)
+    for name in splits:
+        spans = get_spans(data, name, text_field, strict)
         if per_document:
-            windows, count = whole_documents(tokenizer, spans, model.config.sequence_len)
-            batches = window_batches(windows[ddp_rank::ddp_world_size], device_batch_size, device)
+            documents = whole_documents(tokenizer, spans, model.config.sequence_len)
+            batches = window_batches(documents[ddp_rank::ddp_world_size], device_batch_size, device)
         else:
             rows = eval_rows(tokenizer, spans, model.config.sequence_len, eval_tokens)
-            count = len(rows)
             batches = eval_batches(rows[ddp_rank::ddp_world_size], device_batch_size, device)
-        bpb[split] = evaluate_bpb(model, batches, token_bytes)
-        print0(f"{split} bpb: {bpb[split]:.6f} | {unit}: {count} | "
-               f"rows without text: {describe_skipped(spans)}")
+        bpb[name] = evaluate_bpb(model, batches, token_bytes)
+        print0(f"{name} bpb: {bpb[name]} | documents: {bpb[name].n} | rows without text: {describe_skipped(spans)}")
 
     # Samples, on rank 0
     samples = []
-    if ddp_rank == 0:
+    if sample and ddp_rank == 0:
         samples = sample_all(model, tokenizer)
-    for sample in samples:
-        print0(f"sample: {sample['text']!r}")
+    for completion in samples:
+        print0(f"sample: {completion['text']!r}")
 
     # Report and cleanup
     section = "Base model loss" if source == "base" else f"Loss of the {source} model"
@@ -108,12 +114,12 @@ def main():
     if per_document:  # another figure, which does not replace the usual one
         section += " per document"
         metric = "bpb per document"
-    get_report().log(section, {
-        "config": settings,
-        "samples": samples,
-        f"train {metric}": bpb["train"],
-        "metrics": {metric: bpb["val"]},
-    })
+    facts = {"config": settings, "samples": samples}
+    if "train" in bpb:
+        facts[f"train {metric}"] = str(bpb["train"])
+    if "val" in bpb:
+        facts["metrics"] = {metric: bpb["val"]._asdict()}
+    get_report().log(section, facts)
     compute_cleanup()
 
 

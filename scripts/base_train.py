@@ -3,6 +3,7 @@ Pretrain a base model on raw text.
 
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20     (8 GPUs)
     python -m scripts.base_train --depth=12                                          (one GPU)
+    python -m scripts.base_train --data=my_texts/ --minutes=20                       (any machine)
     python -m scripts.base_train --depth=4 --max_seq_len=512 --num_iterations=1000   (a CPU)
 
 Smallest run, to see that it works:
@@ -12,12 +13,17 @@ Smallest run, to see that it works:
 
 A step's rows depend on the seed and the step alone: any number of processes and any micro-batch
 give the same run, and `--resume_from_step` goes on with exactly the losses of an unbroken one.
+
+With `--minutes` the size of the model and the batch follow from the time and the speed of the
+machine, and the run ends on time with a learning rate of 0: time_limit.py. Evaluations, checkpoints
+and samples are part of the time.
 """
 
+import time
 from functools import partial
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
-from nanochat.common import ceil_div, compiles, print0, run_script
+from nanochat.common import UserError, ceil_div, compiles, print0, run_script
 from nanochat.configurator import (
     Count,
     CountOrOff,
@@ -30,7 +36,7 @@ from nanochat.configurator import (
 )
 from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
 from nanochat.dataset import describe_skipped, describe_spans, get_spans
-from nanochat.distributed import rank_slice
+from nanochat.distributed import from_rank0, rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
@@ -41,6 +47,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import get_precision
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
+from nanochat.time_limit import MIN_TIMED, TimeLimit, choose_evaluations, choose_sizes
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.trackers import Tracker
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
@@ -57,12 +64,13 @@ text_field: str = "text"              # column or field of the text, in .parquet
 strict: bool = False                  # refuse rows without text before the run; False = skip them
 crop: bool = False                    # one row of each long document per epoch: for a short run
 # Model
-depth: Positive = 20                  # layers; width = 64 * depth and everything else follows
-max_seq_len: Positive = 2048          # context length T in tokens
+depth: Positive | None = None         # layers; width = 64 * depth; None = 20 or by --minutes
+max_seq_len: Positive | None = None   # context length T in tokens; None = 2048 or by --minutes
 head_dim: Positive = 128              # size of an attention head
 value_embeds: bool = False            # a table of values per layer: for little text
 head_start: bool | None = None        # fit bigram counts first; None = in short runs: head_start.py
-# Horizon: one of these three decides
+# Horizon: one of these four decides
+minutes: NonNegative | None = None    # time of the whole run, evaluations included: time_limit.py
 num_iterations: CountOrOff = -1       # optimizer steps; decides if it is > 0
 target_flops: NonNegativeOrOff = -1.0  # total FLOPs; decides if > 0 and num_iterations is not
 target_param_data_ratio: NonNegativeOrOff = 20.0  # tokens per parameter; decides otherwise
@@ -78,16 +86,20 @@ warmup_iters: Count = 10              # steps of linear learning rate warmup
 warmdown_ratio: Fraction = 0.5        # last part of the run, in which the learning rate falls
 final_lr_frac: Fraction = 0.0         # learning rate at the end, as a fraction
 # Evaluation, samples, checkpoints
-eval_every: CountOrOff = 250          # steps between validation losses; -1 = at the end only
-eval_tokens: CountOrOff = 10485760    # tokens of the validation set to score; -1 = all
+eval_every: CountOrOff | None = None  # steps between validation losses; -1 = at the end; None = 250 or by --minutes
+eval_tokens: CountOrOff | None = None  # of the validation set to score; -1 = all; None = 10485760 or by --minutes
 sample_every: CountOrOff = 2000       # steps between samples; -1 = at the end only
 save_every: CountOrOff = 1000         # steps between checkpoints, besides those at evaluations
 keep_last: CountOrOff = 2             # newest checkpoints to keep; -1 = all
 resume_from_step: int = -1            # step to go on from; -2 = the latest, -1 = new run
 auto_resume: bool = False             # go on from the latest checkpoint, if there is one
 verify: bool = True                   # compare checkpoints with their checksums when they are read
-model_tag: str | None = None          # folder of the checkpoints; None = d<depth>
+model_tag: str | None = None          # folder of the checkpoints; None = d<depth> or minutes<N>
 compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
+
+# What None stands for in a new run without --minutes
+DEFAULTS = {"depth": 20, "max_seq_len": 2048, "eval_every": 250, "eval_tokens": 10485760}
+GUESSED_DEPTH = 4  # for the speed of the device, before --minutes has chosen one
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
@@ -108,44 +120,103 @@ def muon_momentum(step):
     return 0.85 + 0.10 * min(step / 300, 1)
 
 
+def check_horizon():
+    """Refuse two settings that both say how long the run is."""
+    if minutes is None:
+        return
+    for name, value in (("num_iterations", num_iterations), ("target_flops", target_flops)):
+        if value > 0:
+            raise UserError(f"--minutes={minutes:g} and --{name}={value:g} contradict each other",
+                            "leave one of them out")
+
+
+def choose_tag():
+    """The folder of the checkpoints, which a resumed run must find before it knows its depth."""
+    if model_tag is not None:
+        return model_tag
+    if minutes is not None and depth is None:
+        return f"minutes{minutes:g}"
+    return f"d{depth or DEFAULTS['depth']}"
+
+
+def fill_in(settings, values):
+    """Give settings that are None their value of `values`."""
+    for name, value in values.items():
+        if settings[name] is None:
+            settings[name] = value
+
+
+def choose_horizon(stage, flops):
+    """(optimizer steps, tokens per step, the setting that decided). flops: those of --minutes."""
+    if minutes is None:
+        return derive_horizon(
+            num_iterations, target_flops, target_param_data_ratio, total_batch_size, stage.model)
+    if stage.state:
+        # a checkpoint of an earlier version does not have them
+        if "batch_tokens" not in stage.state:
+            raise UserError(f"step {stage.step} does not say the batch of its run, which --minutes needs",
+                            "resume with --num_iterations instead")
+        return stage.state["iterations"], stage.state["batch_tokens"], "--minutes"
+    # a guess, with enough steps to find a better one
+    iterations, batch_tokens, _ = derive_horizon(-1, flops, -1, total_batch_size, stage.model)
+    return max(2 * MIN_TIMED, iterations), batch_tokens, "--minutes"
+
+
 def main():  # noqa: C901, PLR0912, PLR0915
     # Device, ranks, precision, and the checkpoint to resume, if any
+    start = time.monotonic()
     settings = get_settings(globals())
-    manager = CheckpointManager(get_checkpoint_dir("base", model_tag or f"d{depth}"))
-    progress = {"val_bpb": None, "min_val_bpb": None, "head_start": False}
-    stage = open_stage(
-        settings, manager, fixed=FIXED, progress=progress, fp8=True, width=64 * depth)
+    check_horizon()
+    manager = CheckpointManager(get_checkpoint_dir("base", choose_tag()))
+    progress = {"val_bpb": None, "min_val_bpb": None, "head_start": False, "spent_s": 0.0}
+    guessed_depth = DEFAULTS["depth"] if minutes is None else GUESSED_DEPTH
+    stage = open_stage(settings, manager, fixed=FIXED, chosen=tuple(DEFAULTS), progress=progress,
+                       fp8=True, width=64 * (depth or guessed_depth))
     device = stage.device
     progress = stage.progress
 
-    # Model and tokenizer of a new run
+    limit = None
+    if minutes is not None:
+        limit = TimeLimit(minutes, start - progress["spent_s"])
+
+    # Model and tokenizer of a new run; with --minutes its size is that for the FLOPs they may have
+    flops = None
     if not stage.state:
         stage.tokenizer = get_tokenizer()
         vocab_size = stage.tokenizer.get_vocab_size()
+        if limit:
+            flops = from_rank0(partial(limit.guess_flops, stage.peak_flops * stage.world_size))
+            fill_in(settings, choose_sizes(flops, vocab_size, depth, max_seq_len))
+        else:
+            fill_in(settings, DEFAULTS)
         config = GPTConfig.from_depth(
-            depth, vocab_size, max_seq_len, head_dim, value_embeds=value_embeds)
+            settings["depth"], vocab_size, settings["max_seq_len"], head_dim, value_embeds=value_embeds)
         stage.model = GPT.create(config, device)
     model = stage.model
     tokenizer = stage.tokenizer
     token_bytes = get_token_bytes(device, tokenizer)
+    sequence_len = model.config.sequence_len
     num_params = model.num_params()
     flops_per_token = model.estimate_flops()
     print0(f"model: {model.config} | parameters: {num_params:,} | "
            f"FLOPs per token: {flops_per_token:.3e}")
 
     # Horizon and batch: every derived setting is printed
-    iterations, batch_tokens, rule = derive_horizon(
-        num_iterations, target_flops, target_param_data_ratio, total_batch_size, model)
+    iterations, batch_tokens, rule = choose_horizon(stage, flops)
     check_warmup(warmup_iters, iterations)
     run_tokens = iterations * batch_tokens
-    rows_per_step = batch_tokens // max_seq_len
+    rows_per_step = batch_tokens // sequence_len
     my_rows = rank_slice(rows_per_step, stage.rank, stage.world_size)
     most_rows = ceil_div(rows_per_step, stage.world_size)
     device_rows = choose_device_batch_size(device_batch_size, model.config, device, most_rows)
-    print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {max_seq_len}, "
+    print0(f"batch: {batch_tokens:,} tokens = {rows_per_step} rows of {sequence_len}, "
            f"{device_rows} at a time on each of {stage.world_size} ranks | "
            f"steps: {iterations:,} (from {rule}) | "
            f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
+    if limit:
+        fill_in(settings, choose_evaluations(iterations, batch_tokens))
+    steps_per_eval = settings["eval_every"]
+    num_eval_tokens = settings["eval_tokens"]
 
     # Head start: fit embedding and output head to bigram counts, before training
     spans = get_spans(data, "train", text_field, strict)
@@ -169,7 +240,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
         table_lr = embedding_lr
     if unembedding_lr is not None:
         head_lr = unembedding_lr
-    decay = weight_decay * (12 / depth) ** 2
+    decay = weight_decay * (12 / settings["depth"]) ** 2
     print0(f"learning rates: embedding {table_lr}, head {head_lr}, matrices {matrix_lr} | "
            f"weight decay: {decay:.3g}")
     optimizers = model.setup_optimizers(
@@ -177,8 +248,8 @@ def main():  # noqa: C901, PLR0912, PLR0915
     scaler = stage.load_optimizers(optimizers)
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
-    loader = training_rows(tokenizer, spans, max_seq_len, seed, stage.state.get("loader"), crop)
-    val_rows = eval_rows(tokenizer, val_spans, max_seq_len, eval_tokens)
+    loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), crop)
+    val_rows = eval_rows(tokenizer, val_spans, sequence_len, num_eval_tokens)
     my_val_rows = val_rows[stage.rank::stage.world_size]
 
     # Loop: save, evaluate, sample, train
@@ -186,12 +257,19 @@ def main():  # noqa: C901, PLR0912, PLR0915
     step = stage.step
     samples = []
     while True:
+        # With --minutes the number of steps follows from the time left
+        if limit and limit.decision_due(step, iterations):
+            decide = partial(limit.decide, step, batch_tokens, num_eval_tokens, steps_per_eval)
+            iterations = from_rank0(decide)
+            keeper.iterations = iterations
         last = step == iterations
-        eval_due = last or is_due(step, eval_every)
+        eval_due = last or is_due(step, steps_per_eval)
         sample_due = last or (step > 0 and is_due(step, sample_every))
 
         # Save first: whatever fails later, the steps so far are on disk
-        keeper.save_if_due(step, eval_due, loader=loader.state())
+        if limit:
+            progress["spent_s"] = limit.spent_s()
+        keeper.save_if_due(step, eval_due, loader=loader.state(), batch_tokens=batch_tokens)
         if keeper.stopping:
             break
 
@@ -200,9 +278,9 @@ def main():  # noqa: C901, PLR0912, PLR0915
             batches = eval_batches(my_val_rows, device_rows, device)
             val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
             if val_bpb is not None:
-                progress["val_bpb"] = val_bpb
-                progress["min_val_bpb"] = min(val_bpb, progress["min_val_bpb"] or val_bpb)
-                keeper.log_evaluation(step, {"val/bpb": val_bpb})
+                progress["val_bpb"] = val_bpb._asdict()
+                progress["min_val_bpb"] = min(val_bpb.value, progress["min_val_bpb"] or val_bpb.value)
+                keeper.log_evaluation(step, val_bpb.as_metrics("val/bpb"))
 
         # Sample, on rank 0
         if sample_due and stage.rank == 0:
@@ -226,13 +304,17 @@ def main():  # noqa: C901, PLR0912, PLR0915
         # Log
         step += 1
         epoch = loader.state()["epoch"]
-        keeper.finish_step(
+        step_s = keeper.finish_step(
             step, loss, batch_tokens, lr_factor, grad_norm, epoch=epoch, num_targets=batch_tokens)
+        if limit:
+            limit.add_step(step_s)
 
     # Report and cleanup
     loader.close()
     rows_without_text = describe_skipped(spans + val_spans)
     print0(f"rows without text: {rows_without_text}")
+    if limit:
+        print0(f"time: {limit.spent_s() / 60:.2f} of {minutes:g} minutes")
     keeper.finish("Base model training", {
         "samples": samples,
         "metrics": {"bpb": progress["val_bpb"]},

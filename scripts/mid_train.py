@@ -156,8 +156,8 @@ def main():  # noqa: PLR0915
             batches = eval_batches(my_val_rows, device_rows, stage.device)
             val_bpb = attempt("the evaluation", partial(evaluate_bpb, model, batches, token_bytes))
             if val_bpb is not None:
-                progress["val_bpb"] = val_bpb
-                keeper.log_evaluation(step, {"val/bpb": val_bpb})
+                progress["val_bpb"] = val_bpb._asdict()
+                keeper.log_evaluation(step, val_bpb.as_metrics("val/bpb"))
         if last:
             break
 

@@ -27,7 +27,7 @@ from nanochat.dataloader import (
 )
 from nanochat.dataset import describe_skipped, get_spans
 from nanochat.distributed import rank_slice
-from nanochat.packing import pack_rows, packed_blocks
+from nanochat.packing import pack_documents, pack_rows, packed_blocks
 
 BOS = 0
 # crop, block_tokens, crc32 of 300 rows, the loader's state after them
@@ -193,15 +193,30 @@ def test_close_ends_the_thread(tokenizer, corpus):
 
 def test_eval_rows_hold_each_token_once_and_pad_only_the_end(tokenizer, corpus):
     rows = eval_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=-1)
-    assert (rows[:-1] != IGNORE).all() and (rows[:, 0] == tokenizer.get_bos_token_id()).all()
-    limited = eval_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=50)
+    assert (rows[:-1] != IGNORE).all() and (rows[:, 0, 0] == tokenizer.get_bos_token_id()).all()
+    limited = eval_rows(tokenizer, get_spans(corpus, "val"), 32, max_tokens=50)[:, 0]
     bos = tokenizer.get_bos_token_id()
     assert ((limited != bos) & (limited != IGNORE)).sum() == 50
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_eval_rows_know_the_document_of_each_token(seed):
+    """Document n has the tokens 1000 n + 1, 1000 n + 2 ...; many are longer than a row."""
+    lengths = np.random.default_rng(seed).integers(1, 100, size=60)
+    documents = [(None, 1000 * n + np.arange(1, 1 + length)) for n, length in enumerate(lengths)]
+    rows = pack_documents(documents, bos=0, sequence_len=32, max_tokens=-1)
+    tokens, owners = rows[:, 0], rows[:, 1]
+    text = tokens > 0
+    assert text.sum() == lengths.sum()
+    assert (tokens[text] // 1000 == owners[text]).all()
+    assert (owners[tokens == IGNORE] == IGNORE).all()
+
+
 def test_eval_batches_shift_by_one_and_ignore_padding():
-    ((x, y),) = eval_batches(np.array([[5, 6, 7, IGNORE]], dtype=np.int32), 8, torch.device("cpu"))
+    rows = np.array([[[5, 6, 7, IGNORE], [3, 3, 4, IGNORE]]], dtype=np.int32)
+    ((x, y, documents),) = eval_batches(rows, 8, torch.device("cpu"))
     assert x.tolist() == [[5, 6, 7]] and y.tolist() == [[6, 7, IGNORE]]
+    assert documents.tolist() == [[3, 4, IGNORE]]
     assert x.dtype == y.dtype == torch.int64
 
 

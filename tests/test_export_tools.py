@@ -80,8 +80,8 @@ def test_lm_eval_finds_our_bits_per_byte(small_base, small_models, small_tokeniz
     model_args = f"pretrained={path},dtype=float32,add_bos_token=False,trust_remote_code=True"
     results, _ = lm_eval(tmp_path, "hf", "documents", model_args)
 
-    windows = []
-    for text in texts:
-        windows += document_windows(small_tokenizer.encode(text), small_tokenizer.get_bos_token_id(), 64)
-    ours = evaluate_bpb(small_models[tag], window_batches(windows, 4, "cpu"), get_token_bytes("cpu", small_tokenizer))
-    assert results["bits_per_byte,none"] == pytest.approx(ours, rel=1e-5)
+    bos = small_tokenizer.get_bos_token_id()
+    documents = [document_windows(small_tokenizer.encode(text), bos, 64) for text in texts]
+    batches = window_batches(enumerate(documents), 4, "cpu")
+    ours = evaluate_bpb(small_models[tag], batches, get_token_bytes("cpu", small_tokenizer))
+    assert results["bits_per_byte,none"] == pytest.approx(ours.value, rel=1e-5)

@@ -15,6 +15,7 @@ import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
+from nanochat.gpt import GPT
 from nanochat.metrics_log import EVALUATION_KEYS, SAMPLE_KEYS, STEP_KEYS
 from scripts import base_loss, base_train, chat_sft
 from tests.stages import STAGES, curve, run_stage
@@ -220,8 +221,58 @@ def test_base_loss_scores_whole_documents(monkeypatch, capsys, tmp_path):
     base_loss.main()
     out = capsys.readouterr().out
     # 30 documents, of which one is held out
-    assert re.search(r"train bpb: \d\.\d{6} \| documents: 29 \|", out)
-    assert re.search(r"val bpb: \d\.\d{6} \| documents: 1 \|", out)
+    assert re.search(r"train bpb: \d\.\d{6} ± 0\.\d{6} \| documents: 29 \|", out)
+    assert re.search(r"val bpb: \d\.\d{6} \| documents: 1 \|", out)  # one alone has no standard error
+
+
+def test_base_loss_scores_one_split_in_pieces_and_without_samples(monkeypatch, capsys, base_dir):
+    """Documents longer than the context (64 tokens) give another figure if each piece starts with <|bos|>."""
+    bpb = {}
+    for cut in ("windows", "pieces"):
+        for name, value in {"model_tag": "d1", "per_document": True, "cut": cut, "eval_tokens": 3000, "split": "val",
+                            "sample": False}.items():
+            monkeypatch.setattr(base_loss, name, value)
+        base_loss.main()
+        out = capsys.readouterr().out
+        assert "train bpb" not in out and "sample:" not in out
+        report = json.loads(next((base_dir / "report").glob("*-base-model-loss-per-document.json")).read_text())
+        bpb[cut] = report["metrics"]["bpb per document"]
+    assert bpb["pieces"]["n"] == bpb["windows"]["n"] > 3
+    assert bpb["pieces"]["value"] != bpb["windows"]["value"]
+
+
+def test_the_final_loss_has_a_standard_error_in_the_report(base_dir):
+    sections = (("base", "base-model-training", "bpb"), ("mid", "midtraining", "bpb of conversations"))
+    for stage, section, metric in sections:
+        run_stage(stage, eval_tokens=4000, num_iterations=1, eval_every=-1)
+        report = json.loads(next((base_dir / "report").glob(f"*-{section}.json")).read_text())
+        assert report["metrics"][metric]["stderr"] > 0 and report["metrics"][metric]["n"] > 2
+    last = [line for line in curve("base") if "val/bpb" in line][-1]
+    assert 0 < last["val/bpb_stderr"] < last["val/bpb"]
+
+
+def test_the_seed_moves_the_initialisation_and_the_order_of_the_data():
+    """Learning rates of 0 keep the weights of the start."""
+    still = dict(embedding_lr=0.0, unembedding_lr=0.0, matrix_lr=0.0, num_iterations=1, eval_every=-1)
+    weights = []
+    for tag, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_stage("base", **still, seed=seed, model_tag=tag)
+        model = CheckpointManager(get_checkpoint_dir("base", tag)).load_model(torch.device("cpu"), 1)
+        weights.append(model.transformer.wte.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+    # from equal weights: whatever differs then is the data
+    def equal_start(config, device):
+        torch.manual_seed(0)
+        return real(config, device)
+    real = GPT.create
+    norms = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "create", equal_start)
+        for tag, seed in (("a", 1), ("b", 1), ("c", 2)):
+            run_stage("base", seed=seed, model_tag=tag, num_iterations=1, eval_every=-1)
+            norms.append([line["grad_norm"] for line in curve("base", tag) if "grad_norm" in line])
+    assert norms[0] == norms[1] != norms[2]
 
 
 @pytest.mark.parametrize("settings, message", [
