@@ -46,6 +46,7 @@ STEP_KEYS = {
 # A line of an evaluation has step, time, train_s, tokens and flops, and some of these
 EVALUATION_KEYS = {
     "val/bpb": "bits per byte of held-out text",
+    "val/bpb_stderr": "its standard error, over documents",
     "val/loss": "nats per target token of held-out conversations",
     "pass@k": "fraction of held-out questions with a right answer among k",
     "stderr": "standard error of pass@1",

@@ -91,9 +91,9 @@ MAY_IMPORT = {
     "report_text": [],
     "report_page": ["curves", "report_text"],
     "report": ["common", "configurator", "curves", "report_page", "report_text", "run_facts"],
-    "run_keeper": [
-        "common", "distributed", "metrics_log", "report", "run_file", "trackers", "training",
-    ],
+    "stop_signal": ["common", "distributed"],
+    "run_keeper": ["common", "distributed", "metrics_log", "report", "run_file", "stop_signal", "trackers",
+                   "training"],
     # watching
     "log_reader": [],
     "run_status": ["files", "locks"],

@@ -27,7 +27,8 @@ from nanochat.horizon import (
     step_places,
 )
 from nanochat.metrics_log import MetricsLog
-from nanochat.run_keeper import RunKeeper, StopSignal, attempt, is_due
+from nanochat.run_keeper import RunKeeper, attempt, is_due
+from nanochat.stop_signal import StopSignal
 from nanochat.training import accumulate_gradients, fit_rows, optimizer_step, used_columns
 from tests.stages import small_stage
 from tests.tiny import tiny_model
@@ -208,7 +209,7 @@ def test_the_end_of_torchrun_asks_to_stop_that_of_a_shell_does_not(launcher, sto
     """A process whose parent is killed: it notices, or outlives it."""
     child = f"""
 import os, time, torch
-from nanochat.run_keeper import StopSignal
+from nanochat.stop_signal import StopSignal
 stop = StopSignal(torch.device("cpu"))
 parent = os.getppid()
 open({str(tmp_path / "ready")!r}, "w").close()
