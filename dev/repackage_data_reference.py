@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError, print0, run_script
 from nanochat.configurator import override_from_cli
 from nanochat.dataset import iter_texts
+from nanochat.progress import progress
 
 data: str | None = None          # file, folder or glob to read; None = the default corpus
 out: str = ""                    # folder to write
@@ -104,7 +105,8 @@ def main():
     writer = ShardWriter(out)
     held_out = []  # the first documents of the shuffle
     for split in ("train", "val"):  # all documents of the source, also those that it holds out
-        for text in shuffled(iter_texts(data, split), shuffle_docs, rng):
+        texts = progress(iter_texts(data, split), f"reading {split}", "documents")
+        for text in shuffled(texts, shuffle_docs, rng):
             if len(held_out) < val_docs:
                 held_out.append(text)
             else:

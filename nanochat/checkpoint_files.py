@@ -28,7 +28,8 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import UserError
+from nanochat.common import UserError, ceil_div
+from nanochat.progress import progress
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 20  # read at a time for a checksum
@@ -40,8 +41,10 @@ CHUNK_BYTES = 1 << 20  # read at a time for a checksum
 def file_checksum(path):
     """xxh3, 128 bits, of a file, in hex. Raises OSError."""
     digest = xxhash.xxh3_128()
+    num_chunks = ceil_div(path.stat().st_size, CHUNK_BYTES)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
+        for chunk in progress(chunks, f"checksum of {path.name}", "MiB", total=num_chunks):
             digest.update(chunk)
     return digest.hexdigest()
 

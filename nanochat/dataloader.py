@@ -20,6 +20,7 @@ import torch
 from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataset import no_documents, read_documents
 from nanochat.packing import pack_documents, packed_blocks
+from nanochat.progress import progress
 
 BLOCKS_AHEAD = 3            # made in the background before they are needed
 ENCODE_CHARS = 2**19        # characters that the tokenizer gets at once
@@ -279,7 +280,8 @@ def to_device(array, device):
 
 def eval_batches(rows, device_batch_size, device):
     """Yield (inputs, targets), int64 (B, T) on the device, of rows (R, T + 1)."""
-    for start in range(0, len(rows), device_batch_size):
+    starts = range(0, len(rows), device_batch_size)
+    for start in progress(starts, "evaluating", "batches"):
         inputs, targets = shift(rows[start: start + device_batch_size])
         yield to_device(inputs, device), to_device(targets, device)
 

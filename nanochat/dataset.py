@@ -24,12 +24,14 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from nanochat.common import UserError, get_data_dir, print0, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.documents import count_rows, file_format, read_rows
 from nanochat.download import NUM_SHARDS, REPO_ID, base_data_dir, download_shards, shard_name
+from nanochat.progress import progress
 
 VAL_FRAC = 0.05      # of all documents, held out if there is no validation shard
 MAX_VAL_DOCS = 2000  # enough for an estimate; the rest is for training
@@ -82,7 +84,8 @@ def get_spans(
 
     # how many documents each file has
     paths = find_files(data, quiet=split != "train")
-    counts = [count_rows(path, text_field) for path in paths]
+    files = progress(paths, "counting documents", "files")
+    counts = [count_rows(path, text_field) for path in files]
     total = sum(counts)
 
     # how many documents are held out: the two rules above
@@ -120,10 +123,12 @@ def get_spans(
 
 def check_rows(spans):
     """Read every row of the spans. UserError at the first that holds no text."""
-    for span in spans:
-        for _, _, problem in read_rows(span.path, span.start, span.stop, span.text_field):
-            if problem:
-                raise UserError(problem, "mend or delete that row, or leave out --strict to skip it")
+    num_rows = sum(span.stop - span.start for span in spans)
+    parts = (read_rows(span.path, span.start, span.stop, span.text_field) for span in spans)
+    rows = chain.from_iterable(parts)
+    for _, _, problem in progress(rows, "checking rows", "rows", total=num_rows):
+        if problem:
+            raise UserError(problem, "mend or delete that row, or leave out --strict to skip it")
 
 
 def describe_spans(spans):

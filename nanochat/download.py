@@ -29,12 +29,12 @@ from multiprocessing import TimeoutError as StillRunning
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.documents import open_parquet
 from nanochat.locks import hold_lock
+from nanochat.progress import progress
 
 REPO_ID = "karpathy/climbmix-400b-shuffle"
 NUM_SHARDS = 6543          # shard_00000 ... shard_06542
@@ -290,7 +290,7 @@ def run_with_bar(function, names, workers, folder, staging):
     disable_progress_bars()  # of the library: one for each shard
     num_left = len(names)
     total = SHARD_BYTES * num_left
-    bar = tqdm(total=total, desc=f"{num_left} shards", unit="B", unit_scale=True, mininterval=1)
+    bar = progress(None, f"{num_left} shards", "B", total=total)
 
     # threads of a ThreadPool are daemons: Ctrl-C need not wait for shards on their way
     with bar, ThreadPool(workers) as pool:
@@ -358,7 +358,8 @@ def fetch_url(url, path, sha256, timeout):
             if response.status_code != 200:
                 raise status_error(url, response.status_code, response.headers)
             with open(temporary, "wb") as file:
-                for chunk in response.iter_content(CHUNK_BYTES):
+                chunks = response.iter_content(CHUNK_BYTES)
+                for chunk in progress(chunks, f"downloading {path.name}", "MiB"):
                     file.write(chunk)
             stated = response.headers.get("Content-Length")
     except requests.RequestException as error:

@@ -204,3 +204,20 @@ def complete_prompts(engine):
         text = engine.tokenizer.decode(sequence[1:])  # without <|bos|>
         samples.append({"prompt": prompt, "text": text})
     return samples
+
+
+def answer_messages(engine, messages, max_tokens):
+    """
+    [{prompt, text}]: greedy answers to those messages that fit in the context, each one a
+    conversation of its own. A text holds the calls of the calculator with their results.
+    """
+    samples = []
+    for message in messages:
+        conversation = {"messages": [{"role": "user", "content": message}]}
+        tokens = engine.tokenizer.render_for_completion(conversation)
+        if len(tokens) >= engine.model.config.sequence_len:
+            continue
+        (sequence,), _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0)
+        text = engine.tokenizer.decode(sequence[len(tokens) :])
+        samples.append({"prompt": message, "text": text})
+    return samples

@@ -17,6 +17,7 @@ import torch
 from nanochat.common import IGNORE, UserError
 from nanochat.distributed import all_reduce_sum, run_together
 from nanochat.precision import get_autocast_ctx
+from nanochat.progress import progress
 
 
 def evaluate_bpb(model, batches, token_bytes):
@@ -117,7 +118,8 @@ def window_batches(windows, device_batch_size, device):
     """
     # By length: then a batch needs little padding
     windows = sorted(windows, key=lambda window: len(window[0]))
-    for first in range(0, len(windows), device_batch_size):
+    starts = range(0, len(windows), device_batch_size)
+    for first in progress(starts, "evaluating", "batches"):
         batch = windows[first : first + device_batch_size]
         T = len(batch[-1][0])
         inputs = np.zeros((len(batch), T), dtype=np.int64)

@@ -22,6 +22,7 @@ import sys
 import numpy as np
 
 from nanochat.common import IGNORE
+from nanochat.progress import progress
 
 BLOCK_TOKENS = 2**19  # of a block, about
 
@@ -156,7 +157,7 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
     # The first max_tokens tokens
     pieces = []
     left = sys.maxsize if max_tokens < 0 else max_tokens
-    for _, ids in documents:
+    for _, ids in progress(documents, "packing", "documents"):
         if left == 0:
             break
         ids = ids[:left]

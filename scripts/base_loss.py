@@ -17,6 +17,7 @@ from nanochat.dataloader import eval_batches, eval_rows, token_documents
 from nanochat.dataset import describe_skipped, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import document_windows, evaluate_bpb, window_batches
+from nanochat.progress import progress
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 
@@ -45,7 +46,8 @@ def whole_documents(tokenizer, spans, sequence_len):
     windows = []
     num_documents = 0
     num_tokens = 0
-    for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1):
+    documents = token_documents(tokenizer, spans, seed=0, epochs=1)
+    for _, ids in progress(documents, "cutting", "documents"):
         windows += document_windows(ids, bos, sequence_len)
         num_documents += 1
         num_tokens += len(ids)

@@ -31,7 +31,7 @@ from nanochat.common import (
 )
 from nanochat.configurator import ArgumentParser
 from nanochat.distributed import all_reduce_sum
-from nanochat.engine import Engine
+from nanochat.engine import Engine, answer_messages
 from nanochat.execution import WALLS, sandbox_walls
 from nanochat.inference import compile_decoding
 from nanochat.report import get_report
@@ -44,6 +44,9 @@ from tasks.evaluate import (
     evaluate_task,
     parse_names,
 )
+
+# For the report's samples, where the model's data names no examples
+MESSAGES = ("Who are you?", "Why is the sky blue?", "What is 12 + 35?")
 
 
 def parse_args(argv=None):
@@ -226,6 +229,11 @@ def main():
         print0(f"ChatCORE: not given, since it needs all of {', '.join(CHATCORE_TASKS)}")
     print0(f"Wrote the answers to {folder}")
 
+    # what it says to the messages that its data names, on rank 0; a base model has not learned to answer
+    samples = []
+    if rank == 0 and args.source != "base":
+        samples = answer_messages(engine, meta.get("examples") or MESSAGES, args.max_new_tokens)
+
     # the report's section of this stage
     tables = {"By task": [table_row(name, result) for name, result in results.items()]}
     by_kind = []
@@ -237,6 +245,7 @@ def main():
         "config": vars(args),
         "model": model_name,
         "metrics": metrics,
+        "samples": samples,
         "tables": tables,
     })
     compute_cleanup()

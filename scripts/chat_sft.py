@@ -30,6 +30,7 @@ from nanochat.horizon import (
     step_places,
 )
 from nanochat.loss_eval import evaluate_loss
+from nanochat.progress import progress
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
@@ -82,7 +83,7 @@ def held_out_batches(dataset, stage, device_rows):
     num_examples = len(dataset) if eval_examples < 0 else min(eval_examples, len(dataset))
     indices = range(num_examples)[stage.rank::stage.world_size]
     max_len = stage.model.config.sequence_len
-    for start in range(0, len(indices), device_rows):
+    for start in progress(range(0, len(indices), device_rows), "evaluating", "batches"):
         batch = indices[start: start + device_rows]
         inputs, targets, _ = conversation_rows(dataset, batch, stage.tokenizer, max_len)
         yield to_device(inputs, stage.device), to_device(targets, stage.device)

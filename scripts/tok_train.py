@@ -16,6 +16,7 @@ from typing import Annotated
 from nanochat.common import UserError, get_base_dir, print0, run_script
 from nanochat.configurator import CountOrOff, Positive, Range, get_settings, override_from_cli
 from nanochat.dataset import describe_skipped, get_spans, read_texts
+from nanochat.progress import progress
 from nanochat.report import get_report
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
 
@@ -57,7 +58,8 @@ def train_tokenizer():
     """-> (tokenizer, facts for the report)"""
     facts = {"documents": 0, "characters": 0, "bytes": 0}
     spans = get_spans(data, "train", text_field, strict)
-    texts = cap_texts(read_texts(spans), max_chars, doc_cap, facts)
+    texts = progress(read_texts(spans), "counting words", "documents")
+    texts = cap_texts(texts, max_chars, doc_cap, facts)
     # reading the text is part of the time: it is decoded while the trainer counts
     start = time.perf_counter()
     tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)

@@ -24,6 +24,7 @@ from nanochat.common import UserError, get_dist_info
 from nanochat.distributed import gather_objects, run_together
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
+from nanochat.progress import progress
 from tasks.arc import ARC
 from tasks.common import shuffled
 from tasks.gsm8k import GSM8K
@@ -285,7 +286,7 @@ def letter_logits(model, prompts, letter_ids, batch_rows):
     lengths = [len(prompt) for prompt in prompts]
     # longest first: memory runs out at once
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_rows):
+    for start in progress(range(0, len(order), batch_rows), "choosing", "batches"):
         batch = order[start : start + batch_rows]
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)  # (B, T)
         for row, i in enumerate(batch):
@@ -343,7 +344,8 @@ def evaluate_generative(
                 rows = [make_row(prompt, record, turn) for _, prompt, record in waiting]
                 asked = {id(row): item for row, item in zip(rows, waiting, strict=True)}
                 waiting = []
-                for row in engine.generate_rows(rows, batch_rows):
+                finished = engine.generate_rows(rows, batch_rows)
+                for row in progress(finished, "answering", "answers", total=len(rows)):
                     conversation, _, record = asked[id(row)]
                     later_turns = conversation.get("later_turns", [])
                     if turn < len(later_turns):
@@ -359,7 +361,8 @@ def evaluate_generative(
                     records.append(record)
                     outcomes.append(pool.submit(task.grade, conversation, completion))
                 turn += 1
-        for record, outcome in zip(records, outcomes, strict=True):
+        graded = zip(records, outcomes, strict=True)
+        for record, outcome in progress(graded, "grading", "answers", total=len(records)):
             record.update(outcome.result())
         return records
 

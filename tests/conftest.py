@@ -14,6 +14,8 @@ from nanochat.tokenizer import RustBPETokenizer
 
 # Compared with references to many digits, so in float32 on every machine; a test of another precision asks for it.
 os.environ["NANOCHAT_PRECISION"] = "float32"
+# No progress of long loops between the lines of pytest, here and in the processes that tests start.
+os.environ["TQDM_DISABLE"] = "1"
 # Tiny models gain nothing from threads, and a process without a thread pool can be forked (test_distributed.py).
 torch.set_num_threads(1)
 

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     # settings, files, devices
     "common": [],
     "locks": [],
+    "progress": ["common"],
     "configurator": ["common"],
     "distributed": ["common"],
     "device_speed": ["common"],
@@ -32,11 +33,11 @@ MAY_IMPORT = {
     "conversation": ["common"],
     "tokenizer_files": ["common"],
     "tokenizer": ["common", "conversation", "tokenizer_files"],
-    "documents": ["common"],
-    "download": ["common", "documents", "locks"],
-    "dataset": ["common", "configurator", "documents", "download"],
-    "packing": ["common"],
-    "dataloader": ["common", "dataset", "packing"],
+    "documents": ["common", "progress"],
+    "download": ["common", "documents", "locks", "progress"],
+    "dataset": ["common", "configurator", "documents", "download", "progress"],
+    "packing": ["common", "progress"],
+    "dataloader": ["common", "dataset", "packing", "progress"],
     # generation
     "calculator": [],
     "streaming": ["calculator"],
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "gate": ["api"],
     "connections": ["common", "gate", "service"],
     # training
-    "checkpoint_files": ["common"],
+    "checkpoint_files": ["common", "progress"],
     "background_writer": [],
     "checkpoint_folders": ["checkpoint_files", "common"],
     "checkpoint_manager": ["background_writer", "checkpoint_files", "checkpoint_folders", "common", "distributed",
@@ -71,17 +72,19 @@ MAY_IMPORT = {
     "horizon": ["common", "precision"],
     "metrics_log": ["common"],
     "stage": ["checkpoint_manager", "common", "device_speed", "gpt", "precision", "tokenizer", "training"],
-    "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "training"],
+    "head_start": ["adamw", "common", "dataloader", "distributed", "ops", "precision", "progress", "training"],
     # evaluation
     "confinement": [],
     "sandbox_child": [],  # it runs in a process of its own, where confinement.py lies beside it
     "execution": ["confinement", "sandbox_child"],
-    "loss_eval": ["common", "distributed", "precision"],
+    "loss_eval": ["common", "distributed", "precision", "progress"],
     "core_bundle": ["common", "distributed", "download"],
-    "core_eval": ["distributed"],
+    "core_eval": ["distributed", "progress"],
     "curves": [],
     "run_facts": [],
-    "report": ["common", "configurator", "curves", "run_facts"],
+    "report_text": [],
+    "report_page": ["curves", "report_text"],
+    "report": ["common", "configurator", "curves", "report_page", "report_text", "run_facts"],
     "run_keeper": ["common", "distributed", "metrics_log", "report", "training"],
 }
 
