@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanochat.curves import MAX_POINTS, PANELS, draw, read_panels, shorten, to_svg
-from nanochat.report import SECTIONS, Report, get_report, main
+from nanochat.report import Report, get_report, main
+from nanochat.report_page import SECTIONS
 from nanochat.run_facts import get_environment, get_process_start
 
 ROOT = Path(__file__).parent.parent
@@ -223,7 +224,7 @@ def test_generate_copies_page_and_pictures(report, tmp_path):
     curves = write_metrics(tmp_path / "run" / "metrics.jsonl", [{"step": i, "train/loss": 5 - i} for i in range(4)])
     report.log("Base model training", {"curves": curves})
     text = read(report, copy_to=folder)
-    assert {path.name for path in folder.iterdir()} == {"report.md", "report-base-model-training.svg"}
+    assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "report-base-model-training.svg"}
     assert (folder / "report.md").read_text("utf-8") == text and "](report-base-model-training.svg)" in text
 
 
@@ -247,7 +248,8 @@ def test_command_line_makes_a_card(tmp_path, monkeypatch):
         main()
     text = (tmp_path / "report.md").read_text("utf-8")
     assert text.startswith("# nanochat report card\n") and "an hour)" in text
-    assert (get_report().report_dir / "report.md").read_text("utf-8") == text
+    for name in ("report.md", "report.html"):
+        assert (get_report().report_dir / name).read_text("utf-8") == (tmp_path / name).read_text("utf-8")
 
 
 # -----------------------------------------------------------------------------
