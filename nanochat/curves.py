@@ -8,6 +8,7 @@ import html
 import io
 import json
 import math
+import re
 
 import numpy as np
 
@@ -136,6 +137,10 @@ def panel_svg(panel, curves, name):
     svg = svg.replace("#000000", "currentColor")
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
+
+    # every part has an id, the same in each picture; only those of shapes that are used again, made
+    # from `name`, are needed: m or p and ten digits
+    svg = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
 
     # what it shows, in words
     title, _ = PANELS[panel]

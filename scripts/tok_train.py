@@ -40,7 +40,8 @@ ROUND_TRIP = (
 def cap_texts(texts, max_chars, doc_cap, counts):
     """
     Yield the documents, cut to `doc_cap` characters, until there are `max_chars`. Adds documents,
-    characters and bytes up in `counts`.
+    characters and bytes up in `counts`. Says when all are read: what the trainer does then is one
+    call, which tells nothing.
     """
     for text in texts:
         if doc_cap > 0:
@@ -51,7 +52,8 @@ def cap_texts(texts, max_chars, doc_cap, counts):
         counts["bytes"] += len(text.encode("utf-8", errors="replace"))
         yield text
         if counts["characters"] >= max_chars:
-            return
+            break
+    print0(f"words counted in {counts['documents']:,} documents; the merges are learned next")
 
 
 def train_tokenizer():

@@ -143,7 +143,7 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
         chosen = sorted(shuffled(chosen, "problems")[:max_problems])
 
     questions = []
-    for index in chosen[rank::num_ranks]:
+    for index in progress(chosen[rank::num_ranks], "reading", "questions"):
         conversation = task[index]
         ids = tokenizer.render_for_completion(conversation)
         prompt = cut_prompt(ids, max_prompt)
