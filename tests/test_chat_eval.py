@@ -16,6 +16,7 @@ from tiny import tiny_model
 import tasks.identity
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError, get_base_dir
+from nanochat.engine import Engine
 from nanochat.execution import WALLS, sandbox_walls
 from scripts import chat_eval
 from tasks.evaluate import CHATCORE_TASKS, available_tasks, parse_names
@@ -119,6 +120,20 @@ def test_the_line_of_a_task_counts_prompts_that_were_cut(chat_model, run, capsys
     run("-a", "MMLU", "-g", "short")
     assert "cut from the left: 3" in capsys.readouterr().out
     assert all(record["truncated"] for record in read_records("MMLU", "sft/short_step_1"))
+
+
+def test_the_report_has_the_greedy_answers_to_the_messages_that_the_data_names(chat_model, run, tokenizer):
+    run("-a", "ARC-Easy")
+    samples = read_report()["samples"]
+    assert tuple(sample["prompt"] for sample in samples) == chat_eval.MESSAGES
+    # the same as generation alone gives, on every run; a prompt that fills the context is left out
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=96)
+    examples = ["What is 2 + 2?", "too long " * 200]
+    CheckpointManager(get_checkpoint_dir("sft", "d2")).save(8, model, tokenizer=tokenizer, meta={"examples": examples})
+    run("-a", "ARC-Easy")
+    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": examples[0]}]})
+    (sequence,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=6, temperature=0)
+    assert read_report()["samples"] == [{"prompt": examples[0], "text": tokenizer.decode(sequence[len(prompt):])}]
 
 
 @pytest.mark.parametrize("argv, message", [
