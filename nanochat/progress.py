@@ -30,6 +30,10 @@ class Bar(tqdm):
     monitor_interval = 0
 
 
+# tqdm's own lock also holds between processes, and on some systems starts one for itself
+Bar.set_lock(threading.RLock())
+
+
 class Lines:
     """
     A stream for tqdm that makes a line of each state of a bar, which tqdm would write over the
