@@ -35,7 +35,7 @@ from nanochat.checkpoint_manager import STAGE_DIRS, CheckpointManager, find_chec
 from nanochat.common import UserError, compute_init, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.connections import Server, listen
-from nanochat.engine import Engine
+from nanochat.engine import PROMPTS, Engine
 from nanochat.gate import ERROR_HANDLERS, BodyRoute, Gate, split_keys
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_precision_dtype
@@ -242,7 +242,8 @@ def find_models(args):
         name = f"{stage}-{folder.name}"
         if name in found:  # another step of the same model
             name = f"{name}-{step}"
-        examples = meta.get("examples", [])
+        # what the page offers to ask; a base model answers nothing, it goes on with a text
+        examples = PROMPTS if stage == "base" else meta.get("examples", [])
         found[name] = {"stage": stage, "tag": folder.name, "step": step, "examples": examples}
     return found
 

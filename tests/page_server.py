@@ -39,6 +39,7 @@ class Answer:
     status: int = 200              # any other: an error in OpenAI's shape and no stream
     headers: dict = field(default_factory=dict)
     message: str = "scripted error"
+    code: str | None = None        # of the error
     hold: int | None = None        # after this many pieces, wait until server.release is set or the client goes
     cut: int | None = None         # after this many pieces, close the connection as a killed server does
     error: str | None = None       # after the pieces, an error inside the stream
@@ -83,7 +84,8 @@ def unescape(stream):
 class PageServer:
     def __init__(self, script=(), port=0):
         self.script: list[Answer] = list(script)
-        self.default = Answer(["Hello", " there", "."])  # once the script is used up
+        self.scripts: dict[str, list[Answer]] = {}  # the same for the requests of one model, by its name
+        self.default = Answer(["Hello", " there", "."])  # once the scripts are used up
         self.models = {"d4-sft": {"stage": "sft", "examples": []}, "d4-base": {"stage": "base", "examples": []}}
         self.requests: list[tuple[dict, dict]] = []
         self.models_status = 200
@@ -142,9 +144,10 @@ class PageServer:
             fields = ChatRequest(**body) if is_chat else CompletionRequest(**body)
         except ValueError as error:
             return fail(handler, 400, str(error))
-        answer = self.script.pop(0) if self.script else self.default
+        script = self.scripts.get(body.get("model")) or self.script
+        answer = script.pop(0) if script else self.default
         if answer.status != 200:
-            return fail(handler, answer.status, answer.message, answer.headers)
+            return fail(handler, answer.status, answer.message, answer.headers, answer.code)
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.end_headers()
@@ -211,8 +214,8 @@ def send_json(handler, data, status=200, headers=None):
     reply(handler, status, body, about | (headers or {}))
 
 
-def fail(handler, status, message, headers=None):
-    send_json(handler, error_body(message, status), status, headers)
+def fail(handler, status, message, headers=None, code=None):
+    send_json(handler, error_body(message, status, code=code), status, headers)
 
 
 def split(text):

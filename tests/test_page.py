@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 from page_driver import FIXTURES, open_page
 from page_server import Answer, demo_answer, token_odds
@@ -40,10 +39,8 @@ def test_settings_last_and_reset(chat, server):
     chat.button("Settings").click()
     chat.page.fill("[name=temperature]", "1.5")
     chat.page.fill("[name=top_k]", "-3")  # out of range: not taken
-    chat.page.select_option("[name=theme]", "dark")
     chat.reload()
     assert chat.page.evaluate("[settings.temperature, settings.top_k]") == [1.5, 50]
-    assert chat.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
     chat.button("Settings").click()
     chat.button("Reset settings").click()
     assert chat.page.input_value("[name=temperature]") == "0.8"
@@ -51,7 +48,6 @@ def test_settings_last_and_reset(chat, server):
     chat.page.keyboard.press("Escape")
     chat.say("Hi")
     assert server.requests[0][0]["top_k"] == -1 and "seed" not in server.requests[0][0]
-    assert chat.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
 
 
 def test_the_model_that_is_picked_is_asked(chat, server):
@@ -65,8 +61,8 @@ def test_the_model_that_is_picked_is_asked(chat, server):
 
 
 def test_the_examples_are_those_of_the_model_four_at_most(chat, server):
-    examples = chat.page.locator("#examples button")
-    assert "Who are you?" in examples.all_inner_texts() and examples.count() == 4
+    examples = chat.page.locator("#empty .examples button")
+    assert examples.count() == 0  # nobody knows what this model answers
     server.models["d4-rl"] = {"stage": "rl", "examples": ["One?", "<b>Two</b>?", "Three?", "Four?", "Five?"]}
     chat.reload()
     chat.page.select_option("#model", "d4-rl")
@@ -74,83 +70,6 @@ def test_the_examples_are_those_of_the_model_four_at_most(chat, server):
     chat.button("Three?").click()
     chat.wait()
     assert chat.turns() == [["user", "Three?"], ["assistant", "Hello there."]]
-
-
-def pick_base(chat):
-    chat.page.select_option("#model", "d4-base")
-    return chat.page.get_by_role("textbox", name="Text")
-
-
-def test_a_base_model_goes_on_with_a_text_in_place(chat, server):
-    server.script = [Answer([" upon", " a", " time"], hold=2), Answer([" there was"], finish="length")]
-    text = pick_base(chat)
-    assert not chat.page.locator("#box").is_visible()
-    text.fill("Once")
-    chat.button("Go on").click()
-    chat.wait_for_text("Once upon a")
-    assert not text.is_editable()
-    server.release.set()
-    chat.button("Go on").wait_for()
-    text.press("Control+Enter")
-    chat.wait_for_text("Once upon a time there was")
-    chat.button("Go on").wait_for()
-    first, second = (body for body, _ in server.requests)
-    assert first == {"model": "d4-base", "prompt": "Once", "stream": True, "temperature": 0.8, "top_k": 50, "top_p": 1,
-                     "max_tokens": 512, "truncate_prompt_tokens": 2048 - 1 - 512}
-    assert second["prompt"] == "Once upon a time"
-    chat.reload()
-    assert text.input_value() == "Once upon a time there was" and chat.titles() == []
-
-
-def test_a_text_can_be_stopped_taken_back_and_begun_anew(chat, server):
-    server.script = [Answer([" two", " three"], hold=1)]
-    text = pick_base(chat)
-    text.fill("One")
-    chat.button("Go on").click()
-    chat.wait_for_text("One two")
-    chat.button("Stop").click()
-    chat.button("Go on").wait_for()
-    assert server.hung_up.wait(5) and text.input_value() == "One two"
-    chat.button("Undo").click()
-    assert text.input_value() == "One" and not chat.button("Undo").is_enabled()
-    chat.button("Redo").click()
-    assert text.input_value() == "One two"
-    chat.button("New conversation").click()
-    assert text.input_value() == ""
-    chat.button("Undo").click()
-    assert text.input_value() == "One two"
-
-
-def test_a_text_that_fails_keeps_what_came_and_says_why(chat, server):
-    server.script = [Answer([" two", " three"], cut=1), Answer(status=400, message="scripted refusal"), Answer([]),
-                     Answer(status=429, headers={"Retry-After": "20"}), Answer([" three"])]
-    text = pick_base(chat)
-    text.fill("One")
-    chat.button("Go on").click()
-    chat.see("The connection was lost before the answer was complete.")
-    assert text.input_value() == "One two"
-    chat.button("Go on").click()
-    chat.see("scripted refusal")
-    chat.button("Go on").click()
-    chat.see("For the model the text ends here.")
-    chat.button("Go on").click()
-    chat.see("Trying again in 20 s.")
-    chat.button("Try now").click()
-    chat.wait_for_text("One two three")
-    assert not chat.page.get_by_text("scripted refusal").is_visible()
-
-
-def test_a_conversation_is_never_led_with_a_base_model(chat, server):
-    chat.say("Hi")
-    text = pick_base(chat)
-    assert text.is_visible() and chat.turns() == []
-    chat.button("Hi").click()
-    assert chat.page.input_value("#model") == "d4-sft" and chat.turns()[0] == ["user", "Hi"]
-    del server.models["d4-sft"]
-    chat.reload()
-    chat.say("And now?")
-    chat.see("d4-base goes on with a text, it does not chat")
-    assert len(server.requests) == 1
 
 
 def test_stop_keeps_the_text_and_hangs_up(chat, server):
@@ -244,18 +163,6 @@ def test_export_and_import_round_trip(chat, server, tmp_path):
     assert len(chat.titles()) == 1
 
 
-def test_export_as_markdown(chat, server, tmp_path):
-    server.script = [Answer(["Sure.", ("python", "1+1"), ("python_output", "2"), "Two."])]
-    chat.say("1+1?")
-    chat.button("Settings").click()
-    with chat.page.expect_download() as download:
-        chat.button("Export this one as Markdown").click()
-    text = Path(download.value.path()).read_text(encoding="utf-8")
-    assert download.value.suggested_filename == "1-1.md"
-    assert text == ("# 1+1?\n\n## You\n\n1+1?\n\n## nanochat\n\nSure.\n\n```python\n1+1\n```\n\n\n\n"
-                    "```python_output\n2\n```\n\nTwo.\n")
-
-
 def test_what_is_typed_and_answered_stays_text(chat, server):
     nasty = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'> <|assistant_start|> &amp;"
     server.script = [Answer([nasty, " [a](javascript:alert(1)) [b](data:text/html,x) [c](https://example.org/)"])]
@@ -317,10 +224,68 @@ def test_figures_of_an_answer_and_the_context_meter(chat, server):
     server.script = [Answer(["a"] * 12, pace_s=0.05, finish="length", prompt_tokens=500)]
     chat.say("Hi")
     facts = chat.answer().locator(".facts").inner_text()
-    assert facts.startswith("12 tokens · ") and "tok/s · first after" in facts and facts.endswith("cut at max tokens")
+    assert facts.startswith("12 tokens · ") and "tok/s · first after" in facts
     rate = chat.page.evaluate("pathOf(current).at(-1).stats.rate")
     assert 5 < rate < 55  # 11 gaps of at least 50 ms; the first token may be read late, when the machine is busy
     assert chat.page.locator("#meter").inner_text() == "512 of 2,048 tokens"
+
+
+def test_an_answer_cut_by_its_length_goes_on_as_one_message(chat, server):
+    server.script = [Answer(["One,", " two"], finish="length"), Answer([" three,"], finish="length"), Answer([" four."])]
+    chat.say("Count")
+    for _ in range(2):
+        chat.see("Cut at the setting Max tokens.")
+        chat.button("Continue").click()
+        chat.wait()
+    assert chat.turns() == [["user", "Count"], ["assistant", "One, two three, four."]]
+    assert chat.button("Continue").count() == 0
+    bodies = [body for body, _ in server.requests]
+    assert [[message["content"] for message in body["messages"]] for body in bodies] == [
+        ["Count"], ["Count", "One, two"], ["Count", "One, two three,"]]
+    assert bodies[1]["messages"][1]["role"] == "assistant"
+    assert [body["max_tokens"] for body in bodies] == [512, 512, 512]  # a quarter of 2,048 is as much
+    assert chat.answer().locator(".facts").inner_text().startswith("4 tokens")
+    chat.button("Tokens").click()
+    assert chat.answer().locator(".tokens > span").all_text_contents() == ["One,", " two", " three,", " four."]
+    chat.reload()
+    assert chat.turns()[1][0] == "assistant" and len(chat.turns()) == 2
+
+
+def test_a_stopped_answer_goes_on_until_a_question_follows(chat, server):
+    server.script = [Answer(["One", " two"], hold=1), Answer([" three"], hold=0)]
+    chat.send("Count")
+    chat.see("One")
+    chat.page.keyboard.press("Escape")
+    chat.wait()
+    chat.button("Continue").click()
+    chat.button("Stop").click()
+    chat.wait()
+    assert chat.turns()[-1] == ["assistant", "One"] and chat.button("Continue").is_visible()
+    chat.say("Next?")
+    assert chat.button("Continue").count() == 0
+
+
+def test_enter_that_confirms_a_word_of_an_input_method_does_not_send(chat, server):
+    press = """options => $("#prompt").dispatchEvent(new KeyboardEvent("keydown",
+        { key: "Enter", bubbles: true, cancelable: true, ...options }))"""
+    chat.page.fill("#prompt", "かんじ")
+    chat.page.evaluate(press, {"isComposing": True})
+    chat.page.evaluate(press, {"isComposing": False, "keyCode": 229})  # as WebKit does
+    assert chat.turns() == [] and chat.page.input_value("#prompt") == "かんじ"
+    chat.page.evaluate(press, {"keyCode": 13})
+    chat.wait()
+    assert chat.turns()[0] == ["user", "かんじ"] and len(server.requests) == 1
+
+
+def test_escape_of_an_input_method_does_not_stop_an_answer(chat, server):
+    server.script = [Answer(["One", " two"], hold=1)]
+    chat.send("Count")
+    chat.see("One")
+    chat.page.evaluate("""$("#prompt").dispatchEvent(new KeyboardEvent("keydown",
+        { key: "Escape", bubbles: true, keyCode: 229 }))""")
+    server.release.set()
+    chat.wait()
+    assert chat.turns()[-1] == ["assistant", "One two"]
 
 
 def test_shortcuts(chat, server):

@@ -53,16 +53,80 @@ def test_a_dead_server_then_retry(browser):
                 assert roles(revived) == ["user", "assistant", "user"]
 
 
-def test_a_message_after_a_failed_one_takes_its_place(chat, server):
-    server.script = [Answer(["A"]), Answer(status=400, message="too many tokens"), Answer(["B"])]
+def test_a_message_that_failed_stays_on_screen_and_is_not_sent_again(chat, server):
+    server.script = [Answer(["A"]), Answer(status=400, message="a reason"), Answer(["B"])]
     chat.say("one")
     chat.say("two")
-    chat.see("too many tokens")
+    chat.see("a reason")
     chat.say("three")
-    assert roles(server) == ["user", "assistant", "user"]
-    assert chat.turns() == [["user", "one"], ["assistant", "A"], ["user", "three"], ["assistant", "B"]]
-    chat.button("Previous version").click()
-    assert chat.turns()[2][1] == "two"  # nothing that was typed is lost
+    assert [message["content"] for message in server.requests[-1][0]["messages"]] == ["one", "A", "three"]
+    turns = [["user", "one"], ["assistant", "A"], ["user", "two"], ["assistant", ""], ["user", "three"],
+             ["assistant", "B"]]
+    assert chat.turns() == turns
+    chat.reload()
+    assert chat.turns() == turns
+
+
+def test_a_message_refused_for_what_it_says_is_edited_not_repeated(chat, server):
+    server.script = [Answer(status=400, message="messages.0.content: a reason"), Answer(["Fine"])]
+    chat.say("one")
+    chat.see("messages.0.content: a reason")
+    assert chat.button("Retry").count() == 0
+    chat.reload()
+    assert chat.button("Retry").count() == 0
+    chat.button("Edit message", chat.answer()).click()
+    chat.page.get_by_role("textbox", name="Edit message").fill("two")
+    chat.page.keyboard.press("Enter")
+    chat.wait()
+    assert chat.turns() == [["user", "two"], ["assistant", "Fine"]]
+
+
+FULL = Answer(status=400, code="context_length_exceeded", message="the newest message takes 300 tokens; 128 fit")
+
+
+def test_a_message_longer_than_the_context_is_shortened(chat, server):
+    server.script = [FULL]
+    chat.say("one")
+    chat.see("the newest message takes 300 tokens; 128 fit. Shorten it, or lower Max tokens in the settings.")
+    assert chat.button("Edit message", chat.answer()).is_visible() and chat.button("Retry").count() == 0
+
+
+def test_an_answer_that_the_context_has_no_room_to_go_on_with_leads_to_a_new_conversation(chat, server):
+    server.script = [Answer(["A"], finish="length"), FULL]
+    chat.say("one")
+    chat.button("Continue").click()
+    chat.see("The context is full.")
+    assert chat.turns()[-1] == ["assistant", "A"]
+    chat.button("New conversation", chat.answer()).click()
+    assert chat.turns() == [] and chat.titles() == ["one"]
+
+
+def test_an_answer_that_fills_the_context_leads_to_a_new_conversation(chat, server):
+    server.script = [Answer(["A"], finish="length", prompt_tokens=2047)]
+    chat.say("one")
+    chat.see("The context is full.")
+    chat.reload()
+    chat.see("The context is full.")
+    assert chat.button("Continue").count() == chat.button("Retry").count() == 0
+    assert chat.button("New conversation", chat.answer()).is_visible()
+
+
+@pytest.mark.parametrize("answer", [Answer(status=500), Answer(status=404), Answer(error="broken"), Answer(["A"], cut=0)])
+def test_what_may_go_well_the_next_time_is_tried_again(chat, server, answer):
+    server.script = [answer]
+    chat.say("one")
+    assert chat.page.locator(".note.error").count() == 1
+    chat.button("Retry", chat.answer()).click()
+    chat.wait()
+    assert chat.turns() == [["user", "one"], ["assistant", "Hello there."]]
+
+
+def test_an_answer_whose_connection_was_lost_goes_on(chat, server):
+    server.script = [Answer(["Half", " of it"], cut=1), Answer([" and all"])]
+    chat.say("one")
+    chat.button("Continue").click()
+    chat.wait()
+    assert chat.turns()[-1] == ["assistant", "Half and all"] and chat.page.locator(".note.error").count() == 0
 
 
 def test_stopping_before_the_first_word_does_not_leave_two_questions(chat, server):
@@ -72,7 +136,7 @@ def test_stopping_before_the_first_word_does_not_leave_two_questions(chat, serve
     chat.wait()
     chat.see("Stopped before the first word.")
     chat.say("two")
-    assert roles(server) == ["user"] and chat.turns() == [["user", "two"], ["assistant", "B"]]
+    assert roles(server) == ["user"] and chat.turns()[2:] == [["user", "two"], ["assistant", "B"]]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -216,4 +280,6 @@ def test_a_bad_import_is_named_and_changes_nothing(chat, content, tmp_path):
 def test_turns_left_out_are_told(chat, server):
     server.script = [Answer(["Yes"], dropped=4)]
     chat.say("Still there?")
-    chat.see("Oldest messages that the context had no room for: 4.")
+    chat.see("The context is full: the model no longer reads the first 4 messages.")
+    chat.button("New conversation", chat.answer()).click()
+    assert chat.turns() == []

@@ -52,10 +52,47 @@ def test_stopping_frees_the_row_and_a_refusal_is_told(browser, tokenizer):
         chat.page.fill("[name=max_tokens]", "8000")  # longer than a browser needs, also on a busy machine
         chat.page.keyboard.press("Escape")
         chat.send("Go on for ever")
-        assert wait_for(lambda: chat.page.evaluate("currentRun()?.turn.parts.length"))
+        assert wait_for(lambda: chat.page.evaluate("runsOf(current)[0]?.turn.parts.length"))
         assert service.num_running() == 1
         chat.button("Stop").click()
         chat.wait()
         assert wait_for(lambda: service.num_running() == 0)
         chat.say("word " * 5000)
         chat.see("the newest message takes")
+
+
+def scripted_service(tokenizer, *names):
+    """Models whose every answer is TOOL_ANSWER."""
+    script = tool_script(tokenizer)
+    models = {name: Engine(Scripted(script, tokenizer), tokenizer) for name in names}
+    service = Service(lambda i: {name: Scheduler(engine, 1, 64) for name, engine in models.items()}, names)
+    service.about = {name: {"stage": name.split("-")[0], "examples": ["Who are you?"]} for name in names}
+    return service
+
+
+def test_an_answer_cut_by_max_tokens_goes_on_to_its_end(browser, tokenizer):
+    service = scripted_service(tokenizer, MODEL)
+    with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
+        chat.button("Settings").click()
+        chat.page.fill("[name=max_tokens]", "4")
+        chat.page.keyboard.press("Escape")
+        chat.say(QUESTION["content"])
+        chat.see("Cut at the setting Max tokens.")
+        assert "Let me add them:".startswith(chat.turns()[1][1])
+        chat.page.evaluate("changeSettings({ max_tokens: 500 })")
+        chat.button("Continue").click()
+        chat.wait()
+        assert chat.turns() == [
+            ["user", "What is 2+3?"], ["assistant", "Let me add them:\n\n2+3 = 5\n\nIt is five."]]
+        assert chat.page.evaluate("pathOf(current).at(-1).stats.finish") == "stop"
+
+
+def test_two_models_answer_side_by_side(browser, tokenizer):
+    service = scripted_service(tokenizer, "sft-tiny", "rl-tiny")
+    with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
+        chat.page.select_option("#other", "rl-tiny")
+        chat.button("Who are you?").click()
+        chat.wait()
+        answer = "Let me add them:\n\n2+3 = 5\n\nIt is five."
+        assert chat.turns() == [["user", "Who are you?"], ["assistant", answer], ["assistant", answer]]
+        assert chat.page.locator(".model").all_inner_texts() == ["sft-tiny", "rl-tiny"]
