@@ -60,13 +60,13 @@ def test_the_model_that_is_picked_is_asked(chat, server):
     assert [body["model"] for body, _ in server.requests] == ["d4-rl", "d4-rl"]
 
 
-def test_the_examples_are_those_of_the_model_four_at_most(chat, server):
+def test_the_examples_are_those_of_the_model_six_at_most(chat, server):
     examples = chat.page.locator("#empty .examples button")
     assert examples.count() == 0  # nobody knows what this model answers
-    server.models["d4-rl"] = {"stage": "rl", "examples": ["One?", "<b>Two</b>?", "Three?", "Four?", "Five?"]}
+    server.models["d4-rl"] = {"stage": "rl", "examples": ["One?", "<b>Two</b>?", "Three?", *"45678"]}
     chat.reload()
     chat.page.select_option("#model", "d4-rl")
-    assert examples.all_inner_texts() == ["One?", "<b>Two</b>?", "Three?", "Four?"]
+    assert examples.all_inner_texts() == ["One?", "<b>Two</b>?", "Three?", "4", "5", "6"]
     chat.button("Three?").click()
     chat.wait()
     assert chat.turns() == [["user", "Three?"], ["assistant", "Hello there."]]
@@ -231,7 +231,8 @@ def test_figures_of_an_answer_and_the_context_meter(chat, server):
 
 
 def test_an_answer_cut_by_its_length_goes_on_as_one_message(chat, server):
-    server.script = [Answer(["One,", " two"], finish="length"), Answer([" three,"], finish="length"), Answer([" four."])]
+    server.script = [Answer(["One,", " two"], finish="length"), Answer([" three,"], finish="length"),
+                     Answer([" four."])]
     chat.say("Count")
     for _ in range(2):
         chat.see("Cut at the setting Max tokens.")

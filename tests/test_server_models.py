@@ -16,14 +16,14 @@ from starlette.testclient import TestClient
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError, run_script
-from nanochat.engine import Engine
+from nanochat.engine import PROMPTS, Engine
 from nanochat.service import Service
 from scripts.chat_web import create_app, find_models, load_schedulers, main, parse_args
 from tests.servers import HELLO, URL, chat, wait_for
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
-SAVED = {("base", "d2", 1): 0, ("sft", "d2", 5): 1, ("sft", "d2", 9): 2}  # (stage, tag, step): seed of the weights
+SAVED = {("base", "d2", 1): 0, ("sft", "d2", 5): 1, ("sft", "d2", 9): 2, ("rl", "d2", 1): 3}  # -> seed of the weights
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def base_dir(tmp_path_factory, tokenizer):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         for (stage, tag, step), seed in SAVED.items():
             model = tiny_model(tokenizer.get_vocab_size(), 128, seed=seed)
-            meta = {"examples": ["Who are you?"]} if stage == "sft" else {}
+            meta = {} if stage == "rl" else {"examples": ["Who are you?"]}
             CheckpointManager(get_checkpoint_dir(stage, tag)).save(step, model, tokenizer=tokenizer, meta=meta)
     return folder
 
@@ -69,7 +69,7 @@ def test_the_command_serves_each_model_by_its_name_until_a_signal(tokenizer):
                 cards = client.get("/v1/models").json()["data"]
                 assert [card["id"] for card in cards] == names
                 assert [card["nanochat"]["stage"] for card in cards] == ["sft", "base", "sft"]
-                assert [card["nanochat"]["examples"] for card in cards] == [["Who are you?"], [], ["Who are you?"]]
+                assert [card["nanochat"]["examples"] for card in cards] == [["Who are you?"], PROMPTS, ["Who are you?"]]
                 answers = {name: completion(client.post, name) for name in [*names, "base", None]}
                 assert chat(client, model="sft-d2").json()["model"] == "sft-d2"
                 assert chat(client, model="sft-d3").status_code == 404
@@ -85,9 +85,10 @@ def test_the_command_serves_each_model_by_its_name_until_a_signal(tokenizer):
 
 def test_the_newest_step_or_the_one_that_is_asked_for():
     newest = {"stage": "sft", "tag": "d2", "step": 9, "examples": ["Who are you?"]}
-    base = {"stage": "base", "tag": "d2", "step": 1, "examples": []}
+    base = {"stage": "base", "tag": "d2", "step": 1, "examples": PROMPTS}  # texts to go on with, not questions
     assert find_models(parse_args([])) == {"sft-d2": newest}
     assert find_models(parse_args(["-i", "base", "-g", "d2", "-s", "1"])) == {"base-d2": base}
+    assert find_models(parse_args(["-i", "rl"]))["rl-d2"]["examples"] == []  # it was saved without any
     with pytest.raises(UserError, match="step 0"):
         find_models(parse_args(["-s", "0"]))
 
