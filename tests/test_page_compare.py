@@ -106,6 +106,9 @@ def test_comparing_begins_and_ends_within_a_conversation(chat, server):
     assert [text for _, text in chat.turns()] == ["One?", "A1", "Two?", "A2", "B2", "Three?", "A3"]
     assert contents(server, "d4-rl") == [["One?", "A1", "Two?"]]
     assert contents(server, "d4-sft")[-1] == ["One?", "A1", "Two?", "A2", "Three?"]
+    chat.button("Regenerate", chat.page.locator(".turn.paired").last).click()
+    chat.wait()
+    assert contents(server, "d4-rl") == [["One?", "A1", "Two?"]] * 2  # also now by the model that gave it
 
 
 def test_an_edited_question_is_asked_of_both(chat, server):

@@ -7,6 +7,8 @@ import pytest
 from page_driver import FIXTURES, open_page
 from page_server import Answer, PageServer
 
+from tests.servers import wait_for
+
 RETRY = {"Retry-After": "20"}  # longer than a test waits: it presses the button
 
 browser, server, chat = FIXTURES
@@ -167,6 +169,20 @@ def test_the_wait_can_be_stopped(chat, server):
     chat.page.keyboard.press("Escape")
     chat.wait()
     assert len(server.requests) == 1 and chat.button("Retry").is_visible()
+
+
+def test_a_server_that_stays_busy_is_asked_six_times_and_then_by_hand(chat, server):
+    server.script = [Answer(status=429, headers=RETRY)] * 6
+    chat.send("Hi")
+    for num_requests in range(1, 6):
+        assert wait_for(lambda n=num_requests: len(server.requests) == n)
+        chat.page.wait_for_function("runsOf(current)[0].notice")  # it has heard of the refusal
+        chat.page.evaluate("runsOf(current)[0].waitUntil = 0")  # as "Try now" does
+    chat.wait()
+    assert len(server.requests) == 6
+    chat.button("Retry").click()
+    chat.wait()
+    assert chat.turns() == [["user", "Hi"], ["assistant", "Hello there."]]
 
 
 def test_a_key_is_asked_for_and_sent(browser, server):

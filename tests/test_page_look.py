@@ -76,12 +76,12 @@ def test_a_code_block_shows_its_colours_while_it_streams_and_copies_as_it_is(cha
 
 
 def test_long_code_is_coloured_quickly_and_very_long_code_stays_plain(chat):
-    draw = """([text, language]) => { const begin = performance.now(); drawBlock({ type: "code", text, language });
-        return performance.now() - begin; }"""
+    colour = """([text, language]) => Math.min(...[1, 2, 3].map(() => { const begin = performance.now();
+        colourCode(text, language); return performance.now() - begin; }))"""
     for piece in ('"', "'", '"""', "/*", "`", "#", "${", "f'", "1.", "if ", "\\", "$'"):
         for language in ("python", "js", "sh"):
-            took_ms = chat.page.evaluate(draw, [piece * (20_000 // len(piece)), language])
-            assert took_ms < 2000, (piece, language)  # on a busy machine
+            took_ms = chat.page.evaluate(colour, [piece * (20_000 // len(piece)), language])
+            assert took_ms < 1000, (piece, language)  # on a busy machine; 1 to 50 on an idle one
     assert list(paint(chat, "if " * 6_667, "python")) == [""]
 
 

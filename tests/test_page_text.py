@@ -127,5 +127,6 @@ def test_the_figures_of_a_continuation_are_told_and_the_text_is_copied(chat, ser
     chat.see("cut at the setting Max tokens")
     note = chat.page.locator("#write-note").inner_text()
     assert note.startswith("12 tokens · ") and "tok/s · first after" in note
+    assert chat.page.locator("#meter").inner_text() == "112 of 2,048 tokens"  # the stand-in says 100 for any prompt
     chat.button("Copy text").click()
     assert chat.page.evaluate("navigator.clipboard.readText()") == "One" + " a" * 12
