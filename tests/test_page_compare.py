@@ -71,7 +71,7 @@ def test_the_fault_of_one_model_is_its_own(chat, server):
 def test_one_answers_while_the_other_waits_and_stop_ends_both(chat, server):
     server.scripts = {"d4-sft": [Answer(["A", " more"], hold=1)], "d4-rl": [Answer(["B", " more"], hold=1)]}
     chat.send("One?")
-    chat.page.wait_for_function("document.querySelectorAll('.turn.assistant p').length === 2")
+    chat.page.locator(".turn.assistant p").nth(1).wait_for()
     chat.button("Stop").click()
     chat.wait()
     assert chat.turns() == [["user", "One?"], ["assistant", "A"], ["assistant", "B"]]

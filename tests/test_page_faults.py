@@ -176,7 +176,7 @@ def test_a_server_that_stays_busy_is_asked_six_times_and_then_by_hand(chat, serv
     chat.send("Hi")
     for num_requests in range(1, 6):
         assert wait_for(lambda n=num_requests: len(server.requests) == n)
-        chat.page.wait_for_function("runsOf(current)[0].notice")  # it has heard of the refusal
+        assert wait_for(lambda: chat.page.evaluate("!!runsOf(current)[0].notice"))  # it has heard of the refusal
         chat.page.evaluate("runsOf(current)[0].waitUntil = 0")  # as "Try now" does
     chat.wait()
     assert len(server.requests) == 6
