@@ -96,3 +96,18 @@ def test_two_models_answer_side_by_side(browser, tokenizer):
         answer = "Let me add them:\n\n2+3 = 5\n\nIt is five."
         assert chat.turns() == [["user", "Who are you?"], ["assistant", answer], ["assistant", answer]]
         assert chat.page.locator(".model").all_inner_texts() == ["sft-tiny", "rl-tiny"]
+
+
+def test_an_answer_that_fills_the_context_cannot_go_on(browser, tokenizer):
+    service = tiny_service(tokenizer, sequence_len=128, endless=True, num_rows=1)
+    with running_server(service) as (address, _), open_page(browser, SimpleNamespace(url=address)) as chat:
+        chat.page.evaluate("changeSettings({ seed: 3 })")
+        chat.say("the light of the sun")
+        chat.see("The context is full.")
+        assert chat.page.locator("#meter").inner_text() == "128 of 128 tokens"
+        assert chat.button("Continue").count() == 0 and chat.button("New conversation", chat.answer()).is_visible()
+        with chat.page.expect_response("**/v1/chat/completions") as refused:
+            chat.page.evaluate("generate(current, pathOf(current).at(-1))")
+        assert refused.value.json()["error"]["code"] == "context_length_exceeded"
+        chat.wait()
+        assert chat.answer().locator(".note.error").inner_text().startswith("The context is full.")
