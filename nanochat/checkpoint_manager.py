@@ -314,8 +314,14 @@ class CheckpointManager:
 
     def _check_file(self, step, meta, name):
         """UserError if a file of a checkpoint is not as it was saved."""
-        if self.verify and not is_file_intact(self._folder(step), meta, name):
-            raise self._damaged(step, f"{self._folder(step) / name} is damaged: its checksum differs")
+        if not self.verify:
+            return
+        path = self._folder(step) / name
+        # an intact file may have come from another folder
+        if name == "meta.json" and meta.get("step", step) != step:
+            raise self._damaged(step, f"{path} is that of step {meta['step']}")
+        if not is_file_intact(self._folder(step), meta, name):
+            raise self._damaged(step, f"{path} is damaged: its checksum differs")
 
     def _damaged(self, step, message):
         """The error for a damaged checkpoint. It offers the step before it."""

@@ -72,6 +72,17 @@ def test_a_changed_bit_is_named_and_the_offered_command_leads_to_the_step_before
     assert resume(manager) == 10
 
 
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_file_of_another_step_is_not_taken_for_this_one(name, manager, tokenizer):
+    """Copied back by hand, for example; sizes and the file's own checksum are right."""
+    other = tiny_model(vocab_size=tokenizer.get_vocab_size(), seed=9)
+    manager.save(30, other, other.setup_optimizers(), tokenizer, {"settings": {"depth": 2}})
+    folder = manager.checkpoint_dir / "step_000030"
+    shutil.copy(manager.checkpoint_dir / "step_000020" / name, folder / name)
+    with pytest.raises(UserError, match=f"{re.escape(str(folder / name))} is .*\nhint: mv .*then step 20"):
+        resume(manager, 30)
+
+
 @pytest.mark.parametrize("position", [0.001, 0.2, 0.5, 0.999])
 def test_serving_finds_damaged_weights_wherever_they_are(position, manager):
     flip_a_bit(manager.checkpoint_dir / "step_000020" / "model.safetensors", position)
