@@ -317,5 +317,5 @@ def test_a_tiny_series_for_real_broken_off_and_resumed(tmp_path, tokenizer, stor
     lines = series.results()
     assert lines[: len(first)] == first and [line["tag"] for line in lines] == [run.tag for run in runs]
     assert [line["steps"] for line in lines] == [20, 30, 25, 40, 50, 45]
-    assert all(line["documents"] >= 1 and 0.5 < line["bpb"] < 8 for line in lines)
+    assert all(line["documents"] >= 1 and 0.01 < line["bpb"] < 8 for line in lines)  # d3 learns it by heart
     assert "Compute-optimal tokens" in done.stdout and (folder / "scaling.svg").is_file()
