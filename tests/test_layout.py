@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "fp8": ["gpt", "precision"],
     # text
     "conversation": ["common"],
+    "split_patterns": [],
+    "tokenizer_readers": ["split_patterns"],
     "tokenizer_files": ["common"],
-    "tokenizer": ["common", "conversation", "tokenizer_files"],
+    "tokenizer": ["common", "conversation", "split_patterns", "tokenizer_files"],
     "documents": ["common"],
     "download": ["common", "documents", "locks"],
     "dataset": ["common", "configurator", "documents", "download"],
