@@ -4,7 +4,7 @@ Which tools read an exported tokenizer, by its split pattern.
 Many read tokenizer.json with a splitter of their own, and so take only patterns that they know. The
 table was made by running each tool on the exports of three tokenizers and comparing all ids, see
 dev/log/2026-11-30-split.md: texts of many kinds, and every character of Unicode's first two planes.
-A tool that takes a split gives our ids, except where EXCEPTIONS says otherwise.
+A tool that takes a split gave our ids for every ordinary text; EXCEPTIONS has the others.
 """
 
 from nanochat.split_patterns import SPLIT_PATTERNS, split_name
@@ -27,34 +27,40 @@ READERS = {
     "sugarme/tokenizer 0.3 for Go": (),
 }
 
-# What makes a tool give other ids without a word
+# What a tool that takes a split cuts elsewhere, without a word. Ids differ where a token crosses the
+# cut, which was not seen in any ordinary text
+LONG_S = "' before a long s (U+017F)"
 EXCEPTIONS = {
-    "onnxruntime-genai 0.18": "white space before a line end, and text from its first NUL on",
+    "openvino-tokenizers 2026.4": "U+180E",
+    "@huggingface/transformers 4.3": LONG_S,
+    "onnxruntime-genai 0.18": "blanks before a line end, and all from U+0000 on is left out",
     "js-tiktoken 1.0 on node 26": "U+0085 and U+FEFF",
+    "tiktoken-go 0.1.8": LONG_S,
 }
 
 
-def describe_readers(pattern):
-    """Lines of text: which tools read a tokenizer of this pattern, and which refuse it."""
+def read_outcomes(pattern):
+    """
+    [(tool, what it makes of a tokenizer of this pattern)]; empty if the pattern was not tried.
+    """
     name = split_name(pattern)
     if name is None:
-        return ["its split is none of tok_train's, so which tools read it was not tried"]
-
-    takers = []
-    refusing = []
-    exceptions = []
+        return []
+    outcomes = []
     for tool, splits in READERS.items():
-        if name not in splits:
-            refusing.append(tool)
-            continue
-        takers.append(tool)
-        if tool in EXCEPTIONS:
-            exceptions.append(f"{tool}: {EXCEPTIONS[tool]}")
+        outcome = "same ids" if name in splits else "refused"
+        if name in splits and tool in EXCEPTIONS:
+            outcome += f"; cuts elsewhere: {EXCEPTIONS[tool]}"
+        outcomes.append((tool, outcome))
+    return outcomes
 
-    lines = [f"split {name}, token ids as here in {', '.join(takers)}"]
-    if exceptions:
-        lines.append(f"but other ids, without a word, in {'; '.join(exceptions)}")
-    lines.append(f"refused by {', '.join(refusing)}")
-    if name not in KNOWN_ELSEWHERE:
-        lines.append("tok_train --split=gpt4 or --split=qwen makes one that more of them read")
+
+def reader_lines(pattern):
+    """The same as lines of a table, with what to do where many tools refuse it."""
+    outcomes = read_outcomes(pattern)
+    if not outcomes:
+        return ["its split pattern is none of tok_train's: which tools read it was not tried"]
+    lines = [f"{tool:30} {outcome}" for tool, outcome in outcomes]
+    if split_name(pattern) not in KNOWN_ELSEWHERE:
+        lines.append("more tools read the tokenizers of tok_train --split=gpt4 and --split=qwen")
     return lines

@@ -31,7 +31,7 @@ from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.gpt import ROPE_BASE
 from nanochat.tokenizer import HuggingFaceTokenizer
-from nanochat.tokenizer_readers import describe_readers
+from nanochat.tokenizer_readers import read_outcomes, reader_lines
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -124,7 +124,7 @@ def export_tokenizer(tokenizer):
 
 def model_card(name, stage, meta, config, num_params, readers, flavor="transformers"):
     """
-    README.md: the facts recorded in the checkpoint, and how to use it. readers: see tokenizer_readers.
+    README.md: the facts recorded in the checkpoint, and how to use it. readers: read_outcomes.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(hf_format.FILES),
@@ -216,12 +216,12 @@ def main():
     weights = export_weights(model, DTYPES[dtype], flavor)
     num_params = sum(tensor.numel() for tensor in weights.values())
     texts = text_files(model.config, tokenizer, source, dtype, flavor)
-    readers = describe_readers(tokenizer.pattern)
+    readers = read_outcomes(tokenizer.pattern)
     texts["README.md"] = model_card(folder.name, source, meta, model.config, num_params, readers, flavor)
 
     write_folder(folder, texts, weights)
     print(f"wrote {checkpoint_dir.name}, {source} step {step}, {num_params:,} parameters in {dtype}, to {folder}")
-    print("tokenizer.json:", *readers, sep="\n  ")
+    print("its tokenizer.json in other tools:", *reader_lines(tokenizer.pattern), sep="\n  ")
 
 
 if __name__ == "__main__":

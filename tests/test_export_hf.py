@@ -14,7 +14,7 @@ from nanochat.common import IGNORE, UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.split_patterns import NANOCHAT_PATTERN, SPLIT_PATTERNS
-from nanochat.tokenizer_readers import EXCEPTIONS, READERS, describe_readers
+from nanochat.tokenizer_readers import EXCEPTIONS, READERS, read_outcomes, reader_lines
 from scripts import export_hf
 from tests import exports
 from tests.tiny import tiny_model
@@ -159,16 +159,21 @@ def test_the_export_says_and_writes_which_tools_read_its_tokenizer(export, tmp_p
     path = export(tmp_path / "out", model_tag="kv2")
     card = (path / "README.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
-    for line in describe_readers(NANOCHAT_PATTERN):
-        assert f"\n  {line}\n" in printed and f"\n- {line}\n" in card
-    assert "refused by gigatoken" in printed and "--split=gpt4" in printed
+    for line in reader_lines(NANOCHAT_PATTERN):
+        assert f"\n  {line}\n" in printed
+    for tool, outcome in read_outcomes(NANOCHAT_PATTERN):
+        assert f"\n| {tool} | {outcome} |\n" in card
+    assert ("gigatoken 0.10", "refused") in read_outcomes(NANOCHAT_PATTERN) and "--split=gpt4" in printed
 
 
 def test_the_table_of_readers_names_splits_and_tools_that_there_are():
     for splits in READERS.values():
         assert set(splits) <= set(SPLIT_PATTERNS)
     assert set(EXCEPTIONS) <= set(READERS)
-    assert "not tried" in " ".join(describe_readers(r"\w+|\W+"))
+
+
+def test_a_pattern_that_was_not_tried_has_no_table():
+    assert read_outcomes(r"\w+|\W+") == [] and "not tried" in reader_lines(r"\w+|\W+")[0]
 
 
 # -----------------------------------------------------------------------------
