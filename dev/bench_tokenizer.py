@@ -29,6 +29,7 @@ num_bytes: int = 50_000_000        # take documents up to this many bytes of UTF
 vocab_sizes: str = "32768,65536"   # vocabularies to train; the first is also the one to encode with
 train_threads: int = 2             # threads for training
 encode_threads: str = "1,2"        # thread counts for encoding
+split: str = "nanochat"            # pattern that ours splits by: nanochat, gpt4 or qwen
 repeats: int = 3                   # measurements of each kind; the table shows medians
 peer_python: str | None = None     # interpreter in which PyPI's rustbpe 0.1.0 and gigatoken are installed
 
@@ -179,12 +180,14 @@ def write_texts(texts, path):
 def main():
     import rustbpe
     from nanochat.dataset import iter_texts
+    from nanochat.split_patterns import SPLIT_PATTERNS
 
+    pattern = SPLIT_PATTERNS[split]
     with tempfile.TemporaryDirectory() as folder:
         # the documents, the same for all
         texts_path = Path(folder) / "texts.jsonl"
         size_mb = write_texts(iter_texts(data, "train"), texts_path)
-        shared = {"texts_path": str(texts_path), "pattern": rustbpe.Tokenizer().get_pattern()}
+        shared = {"texts_path": str(texts_path), "pattern": pattern}
         print(f"{size_mb:.1f} MB of text | {os.cpu_count()} cores | {repeats} runs each, medians")
 
         # training
@@ -196,7 +199,7 @@ def main():
         # encoding, all with the merges of one tokenizer
         tokenizer = rustbpe.Tokenizer()
         with open(texts_path, encoding="utf-8") as f:
-            tokenizer.train_from_iterator(map(json.loads, f), sizes[0])
+            tokenizer.train_from_iterator(map(json.loads, f), sizes[0], pattern=pattern)
         ranks_path = Path(folder) / "ranks.tiktoken"
         with open(ranks_path, "w", encoding="ascii") as f:
             for token, rank in tokenizer.get_mergeable_ranks():

@@ -75,7 +75,8 @@ class CompletionFields(BaseModel):
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1, le=MAX_CHOICES)  # completions of each prompt
 
-    # a missing seed is drawn and sent with the answer, so that the answer can be repeated; -1 too
+    # a missing seed is drawn and sent with the answer, so that the answer can be repeated (as far as
+    # Engine.generate_rows says); -1 too
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_replace_seed)] = Field(
         default_factory=_draw_seed
     )

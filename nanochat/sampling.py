@@ -85,8 +85,8 @@ def penalize(logits, sampling, prompt, tokens):
 def sample_rows(logits, samplings, u):
     """
     One token id per row of logits (B, V), as a tensor (B,). u: a number in [0, 1) for each row. The
-    token is the u-quantile of the row's filtered distribution. One number per token keeps a row
-    reproducible, whichever rows run beside it.
+    token is the u-quantile of the row's filtered distribution. One number per token makes what is
+    drawn independent of the rows beside it, as long as the logits are: see Engine.generate_rows.
     """
     # Rows that are drawn in the same way go together: 64 rows cost little more than one
     groups = {}

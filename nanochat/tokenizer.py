@@ -24,20 +24,8 @@ from tokenizers import pre_tokenizers
 import rustbpe
 from nanochat.common import UserError, get_base_dir
 from nanochat.conversation import PART_FENCES, normalize_messages
+from nanochat.split_patterns import NANOCHAT_PATTERN
 from nanochat.tokenizer_files import hash_tokenizer, read_tokenizer, write_tokenizer
-
-# GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size,
-# three-digit pieces would spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change
-# no match and spare backtracking.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)"        # English contractions: 's, 'll
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"   # a word, with at most one space or sign in front
-    r"|\p{N}{1,2}"                  # one or two digits
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # punctuation, with the line ends after it
-    r"|\s*[\r\n]"                   # white space up to a line end
-    r"|\s+(?!\S)"                   # white space, except the last one before a word
-    r"|\s+"                         # this last one
-)
 
 # Every special token. The first starts each document and conversation; python marks a call of the
 # calculator, which the assistant writes, and output its result, which the engine writes.
@@ -76,7 +64,7 @@ class Tokenizer:
     _encode_one, _encode_batch and encode_to_numpy.
     """
 
-    def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    def __init__(self, mergeable, pattern=NANOCHAT_PATTERN, special_tokens=SPECIAL_TOKENS):
         """
         mergeable: the bytes of each ordinary token, in rank order. special_tokens: names, after
         them.
@@ -92,7 +80,9 @@ class Tokenizer:
         self._id_to_bytes = dict(enumerate(all_bytes))
 
     @classmethod
-    def train_from_iterator(cls, text_iterator, vocab_size, buffer_size=8192):
+    def train_from_iterator(
+        cls, text_iterator, vocab_size, buffer_size=8192, pattern=NANOCHAT_PATTERN
+    ):
         """
         Train on an iterator of strings, read once, `buffer_size` texts at a time. `vocab_size`
         counts the special tokens. A text with too few different pairs gives a smaller vocabulary.
@@ -107,7 +97,7 @@ class Tokenizer:
                 "for example --vocab_size=4096",
             )
         texts = map(_replace_surrogates, text_iterator)
-        return cls(cls._train_ranks(texts, num_mergeable, buffer_size))
+        return cls(cls._train_ranks(texts, num_mergeable, buffer_size, pattern), pattern)
 
     @classmethod
     def from_directory(cls, directory):
@@ -297,7 +287,7 @@ class Tokenizer:
 class RustBPETokenizer(Tokenizer):
     kind = "rustbpe"
 
-    def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    def __init__(self, mergeable, pattern=NANOCHAT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
         ranks = {token: rank for rank, token in enumerate(self.mergeable)}
         self._rustbpe = rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern)
@@ -309,13 +299,13 @@ class RustBPETokenizer(Tokenizer):
         )
 
     @staticmethod
-    def _train_ranks(texts, num_mergeable, buffer_size):
+    def _train_ranks(texts, num_mergeable, buffer_size, pattern):
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(
             texts,
             num_mergeable,
             buffer_size=buffer_size,
-            pattern=SPLIT_PATTERN,
+            pattern=pattern,
         )
         # The tokens in the order in which they were learned
         ranks = dict(trainer.get_mergeable_ranks())
@@ -366,7 +356,7 @@ def byte_characters():
 class HuggingFaceTokenizer(Tokenizer):
     kind = "huggingface"
 
-    def __init__(self, mergeable, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    def __init__(self, mergeable, pattern=NANOCHAT_PATTERN, special_tokens=SPECIAL_TOKENS):
         super().__init__(mergeable, pattern, special_tokens)
         # The vocabulary in the library's alphabet
         characters = byte_characters()
@@ -390,7 +380,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ])
 
     @classmethod
-    def _train_ranks(cls, texts, num_mergeable, buffer_size):
+    def _train_ranks(cls, texts, num_mergeable, buffer_size, pattern):
         characters = byte_characters()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=num_mergeable,
@@ -400,7 +390,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         # An untrained tokenizer: it splits as it should and knows no merge yet
         single_bytes = [bytes([byte]) for byte in range(256)]
-        core = cls(single_bytes).core
+        core = cls(single_bytes, pattern).core
         batches = iter(lambda: list(itertools.islice(texts, buffer_size)), [])  # until an empty one
         core.train_from_iterator(batches, trainer)
 

@@ -32,6 +32,7 @@ from nanochat.configurator import get_settings, override_from_cli
 from nanochat.gpt import ROPE_BASE
 from nanochat.progress import progress
 from nanochat.tokenizer import HuggingFaceTokenizer
+from nanochat.tokenizer_readers import read_outcomes, reader_lines
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -122,8 +123,10 @@ def export_tokenizer(tokenizer):
     return core
 
 
-def model_card(name, stage, meta, config, num_params, flavor="transformers"):
-    """README.md: the facts recorded in the checkpoint, and how to use it."""
+def model_card(name, stage, meta, config, num_params, readers, flavor="transformers"):
+    """
+    README.md: the facts recorded in the checkpoint, and how to use it. readers: read_outcomes.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(hf_format.FILES),
         trim_blocks=True,
@@ -136,6 +139,7 @@ def model_card(name, stage, meta, config, num_params, flavor="transformers"):
         stage=stage,
         config=config,
         num_params=num_params,
+        readers=readers,
         flavor=flavor,
         step=meta["step"],
         iterations=meta.get("iterations"),
@@ -213,10 +217,12 @@ def main():
     weights = export_weights(model, DTYPES[dtype], flavor)
     num_params = sum(tensor.numel() for tensor in weights.values())
     texts = text_files(model.config, tokenizer, source, dtype, flavor)
-    texts["README.md"] = model_card(folder.name, source, meta, model.config, num_params, flavor)
+    readers = read_outcomes(tokenizer.pattern)
+    texts["README.md"] = model_card(folder.name, source, meta, model.config, num_params, readers, flavor)
 
     write_folder(folder, texts, weights)
     print(f"wrote {checkpoint_dir.name}, {source} step {step}, {num_params:,} parameters in {dtype}, to {folder}")
+    print("its tokenizer.json in other tools:", *reader_lines(tokenizer.pattern), sep="\n  ")
 
 
 if __name__ == "__main__":

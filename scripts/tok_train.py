@@ -5,19 +5,22 @@ Train the tokenizer and save it under <base dir>/tokenizer, where every later st
     python -m scripts.tok_train --max_chars=2000000000 --vocab_size=65536
     # on files of your own: seconds on a laptop
     python -m scripts.tok_train --data=my_texts/ --vocab_size=4096
+    # one that more tools of others read
+    python -m scripts.tok_train --data=my_texts/ --vocab_size=4096 --split=gpt4
 
 It runs in one process, without torchrun, and streams the text: memory holds the distinct words,
 not the corpus.
 """
 
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 from nanochat.common import UserError, get_base_dir, print0, run_script
 from nanochat.configurator import CountOrOff, Positive, Range, get_settings, override_from_cli
 from nanochat.dataset import describe_skipped, get_spans, read_texts
 from nanochat.progress import progress
 from nanochat.report import get_report
+from nanochat.split_patterns import SPLIT_PATTERNS
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
 
 data: str | None = None           # file, folder or glob of .parquet, .jsonl, .txt; None = the default corpus
@@ -26,6 +29,7 @@ strict: bool = False              # refuse rows without text before training sta
 max_chars: Positive = 2_000_000_000  # stop after this many characters
 doc_cap: CountOrOff = 10_000      # characters taken of one document, so that a few long ones do not decide; -1 = all
 vocab_size: Annotated[int, Range(265, 2**31)] = 65_536  # tokens; 265 = the bytes and the special ones
+split: Literal["nanochat", "gpt4", "qwen"] = "nanochat"  # digits a token: at most 2, 3, 1; decides which tools read it
 buffer_size: Annotated[int, Range(1, 2**31)] = 8192  # documents handed to the trainer at a time: memory against waiting
 trainer: str = "rustbpe"          # rustbpe, or huggingface (the `tokenizers` library, slower)
 
@@ -64,7 +68,9 @@ def train_tokenizer():
     texts = cap_texts(texts, max_chars, doc_cap, facts)
     # reading the text is part of the time: it is decoded while the trainer counts
     start = time.perf_counter()
-    tokenizer = TOKENIZER_KINDS[trainer].train_from_iterator(texts, vocab_size, buffer_size)
+    kind = TOKENIZER_KINDS[trainer]
+    pattern = SPLIT_PATTERNS[split]
+    tokenizer = kind.train_from_iterator(texts, vocab_size, buffer_size, pattern)
     seconds = time.perf_counter() - start
     facts["seconds"] = seconds
 

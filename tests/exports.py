@@ -3,6 +3,7 @@
 import pytest
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
+from nanochat.split_patterns import NANOCHAT_PATTERN
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import export_hf
 from tests.tiny import tiny_model
@@ -10,8 +11,8 @@ from tests.tiny import tiny_model
 VOCAB_SIZE = 500  # not a multiple of 64: the model has padded rows, which must not be exported
 
 
-def small_tokenizer(story):
-    return RustBPETokenizer.train_from_iterator(iter([story]), vocab_size=VOCAB_SIZE)
+def small_tokenizer(story, pattern=NANOCHAT_PATTERN):
+    return RustBPETokenizer.train_from_iterator(iter([story]), vocab_size=VOCAB_SIZE, pattern=pattern)
 
 
 def small_models():

@@ -13,6 +13,8 @@ from nanochat import hf_format
 from nanochat.common import IGNORE, UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.split_patterns import NANOCHAT_PATTERN, SPLIT_PATTERNS
+from nanochat.tokenizer_readers import EXCEPTIONS, READERS, read_outcomes, reader_lines
 from scripts import export_hf
 from tests import exports
 from tests.tiny import tiny_model
@@ -141,6 +143,37 @@ def test_text_that_spells_a_special_token_becomes_it_in_transformers_unless_spli
     end = small_tokenizer.encode_special("<|assistant_end|>")
     assert end in theirs(text).input_ids and end not in small_tokenizer.encode(text)
     assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == small_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("pattern", SPLIT_PATTERNS.values(), ids=SPLIT_PATTERNS.keys())
+def test_each_split_gives_the_same_ids_in_transformers(
+        transformers, small_models, story, pattern, tmp_path, capsys):
+    tokenizer = exports.small_tokenizer(story + " 1984 1984 365 365 12 12", pattern)
+    saved = exports.save_checkpoints(tmp_path / "saved", {"kv2": small_models["kv2"]}, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(exports.export(saved, tmp_path / "out", model_tag="kv2"))
+    for text in fuzzed_texts(story, count=100):
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text), repr(text)
+
+
+def test_the_export_says_and_writes_which_tools_read_its_tokenizer(export, tmp_path, capsys):
+    path = export(tmp_path / "out", model_tag="kv2")
+    card = (path / "README.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    for line in reader_lines(NANOCHAT_PATTERN):
+        assert f"\n  {line}\n" in printed
+    for tool, outcome in read_outcomes(NANOCHAT_PATTERN):
+        assert f"\n| {tool} | {outcome} |\n" in card
+    assert ("gigatoken 0.10", "refused") in read_outcomes(NANOCHAT_PATTERN) and "--split=gpt4" in printed
+
+
+def test_the_table_of_readers_names_splits_and_tools_that_there_are():
+    for splits in READERS.values():
+        assert set(splits) <= set(SPLIT_PATTERNS)
+    assert set(EXCEPTIONS) <= set(READERS)
+
+
+def test_a_pattern_that_was_not_tried_has_no_table():
+    assert read_outcomes(r"\w+|\W+") == [] and "not tried" in reader_lines(r"\w+|\W+")[0]
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from nanochat import hf_format
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir, load_checkpoint
 from nanochat.common import UserError
+from nanochat.split_patterns import SPLIT_PATTERNS
 from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import chat_cli, import_hf
 from tests import exports
@@ -59,6 +60,15 @@ def test_an_imported_model_is_exported_to_the_same_files(export, here, settings,
         if name != "README.md":
             assert (first / name).read_bytes() == (again / name).read_bytes(), name
     assert "| origin | imported from first |" in (again / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("pattern", SPLIT_PATTERNS.values(), ids=SPLIT_PATTERNS.keys())
+def test_a_tokenizer_of_each_split_comes_back(small_models, story, here, pattern, tmp_path, monkeypatch, capsys):
+    tokenizer = exports.small_tokenizer(story, pattern)
+    saved = exports.save_checkpoints(tmp_path / "saved", {"kv2": small_models["kv2"]}, tokenizer)
+    run_import(exports.export(saved, tmp_path / "out", model_tag="kv2"), monkeypatch, model_tag="mine")
+    _, loaded, _ = load_checkpoint("sft", "cpu", "mine")
+    assert loaded.pattern == pattern and loaded.hash() == tokenizer.hash()
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])

@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "fp8": ["gpt", "precision"],
     # text
     "conversation": ["common"],
+    "split_patterns": [],
+    "tokenizer_readers": ["split_patterns"],
     "tokenizer_files": ["common"],
-    "tokenizer": ["common", "conversation", "tokenizer_files"],
+    "tokenizer": ["common", "conversation", "split_patterns", "tokenizer_files"],
     "documents": ["common", "progress"],
     "download": ["common", "documents", "locks", "progress"],
     "dataset": ["common", "configurator", "documents", "download", "progress"],

@@ -13,12 +13,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
 import rustbpe
 
 PATTERN = rustbpe.Tokenizer().get_pattern()
+FAST_PATTERNS = dict(zip(["nanochat", "gpt4", "qwen"], rustbpe.Tokenizer.fast_patterns(), strict=True))
 NO_SPLIT = r"[\s\S]+"
 BYTES = [(bytes([byte]), byte) for byte in range(256)]
 AWKWARD = [
@@ -28,6 +30,8 @@ AWKWARD = [
     "x" * 40, "<|bos|> <|user_start|>",
 ]
 TEXTS = AWKWARD + ["the theme of these theses is that the others then thank them", "aaaa aaa aaaaaaa baaa caaab"] * 3
+
+each_split = pytest.mark.parametrize("pattern", FAST_PATTERNS.values(), ids=FAST_PATTERNS.keys())
 
 
 # -----------------------------------------------------------------------------
@@ -103,9 +107,10 @@ def test_ties_go_to_the_smallest_pair_of_ids():
     assert tokens_of(trained(["zy zy ba ba"], 258, pattern=r"\w+"))[256:] == [b"ba", b"zy"]
 
 
+@each_split
 @pytest.mark.parametrize("vocab_size", [256, 257, 300, 420, 5000])
-def test_training_equals_the_slow_oracle(vocab_size):
-    assert tokens_of(trained(TEXTS, vocab_size)) == slow_train(TEXTS, vocab_size)
+def test_training_equals_the_slow_oracle(vocab_size, pattern):
+    assert tokens_of(trained(TEXTS, vocab_size, pattern=pattern)) == slow_train(TEXTS, vocab_size, pattern)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -193,7 +198,7 @@ def test_encoding_equals_the_hand_derived_ids():
     assert tokenizer.encode("aab") == [97, 257]
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, NO_SPLIT, r"\w+| "])
+@pytest.mark.parametrize("pattern", [*FAST_PATTERNS.values(), NO_SPLIT, r"\w+| "])
 def test_encoding_equals_tiktoken_on_awkward_strings(pattern):
     tokenizer = trained(TEXTS, 500, pattern=pattern)
     reference = tiktoken_of(tokenizer.get_mergeable_ranks(), pattern)
@@ -201,28 +206,49 @@ def test_encoding_equals_tiktoken_on_awkward_strings(pattern):
         assert tokenizer.encode(text) == reference.encode_ordinary(text), repr(text)
 
 
+@each_split
 @pytest.mark.parametrize("seed", range(4))
-def test_encoding_equals_tiktoken_on_random_unicode(seed):
+def test_encoding_equals_tiktoken_on_random_unicode(seed, pattern):
     rng = random.Random(seed)
-    alphabet = "aAsStTlLrRveE'''ſK12٣½ⅷ  \t\n\r\x85\u00a0\u2003!?.,-–“éßжΩ日本ะ́\u200d👍\U0001d400\U000e0001\ufffd"
+    alphabet = "aAsStTlLrRveE'''ſK123٣½ⅷ  \t\n\r\x85\u00a0\u2003!?.,-–“éßжΩ日本ะ́\u200d👍\U0001d400\U000e0001\ufffd"
     texts = [random_text(rng, alphabet, rng.randint(1, 80)) for _ in range(500)]
     # Merges learned without a split cross every boundary, so that a wrong cut shows in the ids.
     ranks = trained(texts, 3000, pattern=NO_SPLIT).get_mergeable_ranks()
-    tokenizer, reference = rustbpe.Tokenizer.from_ranks(ranks, PATTERN), tiktoken_of(ranks)
+    tokenizer, reference = rustbpe.Tokenizer.from_ranks(ranks, pattern), tiktoken_of(ranks, pattern)
     assert tokenizer.batch_encode(texts) == reference.encode_ordinary_batch(texts)
 
 
-def test_splitting_equals_tiktoken_on_the_first_two_planes():
-    # All pairs of bytes are tokens, in random order: where a piece starts decides which bytes pair up.
-    # (The tests of the crate compare with the regex on every code point.)
-    rng = random.Random(0)
+def ranks_that_show_each_cut(seed=0):
+    """
+    All pairs of bytes as tokens, in random order: where a piece starts decides which bytes pair up.
+    """
+    rng = random.Random(seed)
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     rng.shuffle(pairs)
-    ranks = BYTES + [(pair, 256 + i) for i, pair in enumerate(pairs)]
-    tokenizer, reference = rustbpe.Tokenizer.from_ranks(ranks, PATTERN), tiktoken_of(ranks)
+    return BYTES + [(pair, 256 + i) for i, pair in enumerate(pairs)]
+
+
+@each_split
+def test_splitting_equals_tiktoken_on_the_first_two_planes(pattern):
+    # (The tests of the crate compare with the regex on every code point.)
+    ranks = ranks_that_show_each_cut()
+    tokenizer, reference = rustbpe.Tokenizer.from_ranks(ranks, pattern), tiktoken_of(ranks, pattern)
     chars = [chr(i) for i in range(0x20000) if not 0xD800 <= i < 0xE000]
-    text = "".join(f"a{c}1{c}{c}b '{c}\n{c} {c}!" for c in chars)
+    text = "".join(f"a{c}1{c}{c}b '{c}\n{c} {c}!{c}{c}{c}" for c in chars)
     assert tokenizer.encode(text) == reference.encode_ordinary(text)
+
+
+@each_split
+def test_splitting_equals_the_regex_module(pattern):
+    # a second engine of Unicode regular expressions; ids of a text = ids of its pieces, one by one
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranks_that_show_each_cut(), pattern)
+    rng = random.Random(7)
+    alphabet = "aStTlLve''ſ0123456789٣½ⅷ  \t\n\r\u00a0\u3000!.-éж日\u0301👍"
+    for _ in range(3000):
+        text = random_text(rng, alphabet, rng.randint(1, 60))
+        pieces = regex.findall(pattern, text)
+        assert "".join(pieces) == text
+        assert tokenizer.encode(text) == sum(tokenizer.batch_encode(pieces), []), repr(text)
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "ab" * 50_000, " " * 100_000 + "x", "\n " * 30_000, "é" * 50_000,
@@ -236,6 +262,21 @@ def test_encoding_of_long_repetition_is_exact_and_not_quadratic(text):
     assert b"".join(tokens[i] for i in ids).decode() == text
     reference = tiktoken_of(tokenizer.get_mergeable_ranks())
     assert tokenizer.encode(text[:20_000]) == reference.encode_ordinary(text[:20_000])
+
+
+def test_the_fast_patterns_take_no_longer_than_each_other():
+    text = "In 1984 she counted 31,536,000 seconds; by 2026 it was 1,357,924,680. " * 3000
+    seconds = {}
+    for pattern in [*FAST_PATTERNS.values(), f"(?:{PATTERN})"]:  # the last one goes through the regex engine
+        tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, pattern)
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            tokenizer.encode(text)
+            times.append(time.thread_time() - start)
+        seconds[pattern] = min(times)
+    *fast, slow = seconds.values()
+    assert max(fast) < slow / 1.5
 
 
 def test_special_token_text_stays_text():

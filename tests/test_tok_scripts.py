@@ -11,6 +11,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.dataset import iter_texts
+from nanochat.split_patterns import SPLIT_PATTERNS
 from nanochat.tokenizer import HuggingFaceTokenizer, RustBPETokenizer, get_tokenizer
 from scripts import tok_eval, tok_train
 
@@ -71,6 +72,22 @@ def test_train_saves_what_the_class_learns_from_the_same_documents(monkeypatch, 
     same = RustBPETokenizer.train_from_iterator(iter_texts(corpus, "train"), vocab_size=400)
     assert get_tokenizer().hash() == same.hash()
     assert f"saved: {base_dir / 'tokenizer'} | hash: {same.hash()[:16]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", ["rustbpe", "huggingface"])
+@pytest.mark.parametrize("split", SPLIT_PATTERNS)
+def test_train_takes_each_split_and_saves_its_pattern(monkeypatch, base_dir, corpus, split, trainer):
+    run_as_command(monkeypatch, "tok_train", f"--data={corpus}", "--vocab_size=400", f"--split={split}",
+                   f"--trainer={trainer}")
+    assert get_tokenizer().pattern == SPLIT_PATTERNS[split]
+    record, = (json.loads(path.read_text(encoding="utf-8")) for path in (base_dir / "report").glob("*training.json"))
+    assert record["config"]["split"] == split
+
+
+def test_train_refuses_an_unknown_split(monkeypatch, capsys, corpus):
+    with pytest.raises(SystemExit):
+        run_as_command(monkeypatch, "tok_train", f"--data={corpus}", "--split=gpt5")
+    assert "--split=gpt5: need nanochat or gpt4 or qwen" in capsys.readouterr().err
 
 
 def test_train_reads_another_field_and_names_rows_without_text(monkeypatch, capsys, tmp_path):

@@ -5,15 +5,16 @@ import os
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 import torch
 from tiktoken.load import load_tiktoken_bpe
 
 import rustbpe
 from nanochat.common import UserError
+from nanochat.split_patterns import NANOCHAT_PATTERN, SPLIT_PATTERNS
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
-    SPLIT_PATTERN,
     HuggingFaceTokenizer,
     RustBPETokenizer,
     get_token_bytes,
@@ -23,7 +24,7 @@ from nanochat.tokenizer_files import META_NAME, RANKS_NAME
 
 AWKWARD = {
     "empty": "", "letter": "x", "spaces": "   ", "newlines": "\n\n\r\n \n", "tabs": "\t\tend\t",
-    "contractions": "It's they'LL we'Ve I'm don't 'sound ''s", "digits": "1 12 123 1234567 ٣٤٥ ¼ x1y22",
+    "contractions": "It's they'LL we'Ve I'm don't 'sound ''s", "digits": "1 12 123 1234567 ٣٤٥٦ ¼½¾⅓ x1y22",
     "code": "def f(x):\n    return {'a': [1, 2]}  # ok\n", "punctuation": "...!!!\n\n--- ¿qué? «so»",
     "greek": "Η θάλασσα είναι σκοτεινή.", "hindi": "नमस्ते दुनिया", "japanese": "東京は晴れ、気温は21度。",
     "emoji": "👩\u200d🚀 ok 👍🏽 🇪🇺", "combining": "e\u0301 a\u0308 \u200b\ufeff", "control": "\x00\x01\x7f\x85\u2028",
@@ -31,12 +32,7 @@ AWKWARD = {
     "story": "She climbed the ninety-six steps and lit the lamp; the boat came home.",
 }
 awkward = pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD.keys())
-
-
-@pytest.fixture(scope="module")
-def hf_tokenizer(tokenizer):
-    """The same ranks in the other class."""
-    return HuggingFaceTokenizer(tokenizer.mergeable)
+each_split = pytest.mark.parametrize("pattern", SPLIT_PATTERNS.values(), ids=SPLIT_PATTERNS.keys())
 
 
 @pytest.fixture(params=[RustBPETokenizer, HuggingFaceTokenizer])
@@ -48,21 +44,35 @@ def kind(request):
 # One regex, one merge table
 
 
-def test_rustbpe_splits_by_our_pattern_by_default():
-    assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
+def test_rustbpe_splits_by_our_pattern_by_default_and_knows_all_of_them():
+    assert rustbpe.Tokenizer().get_pattern() == NANOCHAT_PATTERN
+    assert rustbpe.Tokenizer.fast_patterns() == list(SPLIT_PATTERNS.values())
 
 
+@pytest.mark.parametrize("name, pieces", [
+    ("nanochat", ["It", "'s", " ", "12", "34", "5", " a", "٣٤", "٥"]),
+    ("gpt4", ["It", "'s", " ", "123", "45", " a", "٣٤٥"]),
+    ("qwen", ["It", "'s", " ", "1", "2", "3", "4", "5", " a", "٣", "٤", "٥"]),
+])
+def test_the_splits_differ_in_the_digits_of_a_piece(name, pieces):
+    assert regex.findall(SPLIT_PATTERNS[name], "It's 12345 a٣٤٥") == pieces
+
+
+@each_split
 @awkward
-def test_encoding_equals_plain_tiktoken_and_rustbpe_on_the_same_ranks(tokenizer, text):
+def test_encoding_equals_plain_tiktoken_and_rustbpe_on_the_same_ranks(tokenizer, text, pattern):
+    tokenizer = RustBPETokenizer(tokenizer.mergeable, pattern)
     ranks = {token: rank for rank, token in enumerate(tokenizer.mergeable)}
-    plain = tiktoken.Encoding("plain", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    plain = tiktoken.Encoding("plain", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     assert tokenizer.encode(text) == plain.encode_ordinary(text)
-    assert rustbpe.Tokenizer.from_ranks(list(ranks.items()), SPLIT_PATTERN).encode(text) == plain.encode_ordinary(text)
+    assert rustbpe.Tokenizer.from_ranks(list(ranks.items()), pattern).encode(text) == plain.encode_ordinary(text)
 
 
+@each_split
 @awkward
-def test_hugging_face_class_encodes_the_same_ranks_to_the_same_ids(tokenizer, hf_tokenizer, text):
-    assert hf_tokenizer.encode(text) == tokenizer.encode(text)
+def test_hugging_face_class_encodes_the_same_ranks_to_the_same_ids(tokenizer, text, pattern):
+    theirs = HuggingFaceTokenizer(tokenizer.mergeable, pattern)
+    assert theirs.encode(text) == RustBPETokenizer(tokenizer.mergeable, pattern).encode(text)
 
 
 def test_merges_by_hand():
@@ -95,6 +105,14 @@ def test_training_is_the_same_whatever_the_buffer(kind, story):
     lines = story.split("\n")
     by_one, at_once = (kind.train_from_iterator(lines, vocab_size=400, buffer_size=size) for size in (1, 8192))
     assert by_one.hash() == at_once.hash()
+
+
+@pytest.mark.parametrize("name, longest", [("nanochat", 2), ("gpt4", 3), ("qwen", 1)])
+def test_training_learns_no_number_longer_than_the_splits_pieces(kind, name, longest):
+    pattern = SPLIT_PATTERNS[name]
+    tokenizer = kind.train_from_iterator(["year 19841984 " * 50], vocab_size=300, pattern=pattern)
+    numbers = [token for token in tokenizer.mergeable if token.isdigit()]
+    assert tokenizer.pattern == pattern and max(map(len, numbers)) == longest
 
 
 def test_a_short_text_gives_a_smaller_vocabulary(kind):
@@ -159,6 +177,15 @@ def test_a_million_spaces_do_not_panic(tokenizer):
     assert tokenizer.decode(ids[0]) == text and ids[1] == tokenizer.encode("hi")
 
 
+@each_split
+def test_half_a_million_of_the_same_character_do_not_panic(tokenizer, pattern):
+    tokenizer = RustBPETokenizer(tokenizer.mergeable, pattern)
+    for character in " \n1a!":
+        text = character * 499_999 + "x"  # just short enough to go through tiktoken
+        ids, _ = tokenizer.encode_to_numpy([text])
+        assert tokenizer.encode(text) == ids.tolist()
+
+
 def test_encode_to_numpy_equals_encode(kind, tokenizer):
     tokenizer, texts = kind(tokenizer.mergeable), list(AWKWARD.values())
     ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=2)
@@ -208,12 +235,15 @@ def test_token_bytes_counts_raw_bytes_and_nothing_for_special_tokens(kind, token
 # Files
 
 
+@each_split
 @pytest.mark.parametrize("loader", [RustBPETokenizer, HuggingFaceTokenizer])
-def test_each_class_loads_what_each_saved(kind, loader, tokenizer, story, tmp_path):
-    kind(tokenizer.mergeable).save(tmp_path)
+def test_each_class_loads_what_each_saved(kind, loader, tokenizer, story, tmp_path, pattern):
+    saved = kind(tokenizer.mergeable, pattern)
+    saved.save(tmp_path)
     loaded = loader.from_directory(tmp_path)
-    assert type(loaded) is loader and loaded.hash() == tokenizer.hash()
-    assert loaded.encode(story) == tokenizer.encode(story)
+    assert type(loaded) is loader and loaded.hash() == saved.hash() and loaded.pattern == pattern
+    text = story + " 1234567"
+    assert loaded.encode(text) == saved.encode(text)
 
 
 def test_get_tokenizer_takes_the_class_that_saved_and_the_base_dir(kind, tokenizer, tmp_path, monkeypatch):
@@ -233,7 +263,7 @@ def test_files_are_tiktoken_text_and_ascii_json_and_nothing_else(tokenizer, tmp_
 
 
 def test_the_hash_covers_pattern_ranks_and_special_tokens(tokenizer):
-    others = [RustBPETokenizer(tokenizer.mergeable, pattern=SPLIT_PATTERN.replace("1,2", "1,3")),
+    others = [RustBPETokenizer(tokenizer.mergeable, pattern=NANOCHAT_PATTERN.replace("1,2", "1,3")),
               RustBPETokenizer([*tokenizer.mergeable[:-2], tokenizer.mergeable[-1], tokenizer.mergeable[-2]]),
               RustBPETokenizer(tokenizer.mergeable, special_tokens=[*SPECIAL_TOKENS[:-1], "<|other|>"])]
     assert len({tokenizer.hash(), *(other.hash() for other in others)}) == 4

@@ -1,5 +1,5 @@
 use super::encode::Encoder;
-use super::split::{Splitter, DEFAULT_PATTERN};
+use super::split::{Splitter, DEFAULT_PATTERN, FAST_PATTERNS, GPT4_PATTERN, QWEN_PATTERN};
 use super::train::learn_tokens;
 use super::words::{count_words, hash, key_of, Batch, Interner};
 
@@ -9,9 +9,15 @@ fn pieces<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
     pieces
 }
 
-/// The same pattern spelled so that it goes through the regex engine.
-fn by_regex() -> Splitter {
-    Splitter::new(&format!("(?:{DEFAULT_PATTERN})")).unwrap()
+/// Each pattern that is split by hand, with its splitter and one that goes through the regex engine.
+fn by_hand_and_by_regex() -> [(Splitter, Splitter); 3] {
+    FAST_PATTERNS.map(|(pattern, _)| {
+        let ours = Splitter::new(pattern).unwrap();
+        assert!(matches!(ours, Splitter::ByHand { .. }));
+        let regex = Splitter::new(&format!("(?:{pattern})")).unwrap();
+        assert!(matches!(regex, Splitter::Regex(_)));
+        (ours, regex)
+    })
 }
 
 /// A small random generator (xorshift), so that a failure can be repeated.
@@ -35,32 +41,41 @@ fn train(texts: &[&str], vocab_size: usize, num_threads: usize, pattern: &str) -
 }
 
 #[test]
-fn the_splitter_equals_the_regex_on_every_code_point() {
-    let (ours, regex) = (Splitter::Default, by_regex());
-    for c in '\0'..=char::MAX {
-        let text = format!("a{c}{c}b {c}1'{c}l\n{c}!{c}");
-        assert_eq!(pieces(&ours, &text), pieces(&regex, &text), "{c:?}");
+fn the_splitters_equal_the_regex_on_every_code_point() {
+    for (ours, regex) in by_hand_and_by_regex() {
+        for c in '\0'..=char::MAX {
+            let text = format!("a{c}{c}b {c}1{c}'{c}l\n{c}!{c}{c}{c}{c}");
+            assert_eq!(pieces(&ours, &text), pieces(&regex, &text), "{c:?}");
+        }
     }
 }
 
 #[test]
-fn the_splitter_equals_the_regex_on_random_text() {
-    let alphabet: Vec<char> = "aSsLlTtvVrReEdDmM''ſ1٣½  \t\n\r\u{85}\u{a0}\u{3000}!.é日\u{301}👍".chars().collect();
-    let (ours, regex, mut state) = (Splitter::Default, by_regex(), 1);
-    for _ in 0..50_000 {
-        let len = random(&mut state, 24);
-        let text: String = (0..len).map(|_| alphabet[random(&mut state, alphabet.len())]).collect();
-        assert_eq!(pieces(&ours, &text), pieces(&regex, &text), "{text:?}");
+fn the_splitters_equal_the_regex_on_random_text() {
+    let alphabet: Vec<char> = "aSsLlTtvVrReEdDmM''ſ123٣½  \t\n\r\u{85}\u{a0}\u{3000}!.é日\u{301}👍".chars().collect();
+    for (ours, regex) in by_hand_and_by_regex() {
+        let mut state = 1;
+        for _ in 0..50_000 {
+            let len = random(&mut state, 24);
+            let text: String = (0..len).map(|_| alphabet[random(&mut state, alphabet.len())]).collect();
+            assert_eq!(pieces(&ours, &text), pieces(&regex, &text), "{text:?}");
+        }
     }
 }
 
 #[test]
 fn pieces_are_those_of_the_pattern_by_hand() {
-    let text = "It's  12345 o'clock!!\n\n  'ſo\u{a0}x\n y ";
-    let expected =
-        ["It", "'s", " ", " ", "12", "34", "5", " o", "'clock", "!!\n\n", " ", " '", "ſo", "\u{a0}x", "\n", " y", " "];
-    assert_eq!(pieces(&Splitter::Default, text), expected);
-    assert_eq!(pieces(&by_regex(), text), expected);
+    let text = "It's  1234567 o'clock!!\n\n  'ſo\u{a0}x\n y ";
+    let after = [" o", "'clock", "!!\n\n", " ", " '", "ſo", "\u{a0}x", "\n", " y", " "];
+    let numbers: [(&str, &[&str]); 3] = [
+        (DEFAULT_PATTERN, &["12", "34", "56", "7"]),
+        (GPT4_PATTERN, &["123", "456", "7"]),
+        (QWEN_PATTERN, &["1", "2", "3", "4", "5", "6", "7"]),
+    ];
+    for (pattern, number) in numbers {
+        let expected = [&["It", "'s", " ", " "], number, &after].concat();
+        assert_eq!(pieces(&Splitter::new(pattern).unwrap(), text), expected);
+    }
 }
 
 #[test]
@@ -111,7 +126,7 @@ fn overlapping_repeats_are_merged_from_left_to_right() {
 #[test]
 fn an_error_of_the_stream_or_the_check_stops_the_training() {
     let fails = |_: &mut Batch| Err("stream".into());
-    assert_eq!(count_words(&Splitter::Default, 2, fails).err().unwrap().to_string(), "stream");
+    assert_eq!(count_words(&Splitter::new(DEFAULT_PATTERN).unwrap(), 2, fails).err().unwrap().to_string(), "stream");
     let check = || Err("check".into());
     assert_eq!(learn_tokens(Vec::new(), 300, check).err().unwrap().to_string(), "check");
 }
@@ -119,7 +134,7 @@ fn an_error_of_the_stream_or_the_check_stops_the_training() {
 #[test]
 fn many_threads_encode_like_one() {
     let texts = ["the theme of these theses", "", "then: the 12345 others\n\n"].repeat(30_000);
-    let encoder = Encoder::new(Splitter::Default, train(&texts[..100], 300, 1, DEFAULT_PATTERN));
+    let encoder = Encoder::new(Splitter::new(DEFAULT_PATTERN).unwrap(), train(&texts[..100], 300, 1, DEFAULT_PATTERN));
     let one_by_one: Vec<Vec<u32>> = texts.iter().map(|text| encoder.encode(text).unwrap()).collect();
     for num_threads in [1, 2, 5] {
         let parts = encoder.encode_batch(&texts, num_threads).unwrap();
