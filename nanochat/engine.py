@@ -127,9 +127,8 @@ class Engine:
         other one is read.
 
         A row with its seed gives the same tokens again, also after other rows and on another number
-        of threads. Alone or among others it does if the device multiplies one row as it does many.
-        Not all CPUs do (on an AMD Zen 4 in float32, but not in bfloat16): a text may then go another
-        way where two tokens are about equally likely.
+        of threads. Among other rows its sums may be rounded otherwise than alone, and its text then
+        go another way where two tokens are about equally likely (dev/log/2026-11-30-split.md).
         """
         waiting = deque(rows)
         num_rows = max(1, min(num_rows, len(rows)))
