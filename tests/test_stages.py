@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -113,6 +114,9 @@ def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkp
     with pytest.raises(UserError, match={"loss": "step 3 is nan.*step 2", "gradient": "gradient's norm is nan"}[what]):
         run_stage(stage, eval_every=-1, save_every=2)
     manager = CheckpointManager(get_checkpoint_dir(stage, "d1"))
+    deadline = time.monotonic() + 30  # the checkpoint is written in the background; a process would wait at its end
+    while not manager.steps() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert manager.steps() == [2] and len(calls) == 4
     assert all(p.isfinite().all() for p in manager.load_model(torch.device("cpu")).parameters())
 
