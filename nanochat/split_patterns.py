@@ -2,9 +2,9 @@
 The split patterns: regular expressions that cut text into pieces which no token crosses.
 
 They differ only in how many digits make a piece, but that decides which tools read the tokenizer:
-many know GPT-4's and Qwen2's patterns by their exact spelling and refuse any other. So these two
-stand here as the tokenizer.json files of GPT-4, Llama 3 and Qwen2 have them, and `rustbpe` splits
-all three by hand.
+many know GPT-4's and Qwen2's patterns and refuse others. So these two stand here as transformers
+spells them, in its converter of tiktoken's files and its Qwen2Tokenizer. `rustbpe` splits all three
+by hand.
 
 A saved tokenizer holds its pattern, not the name of it, so that any other pattern works as well.
 """

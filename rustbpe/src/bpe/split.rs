@@ -14,7 +14,7 @@ pub const DEFAULT_PATTERN: &str = concat!(
     r"|\s*[\r\n]|\s+(?!\S)|\s+",
 );
 
-/// GPT-4's own split, in the spelling of the tokenizer.json files of GPT-4 and Llama 3.
+/// GPT-4's own split, in the spelling of transformers.
 pub const GPT4_PATTERN: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
