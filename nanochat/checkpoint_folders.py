@@ -94,7 +94,7 @@ def first_model_hint(stage):
             trained.append(other)
     if not trained:
         script = STAGE_SCRIPTS[stage]
-        return f"bash dev/runcpu.sh trains a small model through all stages, scripts.{script} this one"
+        return f"bash dev/runcpu.sh trains a small model through all stages, python -m scripts.{script} this one"
     return f"{training_hint(stage)}, or take a model of the stage {' or '.join(trained)}"
 
 
