@@ -178,7 +178,8 @@ def test_where_decisions_do_not_differ_a_resumed_run_repeats_exactly(base_dir, m
                               keep_last=-1)
     run_stage("base", **settings, model_tag="whole")
     whole = curve("base", "whole")
-    assert whole[-1]["step"] == 28 and whole[-2]["lrm"] == pytest.approx(1 / 14)
+    last_step = [row for row in whole if "lrm" in row][-1]
+    assert last_step["step"] == 28 and last_step["lrm"] == pytest.approx(1 / 14)
     run_stage("base", **settings, model_tag="whole", resume_from_step=16)
     assert curve("base", "whole") == whole
 
