@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import torch
 
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
@@ -167,7 +166,7 @@ def test_a_broken_run_goes_on_with_its_size_and_its_time(short, monkeypatch):
     assert meta["batch_tokens"] == before["batch_tokens"] and meta["progress"]["spent_s"] > 9
     resumed = curve("base", "minutes0.2")
     assert resumed[: middle] == unbroken[: middle]
-    assert torch.tensor(resumed[-1]["val/bpb"]).isfinite()
+    assert [row for row in resumed if "val/bpb" in row][-1]["val/bpb"] > 0
 
 
 def test_where_decisions_do_not_differ_a_resumed_run_repeats_exactly(base_dir, monkeypatch):
