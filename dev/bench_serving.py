@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from urllib.parse import urlsplit
 
+from dev.bench_machine import busy_neighbours
 from nanochat.common import UserError, run_script
 from nanochat.configurator import override_from_cli
 
@@ -269,11 +270,6 @@ def end_probe(process):
     return [float(line) for line in output.splitlines()]
 
 
-def start_busy_processes():
-    command = [sys.executable, "-c", "while True: pass"]
-    return [subprocess.Popen(command) for _ in range(beside)]
-
-
 def quantile_ms(seconds, q):
     if not seconds:
         return float("nan")
@@ -420,13 +416,13 @@ def main():
         served = f"the newest {source} model" if source else f"depth {depth} | vocabulary {vocab_size}"
         print(f"load average: {load:.1f} on {os.cpu_count()} cores | {served} | {max_tokens} tokens an answer",
               flush=True)
-    busy = start_busy_processes()
     try:
-        asyncio.run(bench(address, process))
+        with busy_neighbours(beside):
+            asyncio.run(bench(address, process))
     finally:
-        for other in busy + [process] * bool(process):
-            other.terminate()
-            other.wait()
+        if process:
+            process.terminate()
+            process.wait()
 
 
 if __name__ == "__main__":
