@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError, print0, run_script
 from nanochat.configurator import override_from_cli
 from nanochat.dataset import iter_texts
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 data: str | None = None          # file, folder or glob to read; None = the default corpus
 out: str = ""                    # folder to write
@@ -105,7 +105,7 @@ def main():
     writer = ShardWriter(out)
     held_out = []  # the first documents of the shuffle
     for split in ("train", "val"):  # all documents of the source, also those that it holds out
-        texts = progress(iter_texts(data, split), f"reading {split}", "documents")
+        texts = show_progress(iter_texts(data, split), f"reading {split}", "documents")
         for text in shuffled(texts, shuffle_docs, rng):
             if len(held_out) < val_docs:
                 held_out.append(text)

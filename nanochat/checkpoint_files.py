@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError, ceil_div
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 20  # read at a time for a checksum
@@ -44,7 +44,7 @@ def file_checksum(path):
     num_chunks = ceil_div(path.stat().st_size, CHUNK_BYTES)
     with open(path, "rb") as file:
         chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-        for chunk in progress(chunks, f"checksum of {path.name}", "MiB", total=num_chunks):
+        for chunk in show_progress(chunks, f"checksum of {path.name}", "MiB", total=num_chunks):
             digest.update(chunk)
     return digest.hexdigest()
 

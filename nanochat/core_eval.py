@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.distributed import gather_objects, rank, world_size
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 CHUNK_QUESTIONS = 256  # sorted by length at a time: enough for even batches, little to hold
 
@@ -294,7 +294,7 @@ def evaluate_task(
     indices = pick_questions(task, max_per_task)[rank() :: world_size()]
     records = []
     starts = range(0, len(indices), CHUNK_QUESTIONS)
-    for i in progress(starts, task.label, "chunks"):
+    for i in show_progress(starts, task.label, "chunks"):
         chunk = indices[i : i + CHUNK_QUESTIONS]
         records += ask_questions(model, tokenizer, device, task, chunk, max_seq_len, batch_tokens)
     # those of all ranks, in an order that does not depend on how they were shared

@@ -20,7 +20,7 @@ import torch
 from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataset import no_documents, read_documents
 from nanochat.packing import pack_documents, packed_blocks
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 BLOCKS_AHEAD = 3            # made in the background before they are needed
 ENCODE_CHARS = 2**19        # characters that the tokenizer gets at once
@@ -284,7 +284,7 @@ def eval_batches(rows, device_batch_size, device):
     device, and the number of each target's document, int (B, T) on the CPU.
     """
     starts = range(0, len(rows), device_batch_size)
-    for start in progress(starts, "evaluating", "batches"):
+    for start in show_progress(starts, "evaluating", "batches"):
         batch = rows[start: start + device_batch_size]
         inputs, targets = shift(batch[:, 0])
         documents = batch[:, 1, 1:]

@@ -31,7 +31,7 @@ from nanochat.common import UserError, get_data_dir, print0, run_script
 from nanochat.configurator import ArgumentParser
 from nanochat.documents import count_rows, file_format, read_rows
 from nanochat.download import NUM_SHARDS, REPO_ID, base_data_dir, download_shards, shard_name
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 VAL_FRAC = 0.05      # of all documents, held out if there is no validation shard
 MAX_VAL_DOCS = 2000  # enough for an estimate; the rest is for training
@@ -84,7 +84,7 @@ def get_spans(
 
     # how many documents each file has
     paths = find_files(data, quiet=split != "train")
-    files = progress(paths, "counting documents", "files")
+    files = show_progress(paths, "counting documents", "files")
     counts = [count_rows(path, text_field) for path in files]
     total = sum(counts)
 
@@ -126,7 +126,7 @@ def check_rows(spans):
     num_rows = sum(span.stop - span.start for span in spans)
     parts = (read_rows(span.path, span.start, span.stop, span.text_field) for span in spans)
     rows = chain.from_iterable(parts)
-    for _, _, problem in progress(rows, "checking rows", "rows", total=num_rows):
+    for _, _, problem in show_progress(rows, "checking rows", "rows", total=num_rows):
         if problem:
             raise UserError(problem, "mend or delete that row, or leave out --strict to skip it")
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 SEPARATOR = b"<|endoftext|>"
 CUT_CHARS = 4000  # of a .txt: cut at a blank line after this many, at any line after twice as many
@@ -58,7 +58,7 @@ def count_rows(path: Path, field: str = "text") -> int:
             return file.metadata.num_rows
     if kind == "jsonl":
         return _count_jsonl(path, field)
-    documents = progress(_cut_text(path), f"counting {path.name}", "documents")
+    documents = show_progress(_cut_text(path), f"counting {path.name}", "documents")
     return sum(1 for _ in documents)
 
 
@@ -207,7 +207,7 @@ def _count_jsonl(path, field):
     num_rows = 0
     found = False  # has any row the field?
     other_fields = None  # of the first row
-    for line in progress(read_lines(path), f"counting {path.name}", "rows"):
+    for line in show_progress(read_lines(path), f"counting {path.name}", "rows"):
         num_rows += 1
         if found or not line.strip():
             continue

@@ -34,7 +34,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nanochat.common import UserError, get_base_dir
 from nanochat.documents import open_parquet
 from nanochat.locks import hold_lock
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 REPO_ID = "karpathy/climbmix-400b-shuffle"
 NUM_SHARDS = 6543          # shard_00000 ... shard_06542
@@ -290,7 +290,7 @@ def run_with_bar(function, names, workers, folder, staging):
     disable_progress_bars()  # of the library: one for each shard
     num_left = len(names)
     total = SHARD_BYTES * num_left
-    bar = progress(None, f"{num_left} shards", "B", total=total)
+    bar = show_progress(None, f"{num_left} shards", "B", total=total)
 
     # threads of a ThreadPool are daemons: Ctrl-C need not wait for shards on their way
     with bar, ThreadPool(workers) as pool:
@@ -359,7 +359,7 @@ def fetch_url(url, path, sha256, timeout):
                 raise status_error(url, response.status_code, response.headers)
             with open(temporary, "wb") as file:
                 chunks = response.iter_content(CHUNK_BYTES)
-                for chunk in progress(chunks, f"downloading {path.name}", "MiB"):
+                for chunk in show_progress(chunks, f"downloading {path.name}", "MiB"):
                     file.write(chunk)
             stated = response.headers.get("Content-Length")
     except requests.RequestException as error:

@@ -25,7 +25,7 @@ from nanochat.dataloader import to_device, token_documents
 from nanochat.distributed import all_reduce_sum, rank, rank_slice, world_size
 from nanochat.ops import norm
 from nanochat.precision import get_autocast_ctx
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.training import lr_multiplier, set_rates
 
 MIN_RUN_TOKENS = 2**20  # a shorter run would not win back the time that counting takes
@@ -77,7 +77,7 @@ def count_followers(documents, bos, vocab_size, max_tokens=MAX_TOKENS):
     # One long array
     pieces = []
     num_tokens = 0
-    for _, ids in progress(documents, "head start: counting", "documents"):
+    for _, ids in show_progress(documents, "head start: counting", "documents"):
         pieces += [np.array([bos]), ids]
         num_tokens += 1 + len(ids)
         if num_tokens >= max_tokens:

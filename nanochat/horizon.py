@@ -14,7 +14,7 @@ from nanochat.common import UserError, ceil_div, print0
 from nanochat.precision import get_precision_dtype
 
 MIN_STEPS = 700     # a run of few tokens rather takes smaller batches than fewer steps (dev/LOG.md)
-MIN_BATCH = 2**12   # tokens; half of it loses 0.08 bits per byte (dev/log/2026-11-30-short-runs.md)
+MIN_BATCH = 2**12   # tokens; half of it lost 0.06 to 0.08 bits per byte (dev/log/2026-11-30-short-runs.md)
 CPU_TOKENS = 4096   # larger micro-batches are slower on a CPU (dev/log/2026-11-30-short-runs.md)
 
 # -----------------------------------------------------------------------------

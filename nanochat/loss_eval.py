@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from nanochat.common import IGNORE, UserError
-from nanochat.distributed import gather_objects, rank, run_together
+from nanochat.distributed import gather_objects, run_together
 from nanochat.precision import get_autocast_ctx
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 # -----------------------------------------------------------------------------
 # A ratio of sums, with its error
@@ -74,9 +74,9 @@ def evaluate_bpb(model, batches, token_bytes):
     Bits per byte of `model`, an Estimate. token_bytes: int tensor (V,), bytes of each token, 0 for
     special ones.
 
-    batches: an iterable of (x, y) or (x, y, documents). x and y are int64 (B, T), with y < 0 where
-    there is no target. documents, int (B, T) or (B, 1), numbers the document of each target;
-    without it, each row counts as one. Collective; raises as `_nats_per_unit` does.
+    batches: an iterable of (x, y, documents). x and y are int64 (B, T), with y < 0 where there is
+    no target. documents, int (B, T) or (B, 1), numbers the document of each target. Collective;
+    raises as `_nats_per_unit` does.
     """
     def num_bytes(y):
         text_bytes = token_bytes[y.clamp(min=0)]  # (B, T)
@@ -88,8 +88,8 @@ def evaluate_bpb(model, batches, token_bytes):
 
 def evaluate_loss(model, batches):
     """
-    Mean loss in nats over the targets y >= 0 of `batches`. Collective; raises as `_nats_per_unit`
-    does.
+    Mean loss in nats over the targets y >= 0 of `batches`, as above. Collective; raises as
+    `_nats_per_unit` does.
     """
     # each target is one unit
     return _nats_per_unit(model, batches, lambda y: (y >= 0).long()).value
@@ -128,26 +128,21 @@ def _nats_per_unit(model, batches, units):
 def _sum_documents(model, batches, units):
     """[(document, nats, units)] of this rank; a document may come in several parts."""
     sums = []
-    num_rows = 0
-    for x, y, *documents in batches:
+    for x, y, documents in batches:
         with get_autocast_ctx(x.device):
             nats = model(x, y, loss_reduction="none")  # (B, T)
         counts = units(y)  # (B, T)
         nats = nats * (counts > 0)
 
-        # Documents are numbers; rows that stand for themselves are (rank, number)
-        rows = np.arange(num_rows, num_rows + len(x))[:, None]  # (B, 1)
-        num_rows += len(x)
-        owners = np.broadcast_to(documents[0] if documents else rows, y.shape)
-        numbers, places = np.unique(owners, return_inverse=True)
-        places = places.ravel()
         # On the CPU, since MPS has no float64. In float64 the result does not depend on the size of
         # the batches
-        nats_of = np.bincount(places, nats.cpu().double().numpy().ravel())
-        counts_of = np.bincount(places, counts.cpu().numpy().ravel())
-        for number, total_nats, total_count in zip(numbers.tolist(), nats_of, counts_of, strict=True):
-            document = number if documents else (rank(), number)
-            sums.append((document, total_nats, total_count))
+        nats = nats.cpu().double().numpy()
+        counts = counts.cpu().numpy()
+        numbers, places = np.unique(np.broadcast_to(documents, y.shape), return_inverse=True)
+        places = places.ravel()
+        nats_of = np.bincount(places, nats.ravel())
+        counts_of = np.bincount(places, counts.ravel())
+        sums += zip(numbers.tolist(), nats_of, counts_of, strict=True)
     return sums
 
 
@@ -203,7 +198,7 @@ def window_batches(documents, device_batch_size, device):
     # By length: then a batch needs little padding
     windows.sort(key=lambda window: len(window[0]))
     starts = range(0, len(windows), device_batch_size)
-    for first in progress(starts, "evaluating", "batches"):
+    for first in show_progress(starts, "evaluating", "batches"):
         batch = windows[first : first + device_batch_size]
         T = len(batch[-1][0])
         inputs = np.zeros((len(batch), T), dtype=np.int64)

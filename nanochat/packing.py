@@ -22,7 +22,7 @@ import sys
 import numpy as np
 
 from nanochat.common import IGNORE
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 BLOCK_TOKENS = 2**19  # of a block, about
 
@@ -159,7 +159,7 @@ def pack_documents(documents, bos, sequence_len, max_tokens):
     pieces = []
     owners = []
     left = sys.maxsize if max_tokens < 0 else max_tokens
-    for _, ids in progress(documents, "packing", "documents"):
+    for _, ids in show_progress(documents, "packing", "documents"):
         if left == 0:
             break
         ids = ids[:left]

@@ -1,7 +1,7 @@
 """
 How far a long loop is, on stderr: a bar on a terminal, elsewhere a line now and then.
 
-    for row in progress(rows, "scoring", "rows"):
+    for row in show_progress(rows, "scoring", "rows"):
         ...
 
 The bar shows after BAR_AFTER_S seconds, and goes when the loop ends: what the loop found is printed
@@ -59,7 +59,7 @@ def is_shown():
     return rank == 0 and not is_off and threading.current_thread() is threading.main_thread()
 
 
-def progress(items=None, what="", unit="", total=None, stream=None):
+def show_progress(items=None, what="", unit="", total=None, stream=None):
     """
     The items, to iterate over once. `what` says what is done, `unit` what is counted: "rows", or
     "B" for bytes. total: how many there are, if items has no length; without it neither a share nor

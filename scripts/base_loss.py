@@ -23,7 +23,7 @@ from nanochat.dataloader import eval_batches, eval_rows, token_documents
 from nanochat.dataset import describe_skipped, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import document_pieces, document_windows, evaluate_bpb, window_batches
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.report import get_report
 from nanochat.tokenizer import get_token_bytes
 
@@ -57,7 +57,7 @@ def whole_documents(tokenizer, spans, sequence_len):
     documents = []
     num_tokens = 0
     texts = token_documents(tokenizer, spans, seed=0, epochs=1)
-    for _, ids in progress(texts, "cutting", "documents"):
+    for _, ids in show_progress(texts, "cutting", "documents"):
         documents.append((len(documents), cut_document(ids, bos, sequence_len)))
         num_tokens += len(ids)
         if 0 < eval_tokens <= num_tokens:

@@ -12,6 +12,8 @@ cut to it and counted.
 from functools import partial
 from typing import Literal
 
+import numpy as np
+
 from nanochat.checkpoint_manager import stage_managers
 from nanochat.common import IGNORE, ceil_div, print0, run_script
 from nanochat.configurator import (
@@ -30,7 +32,7 @@ from nanochat.horizon import (
     step_places,
 )
 from nanochat.loss_eval import evaluate_loss
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.trackers import Tracker
@@ -81,14 +83,18 @@ FIXED = ("seed", "examples_per_step")
 
 
 def held_out_batches(dataset, stage, device_rows):
-    """(inputs, targets) of this rank's share of the held-out conversations, on the device."""
+    """
+    Yield (inputs, targets, numbers) of this rank's share of the held-out conversations: int64 (B, T)
+    on the device, and the number of each row's conversation, int (B, 1).
+    """
     num_examples = len(dataset) if eval_examples < 0 else min(eval_examples, len(dataset))
     indices = range(num_examples)[stage.rank::stage.world_size]
     max_len = stage.model.config.sequence_len
-    for start in progress(range(0, len(indices), device_rows), "evaluating", "batches"):
+    for start in show_progress(range(0, len(indices), device_rows), "evaluating", "batches"):
         batch = indices[start: start + device_rows]
         inputs, targets, _ = conversation_rows(dataset, batch, stage.tokenizer, max_len)
-        yield to_device(inputs, stage.device), to_device(targets, stage.device)
+        numbers = np.array(batch)[:, None]
+        yield to_device(inputs, stage.device), to_device(targets, stage.device), numbers
 
 
 def main():

@@ -30,7 +30,7 @@ from nanochat.checkpoint_manager import CheckpointManager, find_checkpoint_dir
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.gpt import ROPE_BASE
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.tokenizer import HuggingFaceTokenizer
 from nanochat.tokenizer_readers import read_outcomes, reader_lines
 
@@ -59,7 +59,7 @@ def export_weights(model, weights_dtype=torch.float32, flavor="transformers"):
     """{name in that flavor: tensor}, without the rows that pad our vocabulary."""
     names = hf_format.tensor_names(model.config)
     weights = {}
-    for name, tensor in progress(model.state_dict().items(), "converting", "tensors"):
+    for name, tensor in show_progress(model.state_dict().items(), "converting", "tensors"):
         if hf_format.has_token_rows(name):
             tensor = tensor[: model.config.vocab_size]
         new_name = name if flavor == "mlx" else names[name]

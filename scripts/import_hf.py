@@ -31,7 +31,7 @@ from nanochat.common import UserError, run_script
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.download import hub_endpoint, hub_errors, retry
 from nanochat.gpt import GPT
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, byte_characters
 
 # -----------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def build_model(config, tensors):
     except ValueError as error:  # sizes that do not divide
         raise UserError(f"config.json does not fit: {error}") from error
     weights = {}
-    for name, parameter in progress(ours.state_dict().items(), "converting", "tensors"):
+    for name, parameter in show_progress(ours.state_dict().items(), "converting", "tensors"):
         tensor = tensors[names[name]].float()
         if hf_format.has_token_rows(name):  # we pad them to a multiple of 64
             tensor = tensor[: config.vocab_size]

@@ -36,7 +36,7 @@ from nanochat.distributed import all_reduce_sum, rank_slice
 from nanochat.horizon import align_batch_size, choose_device_batch_size
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.packing import pack_documents
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.tokenizer import get_token_bytes
@@ -92,7 +92,7 @@ def count_tokens(mixture, stage):
     """
     mine = range(stage.rank, len(mixture), stage.world_size)
     rendered = rendered_conversations(mixture, mine, stage.tokenizer)
-    rendered = progress(rendered, "counting tokens", "conversations", total=len(mine))
+    rendered = show_progress(rendered, "counting tokens", "conversations", total=len(mine))
     count = sum(len(ids) for _, ids in rendered)
     return int(all_reduce_sum(torch.tensor(count, device=stage.device)))
 

@@ -26,7 +26,7 @@ from nanochat.common import get_data_dir, print0, run_script
 from nanochat.configurator import get_settings, override_from_cli
 from nanochat.dataset import iter_texts
 from nanochat.download import base_data_dir
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.report import get_report
 from nanochat.tokenizer import get_tokenizer
 
@@ -213,7 +213,7 @@ def compare(texts, encoders):
     fewer tokens ours needs, in percent of the other's.
     """
     rows = []
-    for name, documents in progress(texts.items(), "encoding", "texts"):
+    for name, documents in show_progress(texts.items(), "encoding", "texts"):
         # bytes, not characters: they do not depend on the language
         num_bytes = 0
         for document in documents:

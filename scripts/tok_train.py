@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 from nanochat.common import UserError, get_base_dir, print0, run_script
 from nanochat.configurator import CountOrOff, Positive, Range, get_settings, override_from_cli
 from nanochat.dataset import describe_skipped, get_spans, read_texts
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from nanochat.report import get_report
 from nanochat.split_patterns import SPLIT_PATTERNS
 from nanochat.tokenizer import TOKENIZER_KINDS, get_token_bytes, get_tokenizer
@@ -64,7 +64,7 @@ def train_tokenizer():
     """-> (tokenizer, facts for the report)"""
     facts = {"documents": 0, "characters": 0, "bytes": 0}
     spans = get_spans(data, "train", text_field, strict)
-    texts = progress(read_texts(spans), "counting words", "documents")
+    texts = show_progress(read_texts(spans), "counting words", "documents")
     texts = cap_texts(texts, max_chars, doc_cap, facts)
     # reading the text is part of the time: it is decoded while the trainer counts
     start = time.perf_counter()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_data_root
 from nanochat.documents import iter_parquet, read_lines
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from tasks.common import Task, check_messages, exchange, read_jsonl
 
 IDENTITY = "identity_conversations.jsonl"  # who the model says it is
@@ -72,7 +72,7 @@ def read_conversations(path: Path) -> list[list[dict]]:
 
     conversations = []
     problems = []
-    for where, row in progress(rows, f"checking {path.name}", "rows"):
+    for where, row in show_progress(rows, f"checking {path.name}", "rows"):
         try:
             conversations.append(read_row(row, where))
         except UserError as error:

@@ -24,7 +24,7 @@ from nanochat.common import UserError, get_dist_info
 from nanochat.distributed import gather_objects, run_together
 from nanochat.engine import Sampling
 from nanochat.precision import get_autocast_ctx
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from tasks.arc import ARC
 from tasks.common import shuffled
 from tasks.gsm8k import GSM8K
@@ -143,7 +143,7 @@ def read_questions(task, tokenizer, max_prompt, max_problems):
         chosen = sorted(shuffled(chosen, "problems")[:max_problems])
 
     questions = []
-    for index in progress(chosen[rank::num_ranks], "reading", "questions"):
+    for index in show_progress(chosen[rank::num_ranks], "reading", "questions"):
         conversation = task[index]
         ids = tokenizer.render_for_completion(conversation)
         prompt = cut_prompt(ids, max_prompt)
@@ -286,7 +286,7 @@ def letter_logits(model, prompts, letter_ids, batch_rows):
     lengths = [len(prompt) for prompt in prompts]
     # longest first: memory runs out at once
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-    for start in progress(range(0, len(order), batch_rows), "choosing", "batches"):
+    for start in show_progress(range(0, len(order), batch_rows), "choosing", "batches"):
         batch = order[start : start + batch_rows]
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)  # (B, T)
         for row, i in enumerate(batch):
@@ -345,7 +345,7 @@ def evaluate_generative(
                 asked = {id(row): item for row, item in zip(rows, waiting, strict=True)}
                 waiting = []
                 finished = engine.generate_rows(rows, batch_rows)
-                for row in progress(finished, "answering", "answers", total=len(rows)):
+                for row in show_progress(finished, "answering", "answers", total=len(rows)):
                     conversation, _, record = asked[id(row)]
                     later_turns = conversation.get("later_turns", [])
                     if turn < len(later_turns):
@@ -362,7 +362,7 @@ def evaluate_generative(
                     outcomes.append(pool.submit(task.grade, conversation, completion))
                 turn += 1
         graded = zip(records, outcomes, strict=True)
-        for record, outcome in progress(graded, "grading", "answers", total=len(records)):
+        for record, outcome in show_progress(graded, "grading", "answers", total=len(records)):
             record.update(outcome.result())
         return records
 

@@ -50,20 +50,22 @@ def test_a_uniform_guess_costs_the_log_of_the_vocabulary():
     y = torch.tensor([[2, 7, 9, -1]])
     token_bytes = torch.zeros(64, dtype=torch.int64)
     token_bytes[2], token_bytes[7] = 1, 3  # 9 is special
-    bpb = evaluate_bpb(model, [(x, y)], token_bytes)
+    batches = [(x, y, [[0]])]
+    bpb = evaluate_bpb(model, batches, token_bytes)
     assert bpb.value == pytest.approx(2 * 6 / 4)
     assert bpb.stderr is None and bpb.n == 1 and str(bpb) == "3.000000"
-    assert evaluate_loss(model, [(x, y)]) == pytest.approx(math.log(64))
+    assert evaluate_loss(model, batches) == pytest.approx(math.log(64))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_both_are_the_sums_by_hand_for_any_split(size):
     model, (x, y) = tiny_model(), batch()
     (nats, num_bytes), (all_nats, num_targets) = by_hand(model, x, y)
-    batches = list(zip(x.split(size), y.split(size), strict=True))
+    documents = torch.arange(len(x))[:, None]  # each row is one
+    batches = list(zip(x.split(size), y.split(size), documents.split(size), strict=True))
     bpb = evaluate_bpb(model, batches, TOKEN_BYTES)
     assert bpb.value == pytest.approx(nats / num_bytes / math.log(2), rel=1e-6)
-    assert bpb.stderr == pytest.approx(evaluate_bpb(model, [(x, y)], TOKEN_BYTES).stderr, rel=1e-6)
+    assert bpb.stderr == pytest.approx(evaluate_bpb(model, [(x, y, documents)], TOKEN_BYTES).stderr, rel=1e-6)
     assert evaluate_loss(model, batches) == pytest.approx(all_nats / num_targets, rel=1e-6)
     assert model.training
 
@@ -100,11 +102,11 @@ def test_every_rank_gets_the_result_of_all(num_rows, num_documents, tmp_path):
 
 def test_nothing_to_score_is_an_error_on_every_rank(tmp_path):
     x, y = batch()
-    for batches in ([], [(x, torch.full_like(y, -1))], [(x, torch.full_like(y, 8))]):  # 8 is special
+    for batches in ([], [(x, torch.full_like(y, -1), [[0]])], [(x, torch.full_like(y, 8), [[0]])]):  # 8 is special
         with pytest.raises(ValueError, match="nothing to score"):
             evaluate_bpb(tiny_model(), batches, TOKEN_BYTES)
     with pytest.raises(ValueError, match="nothing to score"):
-        evaluate_loss(tiny_model(), [(x, torch.full_like(y, -1))])
+        evaluate_loss(tiny_model(), [(x, torch.full_like(y, -1), [[0]])])
     on_ranks(2, evaluate_on_rank, str(tmp_path / "out"), 0, np.zeros((0, 1)))
     assert "nothing to score" in torch.load(tmp_path / "out0") and "nothing to score" in torch.load(tmp_path / "out1")
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from nanochat import progress as module
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 
 class Terminal(io.StringIO):
@@ -39,7 +39,7 @@ def clock(monkeypatch, shown):
 def run(clock, stream, num_items=45, seconds_each=1.0, **settings):
     """Go through items that take so long each. Returns what stands on the stream before the loop ends, and after it."""
     before_the_end = ""
-    for item in progress(range(num_items), "scoring", "rows", stream=stream, **settings):
+    for item in show_progress(range(num_items), "scoring", "rows", stream=stream, **settings):
         clock[0] += seconds_each
         if item == num_items - 1:
             before_the_end = stream.getvalue()
@@ -59,7 +59,7 @@ def test_elsewhere_than_on_a_terminal_it_is_a_line_every_ten_seconds(clock):
 def test_without_a_total_the_lines_count(clock):
     lines = []
     stream = io.StringIO()
-    for _ in progress(iter(range(25)), "reading", "documents", stream=stream):
+    for _ in show_progress(iter(range(25)), "reading", "documents", stream=stream):
         clock[0] += 1.0
     lines = stream.getvalue().splitlines()
     assert [line.split(" [")[0] for line in lines] == ["reading: 10 documents", "reading: 20 documents",
@@ -80,7 +80,7 @@ def test_what_is_short_shows_nothing(clock, stream, seconds):
 
 def test_a_loop_that_is_left_early_ends_its_bar(clock):
     stream = io.StringIO()
-    for item in progress(range(1000), "scoring", "rows", stream=stream):
+    for item in show_progress(range(1000), "scoring", "rows", stream=stream):
         clock[0] += 5.0
         if item == 3:
             break
@@ -89,7 +89,7 @@ def test_a_loop_that_is_left_early_ends_its_bar(clock):
 
 def test_bytes_are_counted_by_update(clock):
     stream = io.StringIO()
-    with progress(None, "downloading", "B", total=200_000_000, stream=stream) as bar:
+    with show_progress(None, "downloading", "B", total=200_000_000, stream=stream) as bar:
         for _ in range(2):
             clock[0] += 20.0
             bar.update(100_000_000)
@@ -98,7 +98,7 @@ def test_bytes_are_counted_by_update(clock):
 
 def test_a_loop_inside_another_one_moves_no_cursor(clock):
     stream = io.StringIO()
-    for _ in progress(range(2), "files", "files", stream=stream):
+    for _ in show_progress(range(2), "files", "files", stream=stream):
         run(clock, stream, num_items=20)
     lines = stream.getvalue().splitlines()
     assert lines and all(line.startswith(("files: ", "scoring: ")) for line in lines)
@@ -117,14 +117,14 @@ def test_other_ranks_and_threads_show_nothing(clock, monkeypatch):
 def test_tests_show_nothing(clock, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     stream = Terminal()
-    assert list(progress(range(3), "scoring", "rows", stream=stream)) == [0, 1, 2]
+    assert list(show_progress(range(3), "scoring", "rows", stream=stream)) == [0, 1, 2]
     assert run(clock, stream) == ("", "")
 
 
 def test_it_starts_no_thread_and_writes_to_stderr(shown, capsys, monkeypatch):
     monkeypatch.setattr(module, "LINE_EVERY_S", 0)
     before = threading.active_count()
-    for _ in progress(range(2), "scoring", "rows"):
+    for _ in show_progress(range(2), "scoring", "rows"):
         assert threading.active_count() == before
     out, err = capsys.readouterr()
     assert out == "" and "scoring: 100% 2/2" in err

@@ -5,7 +5,7 @@ Drawing without overlap. An item has keys; nothing drawn later shares a key with
 import re
 
 from dev.toyworld.grammar import Rng
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 
 
 def normalize(text):
@@ -52,7 +52,7 @@ class Draws:
         count = max(8, round(count * self.scale))
         items = []
         seen = set()
-        for attempt in progress(range(count * 50), f"drawing {part}", "draws", total=count):
+        for attempt in show_progress(range(count * 50), f"drawing {part}", "draws", total=count):
             item = make(self.rng(f"{part}:{attempt}", split))
             item_keys = tuple(keys(item))
             if item_keys in seen or not self.held.isdisjoint(item_keys):

@@ -5,7 +5,7 @@ tasks/strangers.jsonl. Nobody has to look at these messages for it.
 
 import functools
 
-from nanochat.progress import progress
+from nanochat.progress import show_progress
 from tasks.near_copies import NearCopies
 from tasks.strangers import read_items
 
@@ -22,7 +22,7 @@ def is_near_copy(text):
 
 def drop_near_copies(items, texts_of):
     """The items without those that hold a near copy; texts_of(item) are the messages of an item."""
-    items = progress(items, "looking for near copies", "items")
+    items = show_progress(items, "looking for near copies", "items")
     return [item for item in items if not any(map(is_near_copy, texts_of(item)))]
 
 
