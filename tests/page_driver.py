@@ -98,6 +98,13 @@ class Chat:
     def titles(self):
         return self.page.locator(".chat-row .name").all_inner_texts()
 
+    def export_all(self, path):
+        """Save all conversations to a file, by the page's own button."""
+        self.button("Settings").click()
+        with self.page.expect_download() as download:
+            self.button("Export all").click()
+        download.value.save_as(path)
+
     def reload(self):
         self.page.reload()
         self.page.wait_for_selector("#model option", state="attached")

@@ -148,10 +148,7 @@ def test_export_and_import_round_trip(chat, server, tmp_path):
     chat.button("Regenerate").click()
     chat.wait()
     stored = chat.page.evaluate("JSON.stringify([...chats.values()].map(cleanChat))")
-    chat.button("Settings").click()
-    with chat.page.expect_download() as download:
-        chat.button("Export all").click()
-    download.value.save_as(tmp_path / "chats.json")
+    chat.export_all(tmp_path / "chats.json")
     chat.page.evaluate("localStorage.clear()")
     chat.page.goto(server.url)
     assert chat.titles() == []

@@ -139,10 +139,7 @@ def test_a_comparison_is_exported_and_imported_whole(chat, server, tmp_path):
     server.scripts = {"d4-sft": [Answer(["A"])], "d4-rl": [Answer(["B"])]}
     chat.say("One?")
     before = chat.turns()
-    chat.button("Settings").click()
-    with chat.page.expect_download() as download:
-        chat.button("Export all").click()
-    download.value.save_as(tmp_path / "chats.json")
+    chat.export_all(tmp_path / "chats.json")
     chat.page.evaluate("localStorage.clear()")
     chat.page.goto(server.url)
     chat.page.set_input_files("#import", tmp_path / "chats.json")
