@@ -50,6 +50,7 @@ clients: str = "1,4,16,64"    # numbers of clients, one measurement each
 seconds: float = 20.0         # of each measurement
 max_tokens: int = 32          # of each answer
 temperature: float | None = None  # None = the server's default; 0 = greedy
+constrained: bool = False     # every answer is a JSON array of strings; compare with a run without it
 prompt_words: int = 40        # of the longest prompt; the shortest has one
 churn: int = 1000             # requests, two thirds of which are cut off; 0 = none
 model: str | None = None      # name of the model to ask; None = the server's default
@@ -215,6 +216,9 @@ async def stream(address, rng, leave_after=None, answer=None):
         "model": model,
         "temperature": temperature,
     }
+    if constrained:
+        schema = {"type": "array", "items": {"type": "string"}}
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     reader, writer = await request(address, "POST", "/v1/chat/completions", body)
     try:
         answer.refused = b" 200 " not in await reader.readline()

@@ -12,6 +12,7 @@ was read before changes nothing: a prompt is always read in the same blocks (see
 Shapes: B rows, T new tokens, V vocabulary.
 """
 
+import contextlib
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nanochat.common import one_thread
 from nanochat.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
 from nanochat.kv_cache import KVCache
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
@@ -102,6 +104,11 @@ class Decoder:
     GPU_BLOCK = 256
     SHORT_PROMPTS = 16  # prompts that `prefill_short` reads at once, at most
 
+    # On a CPU, fewer multiplications than these take one thread: some 8 ms, a third less with two
+    # threads, but three times as much with two beside a busy core, and a server is one itself
+    ONE_THREAD_WORK = 2**29
+    READING_WORK = 16  # reading a weight takes as long as multiplying it by so many tokens
+
     def __init__(self, model, num_rows, max_length=None, length=256, block=None):
         """
         length: positions of the cache at first. It grows by doubling, which copies it. block:
@@ -110,6 +117,7 @@ class Decoder:
         device_block = self.GPU_BLOCK if model.device.type == "cuda" else self.CPU_BLOCK
         self.block = block or device_block
         self.model = model
+        self.token_work = model.num_matrix_params()  # multiplications for a token
         self.num_rows = num_rows
         max_length = max_length or model.config.sequence_len
         self.max_length = min(max_length, model.cos.size(2))  # the rotary table ends there
@@ -249,7 +257,7 @@ class Decoder:
         # The logits at each prompt's last token
         rows = torch.arange(len(prompts))
         ends = torch.tensor(lengths) - 1
-        with get_autocast_ctx(self.model.device):
+        with get_autocast_ctx(self.model.device), self._threads(ids.numel()):
             x = self.model.trunk(ids.to(self.model.device), self.short_staging)  # (B, T, C)
             logits = self.model.logits(x[rows, ends])                            # (B, V)
         self.short_staging.lengths[: len(prompts)] = lengths  # without the padding
@@ -286,8 +294,9 @@ class Decoder:
         logits = self.logits[: len(rows)]  # (B, V)
         samplings = [row.sampling for row in rows]
         draws = [row.draw() for row in rows]
-        adjusted = self._adjust(rows, logits)
-        tokens = sample_rows(adjusted, samplings, draws).tolist()
+        with self._threads(len(rows)):
+            adjusted = self._adjust(rows, logits)
+            tokens = sample_rows(adjusted, samplings, draws).tolist()
         for row, token, length in zip(rows, tokens, self.cache.lengths, strict=False):
             row.advance(token, self.max_length - 1 - length)
         self._record_logprobs(rows, logits)
@@ -352,9 +361,19 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, ids, cache, last_only=True):
         """ids: B lists of T tokens -> logits (B, T, V), or (B, 1, V) of the last position."""
-        return self._run(torch.tensor(ids, device=self.model.device), cache, last_only)
+        ids = torch.tensor(ids, device=self.model.device)
+        with self._threads(ids.numel()):
+            return self._run(ids, cache, last_only)
 
     def _run(self, ids, cache, last_only=True):
         # also called by StepGraphs, which records it
         with get_autocast_ctx(self.model.device):
             return self.model(ids, kv_cache=cache, last_only=last_only)
+
+    def _threads(self, num_tokens):
+        """For a forward pass of so many tokens: one thread if that is little work, else all."""
+        work = (self.READING_WORK + num_tokens) * self.token_work
+        is_small = work < self.ONE_THREAD_WORK
+        if is_small and self.model.device.type == "cpu":
+            return one_thread()
+        return contextlib.nullcontext()

@@ -52,6 +52,7 @@ class Scripted:
     def __init__(self, script, tokenizer, sequence_len=256, hold=None):
         model = tiny_model(tokenizer.get_vocab_size(), sequence_len)
         self.script, self.config, self.device, self.cos = script, model.config, model.device, model.cos
+        self.num_matrix_params = model.num_matrix_params
         self.start, self.place = tokenizer.encode_special("<|assistant_start|>"), 0
         self.hold, self.release, self.read = hold, threading.Event(), []  # read: all ids that it was given
 

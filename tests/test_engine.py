@@ -188,11 +188,28 @@ def test_tool_state_forces_nothing_for_a_bad_expression(tokenizer):
         assert state.feed(tokenizer.encode_special("<|python_end|>")) == []
 
 
+@pytest.mark.parametrize("limit, expected", [(2**29, 1), (0, 2)])
+def test_little_work_is_done_by_one_thread(engine, monkeypatch, limit, expected):
+    """Prompts and steps; afterwards the process has its threads back."""
+    numbers = []
+    monkeypatch.setattr(Decoder, "ONE_THREAD_WORK", limit)
+    engine.model.transformer.wte.register_forward_hook(lambda *_: numbers.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine.generate_batch([1, 2], max_tokens=3, temperature=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(numbers) > 2 and set(numbers) == {expected}
+
+
 class Scripted:
     """Stands in for a model: says a fixed list of tokens, one after the other, whatever it reads."""
 
     def __init__(self, script, model):
         self.script, self.config, self.device, self.cos = script, model.config, model.device, model.cos
+        self.num_matrix_params = model.num_matrix_params
         self.prompt_length = None
 
     def __call__(self, ids, kv_cache, last_only):

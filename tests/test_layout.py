@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "kv_cache": [],
     "cuda_graphs": [],
     "inference": ["cuda_graphs", "gpt", "ops", "precision"],
-    "decoder": ["cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
+    "decoder": ["common", "cuda_graphs", "kv_cache", "precision", "sampling", "streaming"],
     "engine": ["common", "conversation", "decoder", "sampling", "streaming"],
     "fair_queue": [],
     "scheduler": ["common", "conversation", "decoder", "fair_queue", "inference", "streaming"],

@@ -277,6 +277,7 @@ class FailsOnce:
 
     def __init__(self, model):
         self.model, self.config, self.device, self.cos = model, model.config, model.device, model.cos
+        self.num_matrix_params = model.num_matrix_params
         self.failed = False
         self.trunk = model.trunk
         self.logits = model.logits
