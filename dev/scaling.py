@@ -49,6 +49,7 @@ device_type: str = ""             # cuda, mps or cpu; empty = detect
 out: str | None = None            # folder of the series; None = scaling in the base directory
 # The fit
 count: Literal["matrices", "all", "blocks"] = "matrices"  # the parameters N: see scaling_law.py
+exponents: str | None = None      # alpha,beta to keep, such as 0.34,0.28 of Hoffmann et al.; None = fit them too
 repeats: Positive = 200           # fits of the bootstrap
 leave_out: str | None = None      # predict the runs of this depth, d6 or largest, by a law without them
 # The models to predict; the plan
@@ -101,6 +102,24 @@ def split_runs(lines, name):
     return [line for line in lines if line["depth"] != depth], left_out
 
 
+def fixed_exponents():
+    """(alpha, beta) of --exponents, or None."""
+    if exponents is None:
+        return None
+    try:
+        alpha, beta = map(float, exponents.split(","))
+    except ValueError:
+        raise UserError(f"--exponents={exponents}: need two numbers", "--exponents=0.34,0.28") from None
+    return alpha, beta
+
+
+def fit(points):
+    """(the law, the laws of the bootstrap)."""
+    fixed = fixed_exponents()
+    law = fit_law(points, exponents=fixed)
+    return law, bootstrap(points, law, repeats, exponents=fixed)
+
+
 def describe(values, style=".4f"):
     """'low to high' of the values of a bootstrap."""
     low, high = interval(values)
@@ -122,10 +141,12 @@ def count_rows(lines):
     fitted, left_out = split_runs(lines, "largest")
     for name in COUNTS:
         points = to_points(lines, name)
-        rms = np.sqrt(np.mean(relative_errors(fit_law(points), points) ** 2))
+        law = fit_law(points, exponents=fixed_exponents())
+        rms = np.sqrt(np.mean(relative_errors(law, points) ** 2))
         row = {"N": name, "rms error of the fit": f"{100 * rms:.2f}%"}
         if to_points(fitted, name).determine_a_law():
-            errors = relative_errors(fit_law(to_points(fitted, name)), to_points(left_out, name))
+            law = fit_law(to_points(fitted, name), exponents=fixed_exponents())
+            errors = relative_errors(law, to_points(left_out, name))
             row[f"d{left_out[0]['depth']} by a law without it"] = ", ".join(f"{100 * error:+.2f}%" for error in errors)
         rows.append(row)
     return rows
@@ -186,9 +207,7 @@ def prediction_rows(predicted):
 def left_out_rows(lines):
     """The runs of --leave_out, predicted by a law of the others, beside what they measured."""
     fitted, left_out = split_runs(lines, leave_out)
-    points = to_points(fitted, count)
-    law = fit_law(points)
-    laws = bootstrap(points, law, repeats)
+    law, laws = fit(to_points(fitted, count))
     rows = []
     for line in left_out:
         (num_params,), (num_tokens,) = to_points([line], count).num_params, to_points([line], count).num_tokens
@@ -233,9 +252,7 @@ def analyse(lines):
     repeated = [line["tag"] for line in lines if line["epochs"] > 0]
     if repeated:
         print(f"note: {len(repeated)} runs saw a part of the text twice, such as {repeated[-1]}: more --data is better")
-    points = to_points(lines, count)
-    law = fit_law(points)
-    laws = bootstrap(points, law, repeats)
+    law, laws = fit(to_points(lines, count))
     predicted = predictions(law, laws)
     tables = {
         "Runs": run_rows(lines, law),

@@ -93,10 +93,10 @@ class Objective:
         return [law.alpha, law.beta, np.log(law.E), log_a, log_b]
 
 
-def fit_law(points, start=None):
+def fit_law(points, start=None, exponents=None):
     """
-    The ScalingLaw of least loss, from several starts, or from the law `start` alone. UserError if the points cannot
-    determine one.
+    The ScalingLaw of least loss, from several starts, or from the law `start` alone. exponents: (alpha, beta) to keep;
+    None = fit them too. UserError if the points cannot determine a law.
     """
     if not points.determine_a_law():
         raise UserError(
@@ -109,7 +109,10 @@ def fit_law(points, start=None):
         starts = [objective.coordinates(start)]
     least = points.losses.min()
     largest = np.log(100 * points.losses.max())
-    bounds = [EXPONENTS, EXPONENTS, (np.log(1e-3 * least), np.log(least)), (-20, largest), (-20, largest)]
+    exponent_bounds = [EXPONENTS, EXPONENTS]
+    if exponents is not None:
+        exponent_bounds = [(exponent, exponent) for exponent in exponents]
+    bounds = [*exponent_bounds, (np.log(1e-3 * least), np.log(least)), (-20, largest), (-20, largest)]
     results = []
     for x in starts:
         results.append(minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 2000}))
@@ -127,14 +130,16 @@ def usual_starts(points):
     return starts
 
 
-def bootstrap(points, law, repeats, seed=0):
-    """Laws of `repeats` draws with replacement. A draw that cannot determine a law is drawn again."""
+def bootstrap(points, law, repeats, seed=0, exponents=None):
+    """
+    Laws of `repeats` draws with replacement. A draw that cannot determine a law is drawn again. exponents: see fit_law.
+    """
     rng = np.random.default_rng(seed)
     laws = []
     while len(laws) < repeats:
         drawn = points.take(rng.integers(len(points), size=len(points)))
         if drawn.determine_a_law():
-            laws.append(fit_law(drawn, start=law))
+            laws.append(fit_law(drawn, law, exponents))
     return laws
 
 

@@ -50,6 +50,21 @@ def test_without_noise_the_law_is_found_again(law):
         assert getattr(found, name) == pytest.approx(getattr(law, name), rel=0.02), name
 
 
+def test_exponents_can_be_kept():
+    points = made_up(noise=0.002)
+    exponents = (TRUTH.alpha, TRUTH.beta)
+    law = fit_law(points, exponents=exponents)
+    laws = bootstrap(points, law, 20, exponents=exponents)
+    assert {(other.alpha, other.beta) for other in [law, *laws]} == {exponents}
+    assert law.E == pytest.approx(TRUTH.E, rel=0.05)
+
+    # what is known needs no runs: the loss of a larger model is known better
+    def width(some_laws):
+        low, high = interval([other.loss(LARGE.num_matrix_params, 1e9) for other in some_laws])
+        return high - low
+    assert width(laws) < 0.7 * width(bootstrap(points, fit_law(points), 20))
+
+
 def test_the_gradient_is_that_of_the_value():
     points = made_up(noise=0.01)
     objective = Objective(points)
