@@ -92,7 +92,7 @@ def _drop_start(piece, count, bos):
 
 
 def _with_bos(bos, ids):
-    return np.concatenate(([bos], ids)).astype(np.int32)
+    return np.concatenate(([bos], ids), dtype=np.int32, casting="unsafe")
 
 
 class _Cursor:
