@@ -74,8 +74,26 @@ def compute_init(device_type="", seed=42):
 
     # Ranks
     if ddp_world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        start_process_group("nccl" if device.type == "cuda" else "gloo")
     return ddp_rank, ddp_local_rank, ddp_world_size, device
+
+
+def start_process_group(backend):
+    """
+    Join the other ranks. torchrun 2.15 keeps one store through all its restarts, and a rank that
+    comes first would find there the address of a rank that has died. So on one machine each restart
+    has its own part of the store. Machines count restarts each for itself: see
+    dev/cluster/README.md.
+    """
+    _, _, ddp_world_size = get_dist_info()
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == ddp_world_size
+    if not one_machine or restart == 0:
+        dist.init_process_group(backend)
+        return
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def choose_num_threads(default):

@@ -68,27 +68,51 @@ class Span:
     skipped: Skipped = field(default_factory=Skipped, compare=False)
 
 
+def get_both_spans(
+    data: str | None,
+    text_field: str = "text",
+    strict: bool = False,
+) -> tuple[list[Span], list[Span]]:
+    """
+    The documents for training and those for validation, each in file order. `data` is the user's
+    --data. The rows are counted once: text files are read through for it, parquet files state the
+    number. strict: read all rows, and raise a UserError at the first that holds no text.
+    """
+    paths, counts = count_documents(data, text_field)
+    train = _choose_spans(paths, counts, "train", text_field)
+    val = _choose_spans(paths, counts, "val", text_field)
+    if strict:
+        check_rows(train + val)
+    return train, val
+
+
 def get_spans(
     data: str | None,
     split: str,
     text_field: str = "text",
     strict: bool = False,
 ) -> list[Span]:
-    """
-    The documents of `split` ("train" or "val") in file order. `data` is the user's --data. Text
-    files are read once to count their rows; parquet files state the number. strict: read all rows
-    of the split, and raise a UserError at the first that holds no text.
-    """
+    """As get_both_spans, but those of `split` ("train" or "val") alone."""
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, needed: 'train' or 'val'")
+    paths, counts = count_documents(data, text_field, quiet=split != "train")
+    spans = _choose_spans(paths, counts, split, text_field)
+    if strict:
+        check_rows(spans)
+    return spans
 
-    # how many documents each file has
-    paths = find_files(data, quiet=split != "train")
+
+def count_documents(data, text_field, quiet=False):
+    """(the files of the corpus, how many documents each has). quiet: as in find_files."""
+    paths = find_files(data, quiet)
     files = show_progress(paths, "counting documents", "files")
-    counts = [count_rows(path, text_field) for path in files]
-    total = sum(counts)
+    return paths, [count_rows(path, text_field) for path in files]
 
+
+def _choose_spans(paths, counts, split, text_field):
+    """The spans of one split, of files with so many documents. UserError if there are none."""
     # how many documents are held out: the two rules above
+    total = sum(counts)
     if len(paths) > 1 and all(path.match("shard_*.parquet") for path in paths):
         num_val = counts[-1]
     else:
@@ -116,8 +140,6 @@ def get_spans(
             f"{paths[0].parent}: {total} documents in {len(paths)} files leave none for {split}",
             "needed: 2 documents or more, some in the last shard and some in the others",
         )
-    if strict:
-        check_rows(spans)
     return spans
 
 

@@ -40,10 +40,9 @@ def pack_rows(pieces, bos, capacity, crop=False):
     packed = []  # the rows' pieces one after the other; they fill the rows without a gap
     pool = []    # pieces that wait, sorted by length
     for piece in pieces:
-        while len(piece) > capacity:
-            packed.append(piece[:capacity])
-            piece = _drop_start(piece, capacity, bos)
-        pool.append(piece)
+        *whole_rows, last = _cut(piece, bos, capacity)
+        packed += whole_rows
+        pool.append(last)
     pool.sort(key=len)
 
     # The others fill rows: the longest that fits in the rest of the row, else a part of one
@@ -70,6 +69,20 @@ def pack_rows(pieces, bos, capacity, crop=False):
     return tokens[:end].reshape(-1, capacity), tokens[end:]
 
 
+def _cut(piece, bos, capacity):
+    """
+    Yield a piece as parts of `capacity` tokens, each starting with bos, and a last one of at most as
+    many. The time is linear in its length: the rest is not copied for each part.
+    """
+    start = 0
+    while len(piece) - start > capacity:
+        part = piece[start: start + capacity].copy()
+        part[0] = bos  # in the place of the last token of the part before
+        yield part
+        start += capacity - 1
+    yield _drop_start(piece, start + 1, bos) if start > 0 else piece
+
+
 def _drop_start(piece, count, bos):
     """Drop the first `count` tokens of a piece and let the rest start with bos again."""
     # the last dropped token becomes the bos
@@ -79,7 +92,7 @@ def _drop_start(piece, count, bos):
 
 
 def _with_bos(bos, ids):
-    return np.concatenate(([bos], ids)).astype(np.int32)
+    return np.concatenate(([bos], ids), dtype=np.int32, casting="unsafe")
 
 
 class _Cursor:

@@ -20,7 +20,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
 from nanochat.configurator import CountOrOff, NonNegative, Positive, get_settings, override_from_cli
 from nanochat.dataloader import eval_batches, eval_rows, token_documents
-from nanochat.dataset import describe_skipped, get_spans
+from nanochat.dataset import describe_skipped, get_both_spans, get_spans
 from nanochat.engine import Engine, complete_prompts
 from nanochat.loss_eval import document_pieces, document_windows, evaluate_bpb, window_batches
 from nanochat.progress import show_progress
@@ -89,9 +89,12 @@ def main():
 
     # Bits per byte of the splits; ranks share rows or documents
     bpb = {}
-    splits = ("train", "val") if split == "both" else (split,)
-    for name in splits:
-        spans = get_spans(data, name, text_field, strict)
+    if split == "both":
+        train_spans, val_spans = get_both_spans(data, text_field, strict)
+        splits = {"train": train_spans, "val": val_spans}
+    else:
+        splits = {split: get_spans(data, split, text_field, strict)}
+    for name, spans in splits.items():
         if per_document:
             documents = whole_documents(tokenizer, spans, model.config.sequence_len)
             batches = window_batches(documents[ddp_rank::ddp_world_size], device_batch_size, device)

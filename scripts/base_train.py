@@ -35,7 +35,7 @@ from nanochat.configurator import (
     override_from_cli,
 )
 from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
-from nanochat.dataset import describe_skipped, describe_spans, get_spans
+from nanochat.dataset import describe_skipped, describe_spans, get_both_spans
 from nanochat.distributed import from_rank0, rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
@@ -219,8 +219,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
     num_eval_tokens = settings["eval_tokens"]
 
     # Head start: fit embedding and output head to bigram counts, before training
-    spans = get_spans(data, "train", text_field, strict)
-    val_spans = get_spans(data, "val", text_field, strict)
+    spans, val_spans = get_both_spans(data, text_field, strict)
     if not stage.state:
         progress["head_start"] = head_start
         if head_start is None:

@@ -63,24 +63,29 @@ def read_conversations(path: Path) -> list[list[dict]]:
             f"no file of conversations at {path}",
             "put one there, a JSON list of {role, content} messages a line, or name another file",
         )
-    rows = list(read_rows(path))
-    if not rows:
-        raise UserError(f"{path} holds no conversation")
-    if not any(find_shape(row) for _, row in rows):
-        _, first = rows[0]
-        raise UserError(f"{path} holds rows of another shape: {describe(first)}", f"needed: {NEED}")
-
+    # One row at a time: memory holds the messages alone, not what is around them
     conversations = []
     problems = []
-    for where, row in show_progress(rows, f"checking {path.name}", "rows"):
+    num_rows = 0
+    first = None  # of the rows, if none so far has a known shape
+    known_shape = False
+    for where, row in show_progress(read_rows(path), f"reading {path.name}", "rows"):
+        num_rows += 1
+        if num_rows == 1:
+            first = row
+        known_shape = known_shape or find_shape(row) is not None
         try:
             conversations.append(read_row(row, where))
         except UserError as error:
             problems.append(str(error))
+    if num_rows == 0:
+        raise UserError(f"{path} holds no conversation")
+    if not known_shape:
+        raise UserError(f"{path} holds rows of another shape: {describe(first)}", f"needed: {NEED}")
     if problems:
         named = "; ".join(problems[:MAX_NAMED])
         raise UserError(
-            f"{len(problems)} of {len(rows)} conversations cannot be used: {named}",
+            f"{len(problems)} of {num_rows} conversations cannot be used: {named}",
             "mend or delete those rows",
         )
     return conversations

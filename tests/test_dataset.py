@@ -9,8 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.dataset import Span, describe_skipped, describe_spans, get_spans, iter_texts, read_documents
+from nanochat.dataset import (
+    Span,
+    describe_skipped,
+    describe_spans,
+    get_both_spans,
+    get_spans,
+    iter_texts,
+    read_documents,
+)
 from nanochat.download import NUM_SHARDS
 from nanochat.download import shard_name as name_of
 
@@ -57,6 +66,24 @@ def test_the_held_out_part_may_span_several_files(tmp_path):
         (tmp_path / f"{i:02d}.txt").write_text(f"story {i}", encoding="utf-8")
     assert documents(tmp_path, "val") == [f"story {i}" for i in range(95, 100)]
     assert len(documents(tmp_path, "train")) == 95
+
+
+def test_the_files_are_counted_once_for_both_splits(tmp_path, monkeypatch):
+    for i in range(100):
+        (tmp_path / f"{i:02d}.txt").write_text(f"story {i}", encoding="utf-8")
+    counted = []
+    monkeypatch.setattr(dataset, "count_rows", lambda path, field: counted.append(path) or 1)
+    train, val = get_both_spans(str(tmp_path))
+    assert counted == sorted(tmp_path.iterdir())
+    assert [train, val] == [get_spans(str(tmp_path), split) for split in ("train", "val")]
+
+
+def test_strict_reads_both_splits(tmp_path):
+    for name, texts in (("a.parquet", ["a", "b"]), ("b.parquet", ["c", ""])):
+        write_shard(tmp_path / name, texts)
+    assert len(get_spans(str(tmp_path), "train", strict=True)) == 2
+    with pytest.raises(UserError, match="row 1: field text is empty"):
+        get_both_spans(str(tmp_path), strict=True)
 
 
 def test_a_single_shard_is_divided(tmp_path):

@@ -113,7 +113,9 @@ def is_alive(pid):
 
 
 def losses(curve):
-    return [line.get("train/loss", line.get("val/bpb")) for line in curve]
+    """Of each step and each evaluation; the curve also has a line of samples."""
+    found = [line.get("train/loss", line.get("val/bpb")) for line in curve]
+    return [loss for loss in found if loss is not None]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
@@ -167,3 +169,32 @@ def test_processes_whose_torchrun_was_killed_save_and_give_the_folder_back(clust
     log = (cluster.folder / "orphaned.log").read_text()
     stopped = [int(line.split()[3].rstrip(";")) for line in log.splitlines() if line.startswith("stopped at step")]
     assert len(stopped) == 1 and stopped[0] >= done
+
+
+LATE_RANK = """
+import os, time
+import torch
+import torch.distributed as dist
+from nanochat.common import compute_init
+
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank = int(os.environ["RANK"])
+time.sleep(3 * rank * restart)  # so rank 0 comes first after a restart
+compute_init("cpu")
+total = torch.ones(1)
+dist.all_reduce(total)
+print(f"restart {restart}: {total.item():g} ranks", flush=True)
+if restart == 0:
+    os._exit(1)
+"""
+
+
+def test_a_restarted_rank_waits_for_the_others_and_not_for_those_that_died(tmp_path):
+    """torchrun's store still has their addresses; see start_process_group."""
+    (tmp_path / "late_rank.py").write_text(LATE_RANK, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1",
+               str(tmp_path / "late_rank.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=WAIT_S)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("restart 1: 2 ranks") == 2

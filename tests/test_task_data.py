@@ -4,6 +4,7 @@ import doctest
 import gzip
 import json
 import os
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,6 +108,18 @@ def test_a_line_is_a_list_or_an_object_with_messages(tmp_path):
     task = CustomJSON(path)
     assert [c["messages"] for c in task] == [CHAT, [SYSTEM, *CHAT], [USER, call, USER, call]]
     assert len(CustomJSON(path, start=1)) == 2
+
+
+def test_memory_holds_the_messages_and_not_what_is_around_them(tmp_path):
+    """Not the whole rows of a file, even while it is read."""
+    rows = ({"messages": CHAT, "source": "x" * 20_000 + str(i)} for i in range(500))
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    tracemalloc.start()
+    task = CustomJSON(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(task) == 500
+    assert peak < path.stat().st_size / 3
 
 
 def test_a_line_ends_where_json_says_not_where_unicode_does(tmp_path):
