@@ -2,8 +2,8 @@
 From documents to rows of tokens.
 
 The rows of a training step depend on (seed, step) alone. Every rank walks the same stream of
-documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the
-micro-batch can change a step, and a position in the stream is a few integers. Every rank can afford
+documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the micro-batch
+can change the rows of a step, and a position in the stream is a few integers. Every rank can afford
 to pack all rows: encoding runs in Rust at tens of megabytes per second, ahead of training, in a
 background thread.
 

@@ -6,10 +6,10 @@ Bits per byte of a checkpoint on the training and the validation text, and sampl
     python -m scripts.base_loss --eval_tokens=4096 --model_tag=d4          (a CPU)
     python -m scripts.base_loss --per_document --data=texts.jsonl
 
-Usually documents are packed into rows, as in training, and what does not fill a row is left out. With --per_document
-every document is scored alone and whole: the figure that lm-evaluation-harness calls bits_per_byte. It cuts a document
-that is longer than the model's context into windows. With --cut=pieces it is cut as in training: each piece starts with
-<|bos|>, which is what the model knows.
+Usually documents are packed into rows, as in training without --crop. The last row is padded, and every token is
+scored. With --per_document every document is scored alone and whole: the figure that lm-evaluation-harness calls
+bits_per_byte. It cuts a document that is longer than the model's context into windows. With --cut=pieces it is cut as
+in training: each piece starts with <|bos|>, which is what the model knows.
 
 The standard error is that over documents, in both cases.
 """

@@ -11,8 +11,9 @@ Smallest run, to see that it works:
     python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 \
         --eval_tokens=512 --total_batch_size=512 --num_iterations=20
 
-A step's rows depend on the seed and the step alone: any number of processes and any micro-batch
-give the same run, and `--resume_from_step` goes on with exactly the losses of an unbroken one.
+A step's rows depend on the seed and the step alone, for any number of processes and any
+micro-batch. With as many processes as before, `--resume_from_step` goes on with exactly the losses
+of an unbroken run; with another number they differ by rounding.
 
 With `--minutes` the size of the model and the batch follow from the time and the speed of the
 machine, and the run ends on time with a learning rate of 0: time_limit.py. Evaluations, checkpoints
