@@ -2,10 +2,10 @@
 From documents to rows of tokens.
 
 The rows of a training step depend on (seed, step) alone. Every rank walks the same stream of
-documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the micro-batch
-can change the rows of a step, and a position in the stream is a few integers. Every rank can afford
-to pack all rows: encoding runs in Rust at tens of megabytes per second, ahead of training, in a
-background thread.
+documents, packs the same rows and keeps its share of them. So neither the number of ranks nor the
+micro-batch can change the rows of a step, and a position in the stream is a few integers. Every
+rank can afford to pack all rows: encoding runs in Rust at tens of megabytes per second, ahead of
+training, in a background thread.
 
 packing.py makes rows in blocks of documents. The whole state of a loader is the position where a
 block starts (epoch, file, row, token offset) and the number of rows taken from the block.
