@@ -15,6 +15,8 @@ import torch
 
 from nanochat.gpt import GPT, GPTConfig
 
+# A single layer cannot copy what followed a token before: that takes two (Olsson et al., arXiv 2209.11895)
+MIN_DEPTH = 2
 MAX_DEPTH = 48
 
 
@@ -31,10 +33,10 @@ class ScalingLaw:
         return self.E + self.A / num_params**self.alpha + self.B / num_tokens**self.beta
 
 
-# Not fitted yet. Through the losses of d3 and d4 after 2M to 9M tokens in
-# dev/log/2026-11-25-real-text.md and 2026-11-26-real-text-schedules.md, with exponents that make half
-# a token per parameter the best at 1e14 FLOPs and some 15 at 4e19
-MEASURED = ScalingLaw(E=0.774, A=723, alpha=0.485, B=42, beta=0.28)
+# Fitted to twelve runs of d1 to d6 at 7e12 to 6e13 FLOPs (dev/log/2026-11-30-series.md), with the
+# exponents of Besiroglu et al. (arXiv 2404.10102). Those of so small runs hold for small runs only:
+# they would make a d10 the best at the FLOPs of a d26
+MEASURED = ScalingLaw(E=1.338, A=34.33, alpha=0.3478, B=94.65, beta=0.3658)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def best_depth(flops, vocab_size, sequence_len, law=MEASURED, count="num_matrix_
     depth: a larger model sees fewer. count: the field of ModelSize that is the law's N.
     """
     least = float("inf")
-    for depth in range(1, MAX_DEPTH + 1):
+    for depth in range(MIN_DEPTH, MAX_DEPTH + 1):
         size = ModelSize.from_depth(depth, vocab_size, sequence_len)
         loss = law.loss(getattr(size, count), flops / size.flops_per_token)
         # from the best depth on, each larger one is worse

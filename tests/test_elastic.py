@@ -175,7 +175,7 @@ LATE_RANK = """
 import os, time
 import torch
 import torch.distributed as dist
-from nanochat.common import compute_init
+from nanochat.common import compute_cleanup, compute_init
 
 restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 rank = int(os.environ["RANK"])
@@ -186,6 +186,8 @@ dist.all_reduce(total)
 print(f"restart {restart}: {total.item():g} ranks", flush=True)
 if restart == 0:
     os._exit(1)
+dist.barrier()
+compute_cleanup()
 """
 
 
