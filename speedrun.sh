@@ -7,6 +7,9 @@
 #   screen -L -Logfile speedrun.log -S speedrun bash speedrun.sh     in a session that survives a lost connection
 #   DRY_RUN=1 bash speedrun.sh                                print the commands in order
 #
+# Why d20 at 20 tokens per parameter: by a law through small runs a d26 at 5 has the least loss for the same time, by
+# 0.0016 bits per byte, which is less than that law knows (dev/log/2026-11-30-series.md). A smaller model answers faster.
+#
 # run1000.sh sets other sizes and calls this script. Every stage can be run again alone; all resume with
 # --resume_from_step=-2.
 set -euo pipefail

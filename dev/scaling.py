@@ -4,6 +4,7 @@ ones. It also tells which model a budget buys.
 
     python -m dev.scaling --minutes=180 --data=my_texts/       run a series (again: go on with it), fit, predict, draw
     python -m dev.scaling --minutes=0 --leave_out=d6           fit what is there, and predict the runs of d6
+    python -m dev.scaling --minutes=0 --exponents=0.3478,0.3658    with exponents of larger series, to look further ahead
     python -m dev.scaling --plan --budget=100                  what $100 buys, by the fitted law
 
 The series: every depth at several amounts of FLOPs, each twice the one before, as many as fit the minutes. A run is an
@@ -49,7 +50,7 @@ device_type: str = ""             # cuda, mps or cpu; empty = detect
 out: str | None = None            # folder of the series; None = scaling in the base directory
 # The fit
 count: Literal["matrices", "all", "blocks"] = "matrices"  # the parameters N: see scaling_law.py
-exponents: str | None = None      # alpha,beta to keep, such as 0.34,0.28 of Hoffmann et al.; None = fit them too
+exponents: str | None = None      # alpha,beta to keep: 0.3478,0.3658 of arXiv 2404.10102; None = fit them too
 repeats: Positive = 200           # fits of the bootstrap
 leave_out: str | None = None      # predict the runs of this depth, d6 or largest, by a law without them
 # The models to predict; the plan
@@ -109,7 +110,7 @@ def fixed_exponents():
     try:
         alpha, beta = map(float, exponents.split(","))
     except ValueError:
-        raise UserError(f"--exponents={exponents}: need two numbers", "--exponents=0.34,0.28") from None
+        raise UserError(f"--exponents={exponents}: need two numbers", "--exponents=0.3478,0.3658") from None
     return alpha, beta
 
 
