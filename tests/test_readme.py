@@ -111,7 +111,7 @@ def test_the_recipe_for_your_own_text(tmp_path, monkeypatch, story, capsys):
 
     tok_train, base_train, chat_cli = blocks(section("Train on your own text"), "bash")[0].splitlines()
     run_here(tok_train)
-    run_here(base_train, "--num_iterations=2", "--eval_tokens=300", "--device_batch_size=2", "--device_type=cpu")
+    run_here(base_train, "--minutes=0.2", "--eval_tokens=300", "--total_batch_size=512", "--device_type=cpu")
     capsys.readouterr()
     run_here(chat_cli, "-n", "8", "--device_type", "cpu")
     output = capsys.readouterr().out
