@@ -4,7 +4,7 @@ ones. It also tells which model a budget buys.
 
     python -m dev.scaling --minutes=180 --data=my_texts/       run a series (again: go on with it), fit, predict, draw
     python -m dev.scaling --minutes=0 --leave_out=d6           fit what is there, and predict the runs of d6
-    python -m dev.scaling --minutes=0 --exponents=0.3478,0.3658    with exponents of larger series, to look further ahead
+    python -m dev.scaling --minutes=0 --exponents=0.3478,0.3658    with exponents of larger series, to look far ahead
     python -m dev.scaling --plan --budget=100                  what $100 buys, by the fitted law
 
 The series: every depth at several amounts of FLOPs, each twice the one before, as many as fit the minutes. A run is an

@@ -107,6 +107,12 @@ def test_the_size_of_a_depth_is_that_of_the_model():
     assert size.flops_per_token == 6 * size.num_matrix_params + 12 * 20 * 1280 * 2048
 
 
+@pytest.mark.parametrize("depth, expected", [(2, 512), (4, 1024), (12, 2048)])
+def test_a_small_model_has_a_context_that_it_can_afford(depth, expected):
+    """However many tokens a step has: attention over more would cost more than half of the matrices."""
+    assert choose_sizes(1e17, 4096, depth=depth) == {"depth": depth, "max_seq_len": expected}
+
+
 def test_sizes_grow_with_the_time_and_what_is_given_stays():
     small, large = (choose_sizes(flops, 4096) for flops in (1e13, 1e19))
     assert small["depth"] < large["depth"] and small["max_seq_len"] == 512 and large["max_seq_len"] == 2048
@@ -141,7 +147,7 @@ def test_a_run_of_some_seconds_ends_on_time_and_is_saved_as_chosen(short, capsys
     step, meta = CheckpointManager(get_checkpoint_dir("base", "minutes0.2")).load_meta()
     assert step == len(steps) == meta["iterations"]
     settings, config = meta["settings"], meta["model_config"]
-    assert settings["depth"] == config["n_layer"] and settings["max_seq_len"] == config["sequence_len"] == 512
+    assert settings["depth"] == config["n_layer"] and settings["max_seq_len"] == config["sequence_len"]
     assert settings["eval_tokens"] >= meta["batch_tokens"] and settings["eval_every"] > 1
     out = capsys.readouterr().out
     assert "(from --minutes)" in out and "of 0.2 minutes" in out
