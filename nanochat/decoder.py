@@ -104,8 +104,9 @@ class Decoder:
     GPU_BLOCK = 256
     SHORT_PROMPTS = 16  # prompts that `prefill_short` reads at once, at most
 
-    # On a CPU, fewer multiplications than these take one thread: some 8 ms, a third less with two
-    # threads, but three times as much with two beside a busy core, and a server is one itself
+    # On a CPU, fewer multiplications than these take one thread, for some 8 ms. Two threads save up
+    # to a third of that, but beside a busy core a small step of theirs takes five times as long, and
+    # a server is a busy core itself (dev/log/2026-11-30-quiet-machine.md)
     ONE_THREAD_WORK = 2**29
     READING_WORK = 16  # reading a weight takes as long as multiplying it by so many tokens
 

@@ -67,8 +67,8 @@ def read_conversations(path: Path) -> list[list[dict]]:
     conversations = []
     problems = []
     num_rows = 0
-    first = None  # of the rows, if none so far has a known shape
-    known_shape = False
+    first = None         # row of the file, to describe it
+    known_shape = False  # has any row one?
     for where, row in show_progress(read_rows(path), f"reading {path.name}", "rows"):
         num_rows += 1
         if num_rows == 1:
