@@ -29,7 +29,7 @@ from nanochat.progress import show_progress
 from nanochat.training import lr_multiplier, set_rates
 
 MIN_RUN_TOKENS = 2**20  # a shorter run would not win back the time that counting takes
-OFTEN = 256             # with more occurrences per token, training alone learns as much
+MAX_OCCURRENCES = 256   # of a token in the run, on average; beyond, training alone learns as much
 MAX_TOKENS = 2**25      # tokens counted
 MIN_CONTEXTS = 1024     # a step draws a sixteenth of the vocabulary, within these bounds
 MAX_CONTEXTS = 4096
@@ -40,9 +40,14 @@ STEPS = 160
 LOSS_SCALE = 1024       # keeps gradients in float16's range; Adam's steps do not depend on it
 
 
-def pays(run_tokens, vocab_size):
-    """Whether a run of `run_tokens` gains by a head start, as measured in dev/LOG.md."""
-    return MIN_RUN_TOKENS <= run_tokens < OFTEN * vocab_size
+def choose_head_start(asked, run_tokens, vocab_size):
+    """
+    Whether a new run begins with a head start: as asked, or if that is None, where a run of
+    run_tokens gains by it (measured in dev/LOG.md).
+    """
+    if asked is not None:
+        return asked
+    return MIN_RUN_TOKENS <= run_tokens < MAX_OCCURRENCES * vocab_size
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ from nanochat.distributed import from_rank0, rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.head_start import pays as head_start_pays
-from nanochat.head_start import start_from_counts
+from nanochat.head_start import choose_head_start, start_from_counts
 from nanochat.horizon import check_warmup, choose_device_batch_size, derive_horizon
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import get_precision
@@ -98,17 +97,18 @@ verify: bool = True                   # compare checkpoints with their checksums
 model_tag: str | None = None          # folder of the checkpoints; None = d<depth> or minutes<N>
 compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 
-# What None stands for in a new run without --minutes
+# What None stands for in a new run without --minutes. These four get their values in main's dict
+# `settings`, and are read there; the others are read as globals
 DEFAULTS = {"depth": 20, "max_seq_len": 2048, "eval_every": 250, "eval_tokens": 10485760}
 GUESSED_DEPTH = 4  # for the speed of the device, before --minutes has chosen one
 
 # Settings that a resumed run cannot change
 FIXED = ("seed", "crop", "depth", "max_seq_len", "head_dim", "value_embeds")
 
-# Default learning rates of embedding and output head
-DEFAULT_LRS = (0.3, 0.004)
-# After a head start, which has already fitted them: rates as high as above would undo it
-HEAD_START_LRS = (0.01, 0.0003)
+# Default learning rates of embedding and output head. A head start has already fitted both: rates
+# as high as the usual ones would undo it
+DEFAULT_LRS = {"embedding_lr": 0.3, "unembedding_lr": 0.004}
+HEAD_START_LRS = {"embedding_lr": 0.01, "unembedding_lr": 0.0003}
 
 # -----------------------------------------------------------------------------
 
@@ -148,19 +148,31 @@ def fill_in(settings, values):
 
 
 def choose_horizon(stage, flops):
-    """(optimizer steps, tokens per step, the setting that decided). flops: those of --minutes."""
+    """
+    (optimizer steps, tokens per step, the setting that decided). flops: what a new run can compute
+    in its --minutes.
+    """
     if minutes is None:
         return derive_horizon(
             num_iterations, target_flops, target_param_data_ratio, total_batch_size, stage.model)
+
+    # A resumed run has the steps that it decided on last
     if stage.state:
-        # a checkpoint of an earlier version does not have them
-        if "batch_tokens" not in stage.state:
+        if "batch_tokens" not in stage.state:  # saved by an earlier version
             raise UserError(f"step {stage.step} does not say the batch of its run, which --minutes needs",
                             "resume with --num_iterations instead")
         return stage.state["iterations"], stage.state["batch_tokens"], "--minutes"
-    # a guess, with enough steps to find a better one
+
+    # A new run begins with a guess, of enough steps to find a better number
     iterations, batch_tokens, _ = derive_horizon(-1, flops, -1, total_batch_size, stage.model)
     return max(2 * MIN_TIMED, iterations), batch_tokens, "--minutes"
+
+
+def choose_lrs(after_head_start):
+    """{setting: learning rate} of embedding and output head: as set, else their defaults."""
+    lrs = {"embedding_lr": embedding_lr, "unembedding_lr": unembedding_lr}
+    fill_in(lrs, HEAD_START_LRS if after_head_start else DEFAULT_LRS)
+    return lrs
 
 
 def main():  # noqa: C901, PLR0912, PLR0915
@@ -170,17 +182,18 @@ def main():  # noqa: C901, PLR0912, PLR0915
     check_horizon()
     manager = CheckpointManager(get_checkpoint_dir("base", choose_tag()))
     progress = {"val_bpb": None, "min_val_bpb": None, "head_start": False, "spent_s": 0.0}
+    # the device's speed is measured on matmuls of the model's width, as far as that is known yet
     guessed_depth = DEFAULTS["depth"] if minutes is None else GUESSED_DEPTH
     stage = open_stage(settings, manager, fixed=FIXED, chosen=tuple(DEFAULTS), progress=progress,
                        fp8=True, width=64 * (depth or guessed_depth))
     device = stage.device
     progress = stage.progress
-
-    limit = None
+    limit = None  # set with --minutes
     if minutes is not None:
         limit = TimeLimit(minutes, start - progress["spent_s"])
 
-    # Model and tokenizer of a new run; with --minutes its size is that for the FLOPs they may have
+    # Model and tokenizer: a resumed run has them in its checkpoint, a new one makes the model. With
+    # --minutes its size follows from the FLOPs that the device can compute in the time left
     flops = None
     if not stage.state:
         stage.tokenizer = get_tokenizer()
@@ -216,17 +229,14 @@ def main():  # noqa: C901, PLR0912, PLR0915
            f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
     if limit:
         fill_in(settings, choose_evaluations(iterations, batch_tokens))
-    steps_per_eval = settings["eval_every"]
-    num_eval_tokens = settings["eval_tokens"]
 
-    # Head start: fit embedding and output head to bigram counts, before training
+    # Text for training and for validation
     spans, val_spans = get_both_spans(data, text_field, strict)
-    if not stage.state:
-        progress["head_start"] = head_start
-        if head_start is None:
-            progress["head_start"] = head_start_pays(run_tokens, vocab_size)
-        if progress["head_start"]:
-            progress["train_s"] += start_from_counts(model, tokenizer, spans, seed)
+
+    # Head start of a new run: fit embedding and output head to bigram counts
+    if not stage.state and choose_head_start(head_start, run_tokens, model.config.vocab_size):
+        progress["head_start"] = True
+        progress["train_s"] += start_from_counts(model, tokenizer, spans, seed)
 
     # Acceleration
     if get_precision(device.type) == "fp8":
@@ -235,21 +245,17 @@ def main():  # noqa: C901, PLR0912, PLR0915
         model.compile()
 
     # Optimizers
-    table_lr, head_lr = HEAD_START_LRS if progress["head_start"] else DEFAULT_LRS
-    if embedding_lr is not None:
-        table_lr = embedding_lr
-    if unembedding_lr is not None:
-        head_lr = unembedding_lr
+    adam_lrs = choose_lrs(progress["head_start"])
     decay = weight_decay * (12 / settings["depth"]) ** 2
-    print0(f"learning rates: embedding {table_lr}, head {head_lr}, matrices {matrix_lr} | "
-           f"weight decay: {decay:.3g}")
+    print0(f"learning rates: embedding {adam_lrs['embedding_lr']}, "
+           f"head {adam_lrs['unembedding_lr']}, matrices {matrix_lr} | weight decay: {decay:.3g}")
     optimizers = model.setup_optimizers(
-        table_lr, head_lr, matrix_lr, compile=compile, value_lr=value_lr)
+        **adam_lrs, matrix_lr=matrix_lr, value_lr=value_lr, compile=compile)
     scaler = stage.load_optimizers(optimizers)
 
-    # Data: training rows from where the checkpoint stopped, and the fixed validation rows
+    # Rows: for training from where the checkpoint stopped, for validation always the same
     loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), crop)
-    val_rows = eval_rows(tokenizer, val_spans, sequence_len, num_eval_tokens)
+    val_rows = eval_rows(tokenizer, val_spans, sequence_len, settings["eval_tokens"])
     my_val_rows = val_rows[stage.rank::stage.world_size]
 
     # Loop: save, evaluate, sample, train
@@ -259,11 +265,12 @@ def main():  # noqa: C901, PLR0912, PLR0915
     while True:
         # With --minutes the number of steps follows from the time left
         if limit and limit.decision_due(step, iterations):
-            decide = partial(limit.decide, step, batch_tokens, num_eval_tokens, steps_per_eval)
+            decide = partial(
+                limit.decide, step, batch_tokens, settings["eval_tokens"], settings["eval_every"])
             iterations = from_rank0(decide)
             keeper.iterations = iterations
         last = step == iterations
-        eval_due = last or is_due(step, steps_per_eval)
+        eval_due = last or is_due(step, settings["eval_every"])
         sample_due = last or (step > 0 and is_due(step, sample_every))
 
         # Save first: whatever fails later, the steps so far are on disk

@@ -8,7 +8,7 @@ import torch
 
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.head_start import LOSS_SCALE, add_gradients, count_followers, fit_followers, pays
+from nanochat.head_start import LOSS_SCALE, add_gradients, choose_head_start, count_followers, fit_followers
 from tests.ranks import on_ranks
 
 BOS, VOCAB = 31, 32
@@ -48,7 +48,8 @@ def test_data_without_a_pair_is_named(ids):
     (20 * 512, 65536, False), (3_932_160, 16384, True), (550 * 2048, 2048, False), (11 * 10**9, 65536, False)])
 def test_a_short_run_with_a_large_vocabulary_gains(run_tokens, vocab_size, expected):
     """A trial of 20 steps, d4 on real text, the toy world, a d20's horizon."""
-    assert pays(run_tokens, vocab_size) == expected
+    assert choose_head_start(None, run_tokens, vocab_size) == expected
+    assert choose_head_start(not expected, run_tokens, vocab_size) != expected
 
 
 def fresh_model():
