@@ -289,10 +289,3 @@ def eval_batches(rows, device_batch_size, device):
         inputs, targets = shift(batch[:, 0])
         documents = batch[:, 1, 1:]
         yield to_device(inputs, device), to_device(targets, device), documents
-
-
-def count_used(targets):
-    """Tokens of (R, T) that training looks at: those of each row up to its last target."""
-    places = np.arange(1, 1 + targets.shape[1])
-    last_targets = ((targets != IGNORE) * places).max(axis=1)
-    return int(last_targets.sum())

@@ -24,8 +24,7 @@ CPU_TOKENS = 4096   # larger micro-batches are slower on a CPU (dev/log/2026-11-
 def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_batch_size, model):
     """
     (optimizer steps, tokens per step, the setting that decided). The first of the three horizons
-    that is > 0 decides. If total_batch_size is <= 0 it is derived (see derive_batch_size), but
-    small enough for MIN_STEPS steps.
+    that is > 0 decides. If total_batch_size is <= 0 it follows from the run's steps or tokens.
     """
     sequence_len = model.config.sequence_len
     if num_iterations > 0:
@@ -45,7 +44,7 @@ def derive_horizon(num_iterations, target_flops, target_param_data_ratio, total_
                         "--target_param_data_ratio are all <= 0",
                         "set one, for example --num_iterations=1000")
     if total_batch_size <= 0:
-        total_batch_size = derive_tokens_batch(num_tokens)
+        total_batch_size = batch_size_of_tokens(num_tokens)
     batch_tokens = align_batch_size(total_batch_size, sequence_len)
     return max(1, round(num_tokens / batch_tokens)), batch_tokens, rule
 
@@ -57,27 +56,27 @@ def check_warmup(warmup_iters, num_iterations):
                f"rate never reaches its full value; for example --warmup_iters={num_iterations // 10}")
 
 
-def derive_batch_size(num_tokens):
+def batch_size_law(num_tokens):
     """
-    Tokens per optimizer step for a run of num_tokens: a power of two, proportional to
+    Tokens per optimizer step that suit a run of num_tokens: a power of two, proportional to
     num_tokens^0.383 (arXiv 2505.13738), with 524,288 tokens at d20's horizon of 20 x 561M tokens.
     """
     return round_batch(2**19 * (num_tokens / (20 * 561e6)) ** 0.383)
 
 
-def derive_tokens_batch(num_tokens):
-    """`derive_batch_size`, but small enough for MIN_STEPS steps."""
-    return min(derive_batch_size(num_tokens), round_batch(num_tokens / MIN_STEPS))
+def batch_size_of_tokens(num_tokens):
+    """The batch size of a run of num_tokens: by the law, but small enough for MIN_STEPS steps."""
+    return min(batch_size_law(num_tokens), round_batch(num_tokens / MIN_STEPS))
 
 
 def batch_size_of_steps(num_steps):
     """
-    The derived batch size of a run of num_steps. The batch size depends on the run's tokens, and
-    these on the batch size: a few rounds find both.
+    The batch size of a run of num_steps, by the law. That asks for the run's tokens, which follow
+    from the batch size: a few rounds find both.
     """
     batch_tokens = 2**14
     for _ in range(20):
-        batch_tokens = derive_batch_size(num_steps * batch_tokens)
+        batch_tokens = batch_size_law(num_steps * batch_tokens)
     return batch_tokens
 
 

@@ -17,7 +17,7 @@ import time
 from collections import deque
 
 from nanochat.common import UserError, ceil_div
-from nanochat.horizon import derive_tokens_batch
+from nanochat.horizon import batch_size_of_tokens
 from nanochat.scaling_law import ModelSize, best_depth
 
 # Of the device's peak FLOP/s, until the first steps are timed: 50 to 57% were measured (dev/LOG.md)
@@ -27,19 +27,20 @@ END_SHARE = 0.02
 # An evaluation takes this part of the time of training on as many tokens: one pass of three, but
 # without the fast path of the loss
 EVAL_COST = 0.5
-# An evaluation, at the start, after half of the run and at the end: this part of the run's tokens
+# There are three evaluations: at the start, after half of the run and at the end. Each takes this part
+# of the run's tokens
 EVAL_SHARE = 0.04
 MAX_EVAL_TOKENS = 10485760
-# The speed is the median of the last steps: of so many, and at least of some. A step that compiles,
-# or during which the machine slept, changes nothing
-MAX_TIMED = 32
-MIN_TIMED = 10
+# The speed is the median of the last steps, so that a step which compiles, or during which the machine
+# slept, changes nothing
+MAX_TIMED = 32  # steps, at most
+MIN_TIMED = 10  # before so many there is no decision
 # Context: a step has 8 rows or more, and attention costs at most half as much as the matrices. In two
 # minutes a d2 reached 2.04 bits per byte with 512 tokens, 2.17 with 2,048 (dev/LOG.md)
 MIN_ROWS = 8
 ATTENTION_SHARE = 0.5
 MAX_CONTEXT = 2048
-USUAL_CONTEXT = 512  # to compare depths with, whose attention costs little
+USUAL_CONTEXT = 512  # with which depths are compared; its attention costs little
 
 
 class TimeLimit:
@@ -62,7 +63,7 @@ class TimeLimit:
         return (1 - END_SHARE) * 60 * self.minutes - self.spent_s()
 
     def guess_flops(self, peak_flops):
-        """What devices of together peak_flops FLOP/s compute in the time left."""
+        """FLOPs that the devices, with peak_flops FLOP/s in all, can compute in the time left."""
         left_s = self.left_s()
         if left_s <= 0:
             raise UserError(f"--minutes={self.minutes:g}: nothing of it is left after a start of "
@@ -109,7 +110,7 @@ def choose_sizes(flops, vocab_size, depth=None, sequence_len=None):
         depth = best_depth(flops, vocab_size, sequence_len or USUAL_CONTEXT)
     if sequence_len is None:
         size = ModelSize.from_depth(depth, vocab_size, USUAL_CONTEXT)
-        batch_tokens = derive_tokens_batch(flops / size.flops_per_token)
+        batch_tokens = batch_size_of_tokens(flops / size.flops_per_token)
         matrix_flops = 6 * size.num_matrix_params
         attention_flops = (size.flops_per_token - matrix_flops) / USUAL_CONTEXT  # for each position
         affordable = ATTENTION_SHARE * matrix_flops / attention_flops

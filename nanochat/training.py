@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from nanochat.common import IGNORE, UserError
+from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataloader import to_device
 from nanochat.distributed import all_reduce_sum
 from nanochat.precision import get_autocast_ctx, get_precision_dtype
@@ -134,7 +134,7 @@ def add_gradients(model, arrays, num_targets, device_batch_size, scaler):
     # a loss per micro-batch; the sum stays on the device, since .item() would wait for it
     targets = arrays[1]
     total = torch.zeros((), device=model.device)
-    for rows, T in fit_rows(targets, device_batch_size):
+    for rows, T in micro_batches(targets, device_batch_size):
         micro_batch = [to_device(array[rows, :T], model.device) for array in arrays]
         total += backward(model, micro_batch, num_targets, scaler)
 
@@ -156,19 +156,31 @@ def backward(model, micro_batch, num_targets, scaler):
     return loss.detach()
 
 
+def target_ends(targets):
+    """
+    (R,): how many columns of each row of (R, T) targets go up to its last target. Attention is
+    causal, so the columns after them change nothing.
+    """
+    places = np.arange(1, 1 + targets.shape[1])
+    return ((targets != IGNORE) * places).max(axis=1, initial=0)
+
+
+def count_used(targets):
+    """Tokens of (R, T) that training looks at."""
+    return int(target_ends(targets).sum())
+
+
 def used_columns(targets):
     """
-    How many columns of each row of (R, T) targets the model has to read, (R,): attention is causal,
-    so columns after the last target change nothing. Multiples of 32, at most T, so that few shapes
-    occur.
+    How many columns of each row of (R, T) targets the model reads, (R,): at least up to the last
+    target. Multiples of 32, at most T, so that few shapes occur.
     """
-    # the last target's column; 0 where there is none
     T = targets.shape[1]
-    last = ((targets != IGNORE) * np.arange(T)).max(axis=1, initial=0)
-    return np.minimum(T, 32 * (1 + last // 32))
+    columns = 32 * ceil_div(target_ends(targets), 32)
+    return np.clip(columns, min(32, T), T)
 
 
-def fit_rows(targets, device_batch_size):
+def micro_batches(targets, device_batch_size):
     """
     Yield micro-batches of (R, T) targets, each as (slice of rows, columns to read). A micro-batch
     has at most the positions of device_batch_size rows of T. Where rows are sorted by length, it

@@ -48,8 +48,8 @@ from nanochat.stage import open_stage
 from nanochat.trackers import Tracker
 from nanochat.training import (
     accumulate_gradients,
-    fit_rows,
     lr_multiplier,
+    micro_batches,
     optimizer_step,
     set_rates,
 )
@@ -193,7 +193,7 @@ def compare_models(model, ref_model, inputs, targets, device_rows):
     """
     kl = 0.0
     entropy = 0.0
-    for rows, T in fit_rows(targets, device_rows):
+    for rows, T in micro_batches(targets, device_rows):
         x = to_device(inputs[rows, :T], model.device)
         y = to_device(targets[rows, :T], model.device)
         with get_autocast_ctx(model.device):
@@ -303,7 +303,7 @@ def main():  # noqa: PLR0915
         kl, entropy = compare_models(model, ref_model, inputs[some], targets[some], device_rows)
 
         # Train: one optimizer step; ranks may have sampled different numbers of tokens
-        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
+        lr_factor = init_lr_frac * lr_multiplier(step, iterations, warmup_iters=0, warmdown_ratio=1.0)
         set_rates(optimizers, lr_factor)
         counts = [(targets != IGNORE).sum(), rewards.sum(), len(rows), (advantages != 0).sum()]
         counts = all_reduce_sum(torch.tensor(counts, dtype=torch.float32, device=device))

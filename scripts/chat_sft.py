@@ -24,7 +24,7 @@ from nanochat.configurator import (
     get_settings,
     override_from_cli,
 )
-from nanochat.dataloader import conversation_rows, count_used, to_device
+from nanochat.dataloader import conversation_rows, to_device
 from nanochat.horizon import (
     choose_device_batch_size,
     count_examples,
@@ -36,7 +36,13 @@ from nanochat.progress import show_progress
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
 from nanochat.trackers import Tracker
-from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
+from nanochat.training import (
+    accumulate_gradients,
+    count_used,
+    lr_multiplier,
+    optimizer_step,
+    set_rates,
+)
 from tasks.mixtures import sft_mixture
 from tasks.smoltalk import SmolTalk
 
@@ -146,7 +152,7 @@ def main():
 
         # Train: one optimizer step on this step's conversations
         keeper.start_step()
-        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, 1.0)
+        lr_factor = init_lr_frac * lr_multiplier(step, iterations, warmup_iters=0, warmdown_ratio=1.0)
         set_rates(optimizers, lr_factor)
         places = step_places(step, examples_per_step, run_examples)
         indices = shuffled_indices(places, len(mixture), seed)

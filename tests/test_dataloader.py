@@ -17,7 +17,6 @@ from nanochat.common import UserError
 from nanochat.dataloader import (
     IGNORE,
     conversation_rows,
-    count_used,
     describe_position,
     eval_batches,
     eval_rows,
@@ -292,11 +291,6 @@ def test_a_conversation_cut_to_the_context_does_not_end_there_in_midtraining(tok
 def test_the_sign_of_a_token_says_whether_it_is_a_target():
     inputs, targets = shift(np.array([[0, 5, ~6, ~0, 7, IGNORE]], dtype=np.int32))
     assert inputs.tolist() == [[0, 5, 6, 0, 7]] and targets.tolist() == [[5, IGNORE, IGNORE, 7, IGNORE]]
-
-
-def test_count_used_stops_at_the_last_target_of_each_row():
-    targets = np.array([[5, IGNORE, IGNORE, IGNORE], [IGNORE, 1, 2, 3], [IGNORE] * 4, [0, 0, 0, 0]])
-    assert count_used(targets) == 1 + 4 + 0 + 4
 
 
 def test_a_pass_over_little_data_sees_all_of_it_before_the_next_begins():

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import IGNORE, UserError
 from nanochat.dataloader import shift
 from nanochat.gpt import GPTConfig
 from nanochat.horizon import (
     align_batch_size,
+    batch_size_law,
     choose_device_batch_size,
     count_examples,
-    derive_batch_size,
     derive_horizon,
     shuffled_indices,
     step_places,
@@ -29,7 +29,7 @@ from nanochat.horizon import (
 from nanochat.metrics_log import MetricsLog
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stop_signal import StopSignal
-from nanochat.training import accumulate_gradients, fit_rows, optimizer_step, used_columns
+from nanochat.training import accumulate_gradients, count_used, micro_batches, optimizer_step, used_columns
 from tests.stages import small_stage
 from tests.tiny import tiny_model
 
@@ -38,8 +38,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_derived_batch_is_the_published_one_at_d20_and_shrinks_with_the_run():
-    assert derive_batch_size(20 * 561e6) == 2**19
-    sizes = [derive_batch_size(tokens) for tokens in (1e6, 1e8, 1e10, 1e12)]
+    assert batch_size_law(20 * 561e6) == 2**19
+    sizes = [batch_size_law(tokens) for tokens in (1e6, 1e8, 1e10, 1e12)]
     assert sizes == sorted(sizes) and all(math.log2(size).is_integer() for size in sizes)
 
 
@@ -57,7 +57,7 @@ def test_a_small_run_has_enough_steps_and_a_large_one_the_published_batch():
     model = tiny_model()
     steps, batch, _ = derive_horizon(-1, 6e6 * model.estimate_flops(), -1, -1, model)
     assert batch == 8192 and steps == round(6e6 / 8192)
-    assert derive_horizon(-1, 1e10 * model.estimate_flops(), -1, -1, model)[1] == derive_batch_size(1e10) == 2**19
+    assert derive_horizon(-1, 1e10 * model.estimate_flops(), -1, -1, model)[1] == batch_size_law(1e10) == 2**19
     assert derive_horizon(-1, 1e4 * model.estimate_flops(), -1, -1, model)[1] == 4096
 
 
@@ -405,6 +405,11 @@ def test_the_time_left_forgets_the_first_step_which_compiles(tmp_path, monkeypat
     assert "dt: 60000ms" in lines[0] and "step: 00051/00101" in lines[50] and lines[50].endswith("eta: 1.0m")
 
 
+def test_count_used_stops_at_the_last_target_of_each_row():
+    targets = np.array([[5, IGNORE, IGNORE, IGNORE], [IGNORE, 1, 2, 3], [IGNORE] * 4, [0, 0, 0, 0]])
+    assert count_used(targets) == 1 + 4 + 0 + 4
+
+
 def test_columns_after_the_last_target_are_left_out_in_steps_of_32():
     targets = np.full((3, 100), -1)
     assert used_columns(targets).tolist() == [32, 32, 32]
@@ -417,8 +422,8 @@ def test_columns_after_the_last_target_are_left_out_in_steps_of_32():
 def test_short_rows_go_many_at_a_time():
     targets = np.full((9, 128), -1)
     targets[range(9), [5, 9, 20, 25, 31, 60, 70, 127, 3]] = 1  # columns: 5 x 32, 64, 96, 128, 32
-    rows = [(rows.start, rows.stop, int(columns)) for rows, columns in fit_rows(targets, 2)]
+    rows = [(rows.start, rows.stop, int(columns)) for rows, columns in micro_batches(targets, 2)]
     assert rows == [(0, 5, 32), (5, 7, 96), (7, 9, 128)]
-    whole = [(rows.start, rows.stop, int(columns)) for rows, columns in fit_rows(np.ones((7, 128), dtype=int), 3)]
+    whole = [(rows.start, rows.stop, int(columns)) for rows, columns in micro_batches(np.ones((7, 128), dtype=int), 3)]
     assert whole == [(0, 3, 128), (3, 6, 128), (6, 7, 128)]
-    assert list(fit_rows(targets[:0], 2)) == []
+    assert list(micro_batches(targets[:0], 2)) == []
