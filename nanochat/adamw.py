@@ -53,7 +53,7 @@ class DistAdamW:
             group["params"] = list(params)
             group["initial_lr"] = group["lr"]
             self.param_groups.append(group)
-        self.state = {}      # parameter -> its running means, on this rank's shard
+        self.state = {}     # parameter -> its running means, on this rank's shard
         self.grad_sq = 0.0  # this rank's part of the squared gradient norm of the last step
 
     def _my_shard(self, tensor):

@@ -191,29 +191,20 @@ def training_rows(
     """A RowLoader over the documents of `spans`, from the start or from `state`."""
     state = state or START
     documents = token_documents(tokenizer, spans, seed, _position(state))
-    blocks = packed_blocks(
-        documents,
-        tokenizer.get_bos_token_id(),
-        sequence_len + 1,
-        seed,
-        state["offset"],
-        crop,
-        block_tokens,
-    )
-    return RowLoader(blocks, state["rows_used"])
+    return _load_rows(documents, tokenizer, sequence_len, seed, state, crop, block_tokens)
 
 
 def packed_conversations(dataset, tokenizer, sequence_len, seed=42, state=None):
     """A RowLoader over the conversations of `dataset`, packed like documents."""
     state = state or START
     documents = conversation_documents(dataset, tokenizer, _position(state))
+    return _load_rows(documents, tokenizer, sequence_len, seed, state)
+
+
+def _load_rows(documents, tokenizer, sequence_len, seed, state, crop=False, block_tokens=None):
+    bos = tokenizer.get_bos_token_id()
     blocks = packed_blocks(
-        documents,
-        tokenizer.get_bos_token_id(),
-        sequence_len + 1,
-        seed,
-        state["offset"],
-    )
+        documents, bos, sequence_len + 1, seed, state["offset"], crop, block_tokens)
     return RowLoader(blocks, state["rows_used"])
 
 

@@ -110,7 +110,7 @@ class Decoder:
     ONE_THREAD_WORK = 2**29
     READING_WORK = 16  # reading a weight takes as long as multiplying it by so many tokens
 
-    def __init__(self, model, num_rows, max_length=None, length=256, block=None):
+    def __init__(self, model, num_rows, length=256, block=None):
         """
         length: positions of the cache at first. It grows by doubling, which copies it. block:
         tokens of a prompt per forward pass; None = as above.
@@ -120,8 +120,8 @@ class Decoder:
         self.model = model
         self.token_work = model.num_matrix_params()  # multiplications for a token
         self.num_rows = num_rows
-        max_length = max_length or model.config.sequence_len
-        self.max_length = min(max_length, model.cos.size(2))  # the rotary table ends there
+        # the rotary table may end before the context
+        self.max_length = min(model.config.sequence_len, model.cos.size(2))
         self.dtype = get_precision_dtype(model.device.type)
         self.cache = self._new_cache(num_rows, length)
         self.staging = self._new_cache(1)  # `prefill` reads prompts into it

@@ -105,6 +105,7 @@ class Linear(nn.Linear):
         """
 
     def forward(self, x):
+        # autocast would cast the weight too; ops.py has a faster way for small ones
         return F.linear(x, cast_weight(self.weight, x.dtype))
 
 
@@ -392,12 +393,12 @@ class GPT(nn.Module):
         embedding_lr=0.3,      # Adam
         unembedding_lr=0.004,  # Adam, output head
         matrix_lr=0.02,        # Muon, matrices of the blocks
-        weight_decay=0.0,      # Muon
         compile=None,          # whether Muon compiles its update: see DistMuon
         value_lr=0.1,          # Adam, value embeddings
     ):
         """
         [DistAdamW for tables and head, DistMuon for the blocks]. Adam's rates scale with the width.
+        Without weight decay, which base_train sets in each step: `set_rates`.
         """
         groups = [
             self._adam_group("unembedding", "lm_head.weight", unembedding_lr),
@@ -407,8 +408,7 @@ class GPT(nn.Module):
             groups.append(self._adam_group("value", "transformer.value_embeds.*", value_lr))
         # everything in the blocks is a matrix
         matrices = self._named_parameters("transformer.h.*")
-        muon = DistMuon(matrices, matrix_lr, weight_decay=weight_decay, compile=compile)
-        return [DistAdamW(groups), muon]
+        return [DistAdamW(groups), DistMuon(matrices, matrix_lr, compile=compile)]
 
     def _adam_group(self, name, pattern, lr):
         # the name is for the log

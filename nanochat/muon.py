@@ -34,9 +34,9 @@ _SAFETY = 1.01
 
 def orthogonalize(G, dtype=torch.bfloat16):
     """
-    (K, M, N) -> about U V' of its SVD, same shape, in `dtype`. Singular values of a thousandth of the
-    matrix's norm, or more, end between 0.87 and 1.13. Smaller ones grow a thousandfold at most; among
-    them, in 16 bits, what rounding adds to a matrix of low rank.
+    (K, M, N) -> about U V' of its SVD, same shape, in `dtype`. Singular values of at least a
+    thousandth of the matrix's norm become 0.87 to 1.13. Smaller ones grow a thousandfold at most; in
+    16 bits even a matrix of low rank has such small ones, from rounding.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
@@ -162,7 +162,7 @@ class DistMuon:
         for group in self.param_groups:
             stack = _stack([p.data for p in group["params"]])
             self._stacks.append(stack)
-            for p, matrix in zip(group["params"], stack, strict=False):
+            for p, matrix in zip(group["params"], stack, strict=False):  # without the padding
                 p.data = matrix
 
         # The polynomial runs in the compute dtype

@@ -35,7 +35,10 @@ SMALL_CAST = 2**19
 
 
 def cast_weight(weight, dtype):
-    """A float32 weight in the compute dtype, as autocast would cast it."""
+    """
+    A small float32 weight on a CPU, in the compute dtype. Others stay as they are: autocast casts
+    them.
+    """
     if weight.dtype == dtype or not weight.is_cpu or weight.numel() > SMALL_CAST:
         return weight
     return _SmallCast.apply(weight, dtype)

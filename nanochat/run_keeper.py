@@ -1,5 +1,5 @@
 """
-All around the loop of a training script: saving, stopping on a signal, logging, the report.
+What surrounds the loop of a training script: saving, stopping on a signal, logging, the report.
 """
 
 import math
@@ -124,25 +124,28 @@ class RunKeeper:
 
     def save_if_due(self, step, eval_due, **state):
         """
-        Save a checkpoint, with `state` in its meta data, if it is time. At the end of the run, and
-        before a stop, it is on the disk when this returns, or a UserError is raised. Collective.
+        Save a checkpoint, with `state` in its meta data, if it is time. `stopping` is True if a
+        signal asked the run to stop. At the end of the run, and before a stop, the checkpoint is on
+        the disk when this returns, or a UserError is raised. Collective.
         """
         self._look_at_last_save()
+        # The last step is saved anyway: a signal then changes nothing
+        last = step == self.iterations
+        self.stopping = self._signal.asked() and not last
         if self.save_due(step, eval_due):
             self.save(step, **state)
-        if self.stopping or step == self.iterations:
+        if self.stopping or last:
             self.stage.manager.finish_saving(self.stage.device)
 
     def save_due(self, step, eval_due):
         """
-        Whether to save now: every save_every steps, before every evaluation, at the end, and when a
-        signal asks the run to stop (then `stopping` is True). Collective.
+        Whether to save now: every save_every steps, before every evaluation, at the end, and before
+        a stop.
         """
-        # The last step is saved anyway: a signal then changes nothing
+        if step == 0 or step == self._saved_step:
+            return False
         last = step == self.iterations
-        self.stopping = self._signal.asked() and not last
-        due = last or self.stopping or eval_due or is_due(step, self.stage.settings["save_every"])
-        return due and step > 0 and step != self._saved_step
+        return last or self.stopping or eval_due or is_due(step, self.stage.settings["save_every"])
 
     def save(self, step, **state):
         """

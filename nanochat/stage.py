@@ -79,18 +79,22 @@ def open_stage(
 
     fixed: settings that a resumed run cannot change. chosen: those that are None until the stage
     has chosen them; in a resumed run they get their saved values. progress: the loop's counters at
-    the start of a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the device's peak
-    FLOP/s. width: of the model that a new run without a source will make.
+    the start of a new run. fp8: whether the stage can train in 8 bits. mfu: whether to find the
+    device's peak FLOP/s. width: of the model that a new run without a source will make.
     """
-    # Device, ranks; then a new run, or the state of the one to resume
+    # Device, ranks
     rank, _, world_size, device = compute_init(settings["device_type"], settings["seed"])
+
     # A new run, or the state of the one to resume. Claimed first: the run before may still be saving
     manager.verify = settings["verify"]
     manager.claim(device, CLAIM_WAIT_S if settings["auto_resume"] else 0)
     step, state = resume_step(manager, settings, device, fixed, chosen)
     counted = {"train_s": 0.0, "tokens": 0}  # by the RunKeeper
     progress = {**counted, **(progress or {}), **state.get("progress", {})}
-    stage = Stage(settings, device, rank, world_size, None, manager, step, state, progress)
+    stage = Stage(
+        settings, device, rank, world_size,
+        peak_flops=None,  # measured below
+        manager=manager, step=step, state=state, progress=progress)
 
     # Model and tokenizer; a resumed run has them in its own checkpoint
     if state:

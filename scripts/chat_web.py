@@ -211,13 +211,12 @@ def parse_args(argv=None):
 
 def find_models(args):
     """{name: its stage, tag, step and examples}. UserError if a checkpoint does not exist."""
-    # -i, -g and -s say the same as one spec; empty parts mean the newest
-    step = "" if args.step is None else args.step
-    only = f"{args.source}:{args.model_tag or ''}:{step}"
-    specs = args.models.split(",") if args.models else [only]
+    # without --models, -i, -g and -s say the same as one spec; empty parts mean the newest
+    last_part = "" if args.step is None else args.step
+    models = args.models or f"{args.source}:{args.model_tag or ''}:{last_part}"
 
     found = {}
-    for spec in specs:
+    for spec in models.split(","):
         match = re.fullmatch(r"([^:]*):?([^:]*):?(\d*)", spec.strip())
         if match is None:
             raise UserError(f"--models: {spec!r} is not stage:tag or stage:tag:step",
@@ -241,7 +240,7 @@ def find_models(args):
 
 def load_schedulers(models, device_type, rows, i, verify=True):
     """{name: Scheduler} on device i, for the models of `find_models`."""
-    device = choose_device(device_type, i)
+    device = enter_device(device_type, i)
     # all models first: what memory they leave is for the caches
     loaded = {}
     for name, spec in models.items():
@@ -257,8 +256,8 @@ def load_schedulers(models, device_type, rows, i, verify=True):
     return schedulers
 
 
-def choose_device(device_type, i):
-    """Device i, which becomes the current one of this thread."""
+def enter_device(device_type, i):
+    """Device i of this type; a GPU becomes the current one of this thread."""
     if device_type != "cuda":
         return torch.device(device_type)
     device = torch.device("cuda", i)

@@ -30,7 +30,7 @@ def train(out, load=None, steps=10, num_rows=7):
     torch.set_num_threads(1)
     model = tiny_model(n_layer=3, value_embeds=True)
     # Adam divides by the gradient: at a large rate, rounding in a tiny gradient would move its weight visibly
-    optimizers = model.setup_optimizers(embedding_lr=0.003, weight_decay=0.1)
+    optimizers = model.setup_optimizers(embedding_lr=0.003)
     first = 0
     if load:
         saved = torch.load(load)
@@ -42,7 +42,7 @@ def train(out, load=None, steps=10, num_rows=7):
     for step in range(first, first + steps):
         rows = torch.randint(0, 100, (num_rows, 33), generator=torch.Generator().manual_seed(step)).int().numpy()
         rows[0, 4:] = IGNORE
-        set_rates(optimizers, 1 - step / 40)
+        set_rates(optimizers, 1 - step / 40, weight_decay=0.1)
         inputs, targets = shift(rows)
         mine = rank_slice(len(rows), rank, world_size)
         loss, _ = accumulate_gradients(model, inputs[mine], targets[mine], int((targets >= 0).sum()), 2)

@@ -123,13 +123,13 @@ def train(out, num_rows, steps):
     rank, _, world_size, device = compute_init("cpu")
     torch.set_num_threads(1)
     model = tiny_model(n_layer=2, value_embeds=True)
-    optimizers = model.setup_optimizers(weight_decay=0.1)
+    optimizers = model.setup_optimizers()
     scaler = make_scaler(device)
     seen = []
     for step in range(steps):
         rows = torch.randint(0, 100, (num_rows, 33), generator=torch.Generator().manual_seed(step)).int().numpy()
         rows[0, 4:] = IGNORE
-        set_rates(optimizers, 1 - step / 40)
+        set_rates(optimizers, 1 - step / 40, weight_decay=0.1)
         inputs, targets = shift(rows)
         mine = rank_slice(len(rows), rank, world_size)
         accumulate_gradients(model, inputs[mine], targets[mine], int((targets >= 0).sum()), 2, None, scaler)

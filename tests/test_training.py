@@ -280,7 +280,8 @@ def test_a_run_is_saved_when_it_is_time(tmp_path):
         keeper.stage.manager.finish_saving(CPU)
         assert keeper.stage.manager.load_meta(10)[1]["loader"] == {"row": 3}
         signal.raise_signal(signal.SIGTERM)
-        assert keeper.save_due(11, eval_due=False) and keeper.stopping
+        keeper.save_if_due(11, eval_due=False)
+        assert keeper.stopping and keeper.stage.manager.last_step() == 11
     finally:
         with pytest.raises(SystemExit) as exit:  # as if the signal had ended it: a script's next stage does not run
             keeper.close()

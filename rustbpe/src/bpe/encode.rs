@@ -160,7 +160,8 @@ impl Encoder {
         let new = &ids[before..];
         let cached = &mut worker.cache[cache_row(key)][0]; // seen longer ago, after the swap
         if is_short(key) && new.len() <= cached.ids.len() {
-            (cached.key, cached.len) = (key, new.len() as u32);
+            cached.key = key;
+            cached.len = new.len() as u32;
             cached.ids[..new.len()].copy_from_slice(new);
         }
     }
@@ -168,7 +169,8 @@ impl Encoder {
     /// The rank of the bytes `from..to` of a word that starts at `start`.
     #[inline(always)]
     fn rank(&self, text: &[u8], start: usize, from: u32, to: u32) -> Option<u32> {
-        let (from, to) = (start + from as usize, start + to as usize);
+        let from = start + from as usize;
+        let to = start + to as usize;
         self.tokens.find(key_of(text, from, to), text, from, to)
     }
 
@@ -176,7 +178,8 @@ impl Encoder {
     fn merge_short(&self, text: &[u8], start: usize, end: usize, worker: &mut Worker, ids: &mut Vec<u32>) {
         let rank = |from, to| self.rank(text, start, from, to).unwrap_or(u32::MAX);
         let Worker { cuts, ranks, .. } = worker;
-        let (bytes, before) = (&text[start..end], ids.len());
+        let bytes = &text[start..end];
+        let before = ids.len();
         ids.extend(bytes.iter().map(|&byte| self.byte_ids[byte as usize])); // from `before` on: an id for each part
         cuts.clear();
         ranks.clear();
@@ -216,7 +219,8 @@ impl Encoder {
             if middle == 0 || middle >= to || next[middle as usize] != to {
                 continue;
             }
-            (next[from as usize], next[middle as usize]) = (to, 0);
+            next[from as usize] = to;
+            next[middle as usize] = 0;
             if to < end {
                 prev[to as usize] = from;
                 heap.extend(pair(from, next[to as usize]));
@@ -266,12 +270,15 @@ fn pair_index(first: u8, second: u8) -> usize {
 
 /// Cuts a list of texts into runs of about CHUNK_BYTES.
 fn chunks_of<T: AsRef<str>>(texts: &[T]) -> Vec<&[T]> {
-    let (mut chunks, mut start, mut size) = (Vec::new(), 0, 0);
+    let mut chunks = Vec::new();
+    let mut start = 0; // of the chunk that grows, in texts
+    let mut size = 0; // and in bytes
     for (i, text) in texts.iter().enumerate() {
         size += text.as_ref().len();
         if size >= CHUNK_BYTES || i + 1 == texts.len() {
             chunks.push(&texts[start..=i]);
-            (start, size) = (i + 1, 0);
+            start = i + 1;
+            size = 0;
         }
     }
     chunks

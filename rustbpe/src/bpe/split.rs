@@ -231,7 +231,9 @@ impl Scan<'_> {
     /// \s*[\r\n] | \s+(?!\S) | \s+ : up to the last newline of the run; without one, all but the last character,
     /// which goes with the word that follows; all of it at the end of the text or when it is a single character.
     fn space_end(&self, start: usize) -> usize {
-        let (mut i, mut last, mut after_newline) = (start, start, None);
+        let mut i = start;
+        let mut last = start; // where the last character of the run begins
+        let mut after_newline = None;
         loop {
             let (class, len) = self.class(i);
             if (class != SPACE && class != NEWLINE) || len == 0 {

@@ -56,7 +56,9 @@ pub fn learn_tokens(
 ) -> Result<Interner, Error> {
     let mut trainer = Trainer::new(corpus)?;
     let mut tokens = Interner::default();
-    (0..=255).for_each(|byte: u8| _ = tokens.insert_bytes(&[byte]));
+    for byte in 0..=255 {
+        tokens.insert_bytes(&[byte]);
+    }
     while tokens.len() < vocab_size {
         if tokens.len() % CHECK_EVERY == 0 {
             check()?;
@@ -76,7 +78,8 @@ pub fn learn_tokens(
 impl Trainer {
     fn new(corpus: Vec<WordCounts>) -> Result<Self, Error> {
         let edge = Cell { token: EDGE, word: 0 };
-        let (mut cells, mut counts) = (vec![edge], Vec::new());
+        let mut cells = vec![edge];
+        let mut counts = Vec::new();
         for shard in corpus {
             for (word, &count) in shard.words.iter().zip(&shard.counts) {
                 if word.len() > 1 {
@@ -160,7 +163,8 @@ impl Trainer {
 
     /// Makes the count exact and drops places that no longer hold the pair.
     fn recount(&mut self, candidate: &mut Candidate) {
-        let (mut count, mut len) = (0, 0);
+        let mut count = 0;
+        let mut len = 0;
         for i in candidate.start..candidate.start + candidate.len {
             let place = self.places[i];
             if self.holds_pair(place, candidate.pair.0) {
@@ -169,14 +173,16 @@ impl Trainer {
                 len += 1;
             }
         }
-        (candidate.count, candidate.len) = (count, len);
+        candidate.count = count;
+        candidate.len = len;
     }
 
     /// Merges a pair everywhere, from left to right, and puts the pairs that the new token forms on the heap.
     fn merge(&mut self, best: &Candidate) {
         let (left, right) = best.pair.0;
         let [left_len, right_len] = [left, right].map(|token| self.lens[token as usize] as usize);
-        let (token, len) = (self.lens.len() as u32, left_len + right_len);
+        let token = self.lens.len() as u32; // the new one
+        let len = left_len + right_len;
         self.lens.push(len as u32);
         self.group_of.resize(self.group_of.len().max(self.lens.len()), EDGE);
         let mut merged = Vec::with_capacity(best.len);
@@ -186,11 +192,15 @@ impl Trainer {
                 continue; // in `aaa` the second place of `aa` is gone once the first is merged
             }
             let cells = &mut self.cells[place as usize..place as usize + len];
-            (cells[left_len - 1].token, cells[left_len].token) = (INSIDE, INSIDE);
-            (cells[0].token, cells[len - 1].token) = (token, token);
+            // the middle first: in a token of two bytes the ends are the same two cells
+            cells[left_len - 1].token = INSIDE;
+            cells[left_len].token = INSIDE;
+            cells[0].token = token;
+            cells[len - 1].token = token;
             merged.push(place);
         }
-        let (mut before, mut after) = (Vec::new(), Vec::new());
+        let mut before = Vec::new();
+        let mut after = Vec::new();
         for &place in &merged {
             let neighbour = self.cells[place as usize - 1].token;
             if neighbour != EDGE {

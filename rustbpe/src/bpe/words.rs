@@ -57,7 +57,8 @@ impl Interner {
 
     pub fn get(&self, id: u32) -> &[u8] {
         let id = id as usize;
-        &self.bytes[if id == 0 { 0 } else { self.ends[id - 1] }..self.ends[id]]
+        let start = if id == 0 { 0 } else { self.ends[id - 1] };
+        &self.bytes[start..self.ends[id]]
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
