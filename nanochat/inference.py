@@ -178,7 +178,7 @@ def packed_linear(x, weight, packed):
     return y[:num_rows].view(*x.shape[:-1], -1)
 
 
-def row_counts(model, most):
+def matmul_sizes(model, most):
     """All results of `round_up` for up to `most` rows; [] where nothing is made for them."""
     if not _can_pack(model):
         return []

@@ -86,6 +86,7 @@ class MetricsLog:
     """
     metrics.jsonl, one JSON object a line, and its numbers to a tracker if there is one. Rank 0
     writes.
+
     After a resume at `step`, lines that the resumed run will write again are dropped: those of
     later steps, and of the evaluation at that step, which comes after the checkpoint.
     """

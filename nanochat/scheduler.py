@@ -23,7 +23,7 @@ from nanochat.common import compiles
 from nanochat.conversation import PART_AFTER
 from nanochat.decoder import Decoder, Row
 from nanochat.fair_queue import FairQueue
-from nanochat.inference import compile_decoding, row_counts
+from nanochat.inference import compile_decoding, matmul_sizes
 from nanochat.streaming import TextStream, split_at_stop
 
 log = logging.getLogger(__name__)
@@ -205,10 +205,10 @@ class Scheduler:
         self.running = {}    # row -> request, those in the batch
         self.events = []     # since the last take_events
 
-    def warm_up(self, row_counts=row_counts):
+    def warm_up(self, matmul_sizes=matmul_sizes):
         """
         Do before anybody waits what takes seconds: on a GPU compile and record the steps, on a CPU
-        let oneDNN make its code for all numbers of tokens. Returns the scheduler. row_counts: see
+        let oneDNN make its code for all numbers of tokens. Returns the scheduler. matmul_sizes: see
         inference.py.
         """
         model = self.engine.model
@@ -217,7 +217,7 @@ class Scheduler:
             self.decoder.warm_up()
 
         longest = min(self.chunk, self.decoder.max_length - 1)
-        for num_tokens in row_counts(model, longest):
+        for num_tokens in matmul_sizes(model, longest):
             prompt = [0] * min(num_tokens, longest)
             if num_tokens > self.decoder.block:  # as many as several short prompts have
                 self.decoder.prefill_short([prompt])

@@ -163,7 +163,8 @@ def main():  # noqa: PLR0915
 
         # Train: one optimizer step on this step's rows
         keeper.start_step()
-        lr_factor = init_lr_frac * lr_multiplier(step, iterations, 0, warmdown_ratio)
+        lr_factor = init_lr_frac * lr_multiplier(
+            step, iterations, warmup_iters=0, warmdown_ratio=warmdown_ratio)
         set_rates(optimizers, lr_factor)
         inputs, targets = shift(loader.next_rows(rows_per_step))
         num_targets = max(1, int((targets != IGNORE).sum()))  # without turns of weight 0

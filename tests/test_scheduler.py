@@ -8,7 +8,7 @@ import torch
 from nanochat.batcher import Batcher, QueueFull
 from nanochat.decoder import Row
 from nanochat.engine import Engine
-from nanochat.inference import prepare, row_counts
+from nanochat.inference import matmul_sizes, prepare
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Request, Scheduler, ShuttingDown
 from nanochat.streaming import ToolState, split_at_stop
@@ -61,7 +61,7 @@ def test_a_model_with_packed_weights_warms_up(tokenizer, monkeypatch):
     monkeypatch.setenv("NANOCHAT_PRECISION", "bfloat16")
     engine = tiny_engine(tokenizer)
     prepare(engine.model)
-    if not row_counts(engine.model, 1):
+    if not matmul_sizes(engine.model, 1):
         pytest.skip("needs a CPU that multiplies bfloat16")
     scheduler = Scheduler(engine, 4, chunk=256).warm_up()
     assert scheduler.decoder.staged and not scheduler.busy
@@ -250,11 +250,11 @@ def test_a_warm_up_leaves_the_scheduler_as_it_was(engine, tokenizer):
     """On every machine: what oneDNN needs where it multiplies bfloat16 is asked of all."""
     asked = []
 
-    def row_counts(model, most):
+    def matmul_sizes(model, most):
         asked.append(most)
         return [1, 40, most]
 
-    warm = Scheduler(engine, 4, 100).warm_up(row_counts)
+    warm = Scheduler(engine, 4, 100).warm_up(matmul_sizes)
     assert asked == [100] and not warm.busy
     requests = [make_request(tokenizer), make_request(tokenizer)]
     for scheduler, request in zip((warm, Scheduler(engine, 4, 100)), requests, strict=True):
