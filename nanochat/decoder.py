@@ -307,9 +307,9 @@ class Decoder:
         return [(row, row.tokens[-1], row.mask[-1]) for row in rows]
 
     def _adjust(self, rows, logits):
-        """The logits (B, V) after penalties, biases and constraints, in place where nobody sees it."""
+        """The logits (B, V) after penalties, biases and constraints; may overwrite them."""
         places = [i for i, row in enumerate(rows) if row.is_adjusted]
-        # log-probabilities are those of the model itself
+        # those before stay, if log-probabilities are recorded: these are of the model itself
         if places and any(row.num_top is not None for row in rows):
             logits = logits.clone()
         for i in places:

@@ -123,12 +123,12 @@ class Engine:
     def generate_rows(self, rows, num_rows=32):
         """
         Run any number of rows (see make_row) to their end, num_rows of them at a time: when one
-        ends, the next one starts. Yields each row when it has ended. Of equal prompts next to each
-        other one is read.
+        ends, the next one starts. Yields each row when it has ended. Equal prompts next to each
+        other are read once.
 
         A row with its seed gives the same tokens again, also after other rows and on another number
-        of threads. Among other rows its sums may be rounded otherwise than alone, and its text then
-        go another way where two tokens are about equally likely (dev/log/2026-11-30-split.md).
+        of threads. Beside other rows its sums may be rounded differently than alone. Where two
+        tokens are about equally likely, its text may then differ (dev/log/2026-11-30-split.md).
         """
         waiting = deque(rows)
         num_rows = max(1, min(num_rows, len(rows)))

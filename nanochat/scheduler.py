@@ -338,9 +338,9 @@ class Scheduler:
 
     def _take_short_prompts(self):
         """
-        The next waiting requests, those whose prompts fit in a chunk when padded to one length. At
-        least one. They leave the queue. A whole chunk, whatever was read in this step: what is left
-        of it would be filled by one or two prompts, and a forward pass of those takes half as long.
+        The next waiting requests, at least one, whose prompts fit in a chunk when padded to one
+        length. They leave the queue. It is a whole chunk, however much this step has read already:
+        the rest of one holds one or two prompts, and reading those takes half as long as a chunk.
         """
         num_rows = self._rows_by_client()
         most = min(self.decoder.num_free, self.decoder.SHORT_PROMPTS)

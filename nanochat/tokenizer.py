@@ -211,8 +211,8 @@ class Tokenizer:
     def render_batch(self, conversations):
         """
         The ids of each conversation as an int32 array: the fast path of packing, for training on
-        all that is said. Only in a turn of the assistant of weight 0, a token is not for training
-        either, and stands as ~id.
+        all that is said. Tokens of an assistant's turn of weight 0 are no targets, and stand as
+        ~id.
         """
         plans = [self._plan(_read_turns(conversation)) for conversation in conversations]
 
