@@ -143,12 +143,16 @@ def _choose_spans(paths, counts, split, text_field):
     return spans
 
 
+def total_rows(spans):
+    """How many rows the spans have: documents, and rows without text."""
+    return sum(span.stop - span.start for span in spans)
+
+
 def check_rows(spans):
     """Read every row of the spans. UserError at the first that holds no text."""
-    num_rows = sum(span.stop - span.start for span in spans)
     parts = (read_rows(span.path, span.start, span.stop, span.text_field) for span in spans)
     rows = chain.from_iterable(parts)
-    for _, _, problem in show_progress(rows, "checking rows", "rows", total=num_rows):
+    for _, _, problem in show_progress(rows, "checking rows", "rows", total=total_rows(spans)):
         if problem:
             raise UserError(problem, "mend or delete that row, or leave out --strict to skip it")
 
@@ -160,8 +164,7 @@ def describe_spans(spans):
     listing = " ".join(f"{span.path.name}:{span.start}-{span.stop}" for span in spans)
     if spans[0].text_field != "text":
         listing += f" {spans[0].text_field}"
-    num_docs = sum(span.stop - span.start for span in spans)
-    return f"{num_docs:,} documents in {len(spans)} files, crc32 {zlib.crc32(listing.encode()):08x}"
+    return f"{total_rows(spans):,} documents in {len(spans)} files, crc32 {zlib.crc32(listing.encode()):08x}"
 
 
 def describe_skipped(spans):

@@ -14,9 +14,8 @@ So nothing is padded or lost.
 With `crop`, a long document gives one row in each epoch, from a random place, and a document that
 fills a gap loses its rest. Of documents of 2,800 tokens on average that leaves out 83% at T = 512,
 45% at 2,048. This is for runs that end before they have seen all of the text: a part of every
-document teaches more than a few documents in full (dev/log/2026-11-26-crop-random-place.md, and
-2026-11-30-packing.md with less of a difference). The loss on training rows does not show it: without
-`crop` it is lower.
+document teaches more than a few documents in full (dev/log/2026-11-30-packing.md). The loss on
+training rows does not show it: without `crop` it is lower.
 """
 
 import bisect

@@ -36,7 +36,7 @@ from nanochat.configurator import (
     override_from_cli,
 )
 from nanochat.dataloader import describe_position, eval_batches, eval_rows, shift, training_rows
-from nanochat.dataset import describe_skipped, describe_spans, get_both_spans
+from nanochat.dataset import describe_skipped, describe_spans, get_both_spans, total_rows
 from nanochat.distributed import from_rank0, rank_slice
 from nanochat.engine import Engine, complete_prompts
 from nanochat.fp8 import use_fp8
@@ -47,7 +47,13 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.precision import get_precision
 from nanochat.run_keeper import RunKeeper, attempt, is_due
 from nanochat.stage import open_stage
-from nanochat.time_limit import MIN_TIMED, TimeLimit, choose_evaluations, choose_sizes
+from nanochat.time_limit import (
+    MIN_TIMED,
+    TimeLimit,
+    choose_crop,
+    choose_evaluations,
+    choose_sizes,
+)
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.trackers import Tracker
 from nanochat.training import accumulate_gradients, lr_multiplier, optimizer_step, set_rates
@@ -62,7 +68,7 @@ seed: int = 42                        # of initialisation and data order
 data: str | None = None               # file, folder or glob of text; None = the default corpus
 text_field: str = "text"              # column or field of the text, in .parquet and .jsonl
 strict: bool = False                  # refuse rows without text before the run; False = skip them
-crop: bool = False                    # one row of each long document per epoch: for a short run
+crop: bool | None = None              # one row of each long document per epoch; None = False or by --minutes
 # Model
 depth: Positive | None = None         # layers; width = 64 * depth; None = 20 or by --minutes
 max_seq_len: Positive | None = None   # context length T in tokens; None = 2048 or by --minutes
@@ -97,9 +103,15 @@ verify: bool = True                   # compare checkpoints with their checksums
 model_tag: str | None = None          # folder of the checkpoints; None = d<depth> or minutes<N>
 compile: bool | None = None           # torch.compile on a GPU; None = if Triton is there
 
-# What None stands for in a new run without --minutes. These four get their values in main's dict
+# What None stands for in a new run without --minutes. These five get their values in main's dict
 # `settings`, and are read there; the others are read as globals
-DEFAULTS = {"depth": 20, "max_seq_len": 2048, "eval_every": 250, "eval_tokens": 10485760}
+DEFAULTS = {
+    "crop": False,
+    "depth": 20,
+    "max_seq_len": 2048,
+    "eval_every": 250,
+    "eval_tokens": 10485760,
+}
 GUESSED_DEPTH = 4  # for the speed of the device, before --minutes has chosen one
 
 # Settings that a resumed run cannot change
@@ -227,11 +239,13 @@ def main():  # noqa: C901, PLR0912, PLR0915
            f"{device_rows} at a time on each of {stage.world_size} ranks | "
            f"steps: {iterations:,} (from {rule}) | "
            f"tokens: {run_tokens:,} ({run_tokens / num_params:.1f} per parameter)")
-    if limit:
-        fill_in(settings, choose_evaluations(iterations, batch_tokens))
 
     # Text for training and for validation
     spans, val_spans = get_both_spans(data, text_field, strict)
+    if limit:
+        fill_in(settings, choose_evaluations(iterations, batch_tokens))
+        fill_in(settings, choose_crop(run_tokens, total_rows(spans), sequence_len))
+        print0(f"one row of each long document per epoch (--crop): {settings['crop']}")
 
     # Head start of a new run: fit embedding and output head to bigram counts
     if not stage.state and choose_head_start(head_start, run_tokens, model.config.vocab_size):
@@ -254,7 +268,7 @@ def main():  # noqa: C901, PLR0912, PLR0915
     scaler = stage.load_optimizers(optimizers)
 
     # Rows: for training from where the checkpoint stopped, for validation always the same
-    loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), crop)
+    loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), settings["crop"])
     val_rows = eval_rows(tokenizer, val_spans, sequence_len, settings["eval_tokens"])
     my_val_rows = val_rows[stage.rank::stage.world_size]
 

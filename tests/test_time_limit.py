@@ -7,7 +7,7 @@ import pytest
 from nanochat.checkpoint_manager import CheckpointManager, get_checkpoint_dir
 from nanochat.common import UserError
 from nanochat.scaling_law import ModelSize, ScalingLaw, best_depth
-from nanochat.time_limit import MIN_TIMED, TimeLimit, choose_evaluations, choose_sizes
+from nanochat.time_limit import MIN_TIMED, TimeLimit, choose_crop, choose_evaluations, choose_sizes
 from nanochat.training import lr_multiplier
 from scripts import base_train
 from tests.stages import curve, run_stage
@@ -122,6 +122,13 @@ def test_sizes_grow_with_the_time_and_what_is_given_stays():
     assert choose_evaluations(10**6, 2**19)["eval_tokens"] == 10485760
 
 
+def test_long_documents_are_cropped_where_that_is_text_enough():
+    """11,155 documents, T = 512: two rows of each are 11.4M tokens."""
+    assert choose_crop(11_000_000, 11_155, 512) == {"crop": True}
+    assert choose_crop(12_000_000, 11_155, 512) == {"crop": False}
+    assert choose_crop(1_000_000, 3, 512) == {"crop": False}  # three books
+
+
 # -----------------------------------------------------------------------------
 # The script
 
@@ -167,7 +174,7 @@ def test_a_broken_run_goes_on_with_its_size_and_its_time(short, monkeypatch):
     run_stage("base", **short, resume_from_step=middle)
     assert time.monotonic() - start < 11
     _, meta = manager.load_meta()
-    for name in ("depth", "max_seq_len", "eval_tokens", "eval_every"):
+    for name in ("crop", "depth", "max_seq_len", "eval_tokens", "eval_every"):
         assert meta["settings"][name] == before["settings"][name]
     assert meta["batch_tokens"] == before["batch_tokens"] and meta["progress"]["spent_s"] > 9
     resumed = curve("base", "minutes0.2")
@@ -202,5 +209,6 @@ def test_a_wrong_setting_is_named(settings, message, short):
 
 
 def test_without_minutes_the_defaults_are_the_published_ones():
-    assert base_train.DEFAULTS == {"depth": 20, "max_seq_len": 2048, "eval_every": 250, "eval_tokens": 10485760}
+    assert base_train.DEFAULTS == {
+        "crop": False, "depth": 20, "max_seq_len": 2048, "eval_every": 250, "eval_tokens": 10485760}
     assert base_train.minutes is None and base_train.choose_tag() == "d20"
