@@ -200,21 +200,21 @@ def main():  # noqa: C901, PLR0912, PLR0915
                        fp8=True, width=64 * (depth or guessed_depth))
     device = stage.device
     progress = stage.progress
-    limit = None  # set with --minutes
+
+    # With --minutes: the time that the run has, and the FLOPs that a new one can compute in it
+    limit = None
+    flops = None
     if minutes is not None:
         limit = TimeLimit(minutes, start - progress["spent_s"])
+    if limit and not stage.state:
+        flops = from_rank0(partial(limit.guess_flops, stage.peak_flops * stage.world_size))
 
-    # Model and tokenizer: a resumed run has them in its checkpoint, a new one makes the model. With
-    # --minutes its size follows from the FLOPs that the device can compute in the time left
-    flops = None
+    # Model and tokenizer: a resumed run has them in its checkpoint
     if not stage.state:
         stage.tokenizer = get_tokenizer()
         vocab_size = stage.tokenizer.get_vocab_size()
-        if limit:
-            flops = from_rank0(partial(limit.guess_flops, stage.peak_flops * stage.world_size))
-            fill_in(settings, choose_sizes(flops, vocab_size, depth, max_seq_len))
-        else:
-            fill_in(settings, DEFAULTS)
+        sizes = choose_sizes(flops, vocab_size, depth, max_seq_len) if limit else DEFAULTS
+        fill_in(settings, sizes)
         config = GPTConfig.from_depth(
             settings["depth"], vocab_size, settings["max_seq_len"], head_dim, value_embeds=value_embeds)
         stage.model = GPT.create(config, device)
