@@ -13,6 +13,7 @@ block starts (epoch, file, row, token offset) and the number of rows taken from 
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from nanochat.common import IGNORE, UserError, ceil_div
 from nanochat.dataset import no_documents, read_documents
 from nanochat.packing import pack_documents, packed_blocks
 from nanochat.progress import show_progress
+from nanochat.split_patterns import cut_places
 
-BLOCKS_AHEAD = 3            # made in the background before they are needed
+PORTIONS_AHEAD = 3          # of blocks: made in the background before they are needed
+PORTION_TOKENS = 2**20      # a block has more only if a document is long
 ENCODE_CHARS = 2**19        # characters that the tokenizer gets at once
 ENCODE_CONVERSATIONS = 256  # conversations that it gets at once
 
@@ -40,11 +43,12 @@ START = {
 # Streams of documents: ((epoch, span, row), ids), where ids is an int array without <|bos|>
 
 
-def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
+def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None, max_tokens=-1):
     """
     Yield every document of `spans` from the position `start` on: for `epochs` epochs, or for ever.
     Without `epochs`, the files come in another order in every epoch of every seed. A stream without
-    documents is a UserError, since the search would never end.
+    documents is a UserError, since the search would never end. max_tokens: of a long document no
+    more needs to be encoded; -1 = all.
     """
     epoch, first_span, first_row = start
     while epochs is None or epoch < epochs:
@@ -53,9 +57,10 @@ def token_documents(tokenizer, spans, seed, start=(0, 0, 0), epochs=None):
         found = False
         for span in range(first_span, len(spans)):
             rows = read_documents(spans[order[span]], first_row)
-            for row, ids in _encode_in_batches(tokenizer, rows):
+            for row, ids in _encode_in_batches(tokenizer, rows, max_tokens):
                 found = True
                 yield (epoch, span, row), ids
+                del ids  # a long document is not kept while the next is read
             first_row = 0
         if not found and first_span == 0:
             raise no_documents(spans)
@@ -76,9 +81,17 @@ def describe_position(state, spans, seed):
     return f"{span.path}, row {state['row']} and after (epoch {state['epoch']})"
 
 
-def _encode_in_batches(tokenizer, rows):
+def _encode_in_batches(tokenizer, rows, max_tokens):
     """(row, text) pairs -> (row, ids) pairs, encoded ENCODE_CHARS at a time."""
     for batch in _batches_of_text(rows):
+        # A long text stands alone
+        if len(batch) == 1:
+            row, text = batch.pop()
+            ids = _encode_in_slices(tokenizer, text, max_tokens)
+            del text  # nothing here keeps it while the next is read
+            yield row, ids
+            del ids
+            continue
         texts = [text for _, text in batch]
         # One thread is faster than any training, and leaves the other cores to it. All ids of the
         # batch come in one array
@@ -87,13 +100,34 @@ def _encode_in_batches(tokenizer, rows):
             yield row, ids[offsets[i]: offsets[i + 1]]
 
 
+def _encode_in_slices(tokenizer, text, max_tokens):
+    """The ids of a text. The encoder needs much memory, so it gets slices; until max_tokens."""
+    places = cut_places(text, tokenizer.pattern, ENCODE_CHARS)
+    buffer = bytearray()  # grows in place: a list of arrays would be copied into one at the end
+    what = f"encoding a document of {len(text) / 1e6:,.0f} million characters"
+    for start, stop in show_progress(pairwise(places), what, "parts", total=len(places) - 1):
+        ids, _ = tokenizer.encode_to_numpy([text[start:stop]], num_threads=1)
+        buffer += ids.data
+        if 0 <= max_tokens <= len(buffer) // ids.itemsize:
+            break
+    return np.frombuffer(buffer, dtype=np.uint32)
+
+
 def _batches_of_text(rows):
-    """(row, text) pairs -> lists of them, of ENCODE_CHARS characters or a little more."""
+    """
+    (row, text) pairs -> lists of them, of ENCODE_CHARS characters or a little more. A text as long
+    as that comes alone.
+    """
     batch = []
     num_chars = 0
     for row, text in rows:
+        if batch and len(text) >= ENCODE_CHARS:
+            yield batch
+            batch = []
+            num_chars = 0
         batch.append((row, text))
         num_chars += len(text)
+        del text
         if num_chars >= ENCODE_CHARS:
             yield batch
             batch = []
@@ -133,33 +167,42 @@ def rendered_conversations(dataset, indices, tokenizer):
 class RowLoader:
     """
     Rows for training, from `packed_blocks`: `next_rows(n)` -> int32 (n, T + 1). `state()` is a dict
-    of integers, from which a new loader continues with the very next row. A thread makes blocks
-    ahead. Its errors are raised by the `next_rows` that needs the block.
+    of integers, from which a new loader continues with the very next row. The first block is made
+    at once, the others ahead by a thread. Its errors are raised by the `next_rows` that needs the
+    block.
     """
 
     def __init__(self, blocks, rows_used=0):
-        self._blocks = blocks
+        self._portions = _portions(blocks)
+        # not by the thread, so that the progress of a long document shows
+        self._start, self._first, self._rows = next(self._portions)
+        self._used = rows_used
         # One thread, so that the blocks come in order
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._ahead = deque(self._thread.submit(next, blocks) for _ in range(BLOCKS_AHEAD))
-        self._next_block()
-        self._used = rows_used
+        self._ahead = deque()
+        for _ in range(PORTIONS_AHEAD):
+            self._ask_for_more()
 
-    def _next_block(self):
+    def _ask_for_more(self):
+        self._ahead.append(self._thread.submit(next, self._portions))
+
+    def _next_portion(self):
         # Ask for one more before waiting for the one that is due
-        block = self._ahead.popleft()
-        self._ahead.append(self._thread.submit(next, self._blocks))
-        self._start, self._rows = block.result()
-        self._used = 0
+        self._ask_for_more()
+        self._start, self._first, self._rows = self._ahead.popleft().result()
+        if self._first == 0:  # another block
+            self._used = 0
 
     def next_rows(self, n):
         # the n rows may come from several blocks
         parts = []
         while n > 0:
-            # greater if a resumed run finds less text than there was
-            if self._used >= len(self._rows):
-                self._next_block()
-            part = self._rows[self._used: self._used + n]
+            # greater if a resumed run used this portion, or finds less text than there was
+            if self._used >= self._first + len(self._rows):
+                self._next_portion()
+                continue
+            start = self._used - self._first
+            part = self._rows[start: start + n]
             self._used += len(part)
             n -= len(part)
             parts.append(part)
@@ -172,6 +215,18 @@ class RowLoader:
 
     def close(self):
         self._thread.shutdown(cancel_futures=True)
+
+
+def _portions(blocks):
+    """
+    Yield (start of the block, number of the first row, rows), PORTION_TOKENS at a time: so the
+    block after that of a long document is not made before most of this one is used.
+    """
+    for start, rows in blocks:
+        num_rows = max(1, PORTION_TOKENS // rows.shape[1])
+        for first in range(0, len(rows), num_rows):
+            yield start, first, rows[first: first + num_rows].copy()
+        del rows  # before the next block is made
 
 
 def _position(state):
@@ -219,7 +274,7 @@ def packed_conversations(dataset, tokenizer, sequence_len, seed=42, state=None):
 
 def eval_rows(tokenizer, spans, sequence_len, max_tokens):
     """A fixed set of rows (see pack_documents): the documents of `spans` from the first one on."""
-    documents = token_documents(tokenizer, spans, seed=0, epochs=1)
+    documents = token_documents(tokenizer, spans, seed=0, epochs=1, max_tokens=max_tokens)
     bos = tokenizer.get_bos_token_id()
     return pack_documents(documents, bos, sequence_len, max_tokens)
 

@@ -251,6 +251,7 @@ def read_documents(span: Span, row: int = 0) -> Iterator[tuple[int, str]]:
             yield file_row - span.start, text  # the file counts from its own first row
         elif problem:
             span.skipped.add(file_row, problem)
+        del text  # a long one is not kept while the next is read
 
 
 def read_texts(spans: list[Span]) -> Iterator[str]:

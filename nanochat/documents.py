@@ -10,25 +10,31 @@ The documents in one file. A row is one document, in every format:
 Another column or field than `text` can be named. .jsonl and .txt may be compressed (.gz, .zst). All
 readers stream: memory holds one document, or one batch of parquet rows. A row that holds no text is
 given with its problem: a message that names the file, the line (from 1) or row (from 0), and the
-field. A file that cannot be read, or has no such field, raises a UserError.
+field. A file that cannot be read, or has no such field, raises a UserError, as does a document that
+needs more memory than there is.
 """
 
 import codecs
 import io
 import json
+import os
+from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.common import UserError, usable_memory
 from nanochat.progress import show_progress
 
 SEPARATOR = b"<|endoftext|>"
 CUT_CHARS = 4000  # of a .txt: cut at a blank line after this many, at any line after twice as many
-BATCH_ROWS = 256  # parquet rows decoded at a time
+MEMORY_FACTOR = 7    # bytes of memory for each byte of a long document, until it is rows (measured)
+BATCH_ROWS = 256     # parquet rows decoded at a time
+BATCH_BYTES = 2**24  # of text in them, unless one row has more
 
 # -----------------------------------------------------------------------------
 # Any format
@@ -55,6 +61,7 @@ def count_rows(path: Path, field: str = "text") -> int:
     kind = file_format(path)
     if kind == "parquet":
         with open_parquet(path, field) as file:
+            _check_groups(path, file, field, max_document_bytes())
             return file.metadata.num_rows
     if kind == "jsonl":
         return _count_jsonl(path, field)
@@ -73,9 +80,11 @@ def read_rows(path: Path, start: int, stop: int, field: str = "text"):
     elif kind == "jsonl":
         for row, line in islice(enumerate(read_lines(path)), start, stop):
             yield row, *_attempt(_jsonl_text, line, f"{path}:{row + 1}", field)
+            del line  # a long one is not kept while the next is read
     else:
         for row, document in islice(enumerate(_cut_text(path)), start, stop):
             yield row, *document
+            del document
 
 
 class BadRowError(Exception):
@@ -157,6 +166,17 @@ def _json_columns(file):
     return {column.path for column in columns if column.logical_type.type == "JSON"}
 
 
+def _check_groups(path, file, field, max_bytes):
+    """UserError if the rows of a group are, on average, too long for this machine."""
+    names = [file.schema.column(i).path for i in range(len(file.schema))]
+    column = names.index(field)
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        num_bytes = metadata.column(column).total_uncompressed_size
+        if num_bytes > max_bytes * metadata.num_rows:
+            raise _too_long(path, f"row group {group}", max_bytes)
+
+
 def _read_parquet(path, start, stop, field):
     with open_parquet(path, field) as file:
         is_json = field in _json_columns(file)
@@ -170,18 +190,47 @@ def _read_parquet(path, start, stop, field):
             if group_stop <= start:
                 continue
             for batch in _read_batches(path, file, group, [field]):
-                for value in batch.column(field):
+                # as str at once, so that arrow's memory is free when the first of them is used
+                texts = _texts_of(batch, path, row, field, is_json)
+                is_large = batch.nbytes > BATCH_BYTES
+                del batch
+                if is_large:
+                    pa.default_memory_pool().release_unused()
+                while texts:
+                    found = texts.popleft()
                     if start <= row < stop:
-                        where = f"{path}: row {row}"
-                        yield row, *_attempt(_parquet_text, value, where, field, is_json)
+                        yield row, *found
                     row += 1
+                    del found  # a long one is not kept while the next is read
+
+
+def _texts_of(batch, path, first_row, field, is_json):
+    """The (text, problem) of each row of a batch, in a deque."""
+    texts = deque()
+    for row, value in enumerate(batch.column(field), start=first_row):
+        texts.append(_attempt(_parquet_text, value, f"{path}: row {row}", field, is_json))
+    return texts
 
 
 def _read_batches(path, file, group, columns=None):
-    """Yield the record batches of a row group."""
+    """
+    Yield the record batches of a row group. Arrow takes three times the text to decode a page, and
+    keeps it until the group is read: so a group of one batch is read before that is yielded.
+    """
+    metadata = file.metadata.row_group(group)
+    fitting = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)  # on average
+    batch_rows = min(BATCH_ROWS, max(1, fitting))
     try:
         # one group at a time: of several, pyarrow would read all ahead into memory
-        yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+        batches = file.iter_batches(batch_rows, row_groups=[group], columns=columns)
+        if metadata.num_rows <= batch_rows:
+            batches = list(batches)
+            if metadata.total_byte_size > BATCH_BYTES:
+                pa.default_memory_pool().release_unused()
+            while batches:
+                yield batches.pop(0)
+        else:
+            yield from batches
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: damaged in row group {group} ({_first_line(error)})",
@@ -271,6 +320,8 @@ def _cut_text(path):
         if not is_separator:
             lines.append(text)
             num_chars += len(text)
+            if num_chars > max_document_bytes():
+                raise _too_long(path, f"line {number}", max_document_bytes())
 
         # does the document end here?
         if has_separators:
@@ -278,20 +329,25 @@ def _cut_text(path):
         else:
             is_blank = not line.strip()
             is_end = num_chars >= (CUT_CHARS if is_blank else 2 * CUT_CHARS)
+        del line, text  # a long one is not kept beside its document
         if is_end:
             yield from _join_lines(lines, problem)
-            lines = []
             num_chars = 0
             problem = None
     yield from _join_lines(lines, problem)  # what is left at the end of the file
 
 
 def _join_lines(lines, problem):
-    """Yield the lines as one text without blank lines around it, or nothing if there is no text."""
-    text = "".join(lines).replace("\r\n", "\n").strip("\n")
+    """
+    Yield the lines as one text without blank lines around it, or nothing if there is no text. The
+    list is emptied.
+    """
+    text = "".join(lines)
+    lines.clear()
+    text = text.replace("\r\n", "\n").strip("\n")
     if problem:
         yield "", problem
-    elif text.strip():
+    elif text and not text.isspace():
         yield text, None
 
 
@@ -299,17 +355,43 @@ def _join_lines(lines, problem):
 # Shared by the formats
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file as bytes, decompressed, without a byte order mark."""
+@cache
+def max_document_bytes():
+    """Of a document that becomes rows in the memory of this machine, in each of its ranks."""
+    return usable_memory() // MEMORY_FACTOR // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _too_long(path, where, max_bytes):
+    hint = "cut it into several rows"
+    if file_format(path) == "txt":
+        hint = f"cut it into lines, for example: fold -s -w {CUT_CHARS} {path.name} > cut.txt"
+    return UserError(
+        f"{path}: {where} has a document of more than {max_bytes:,} bytes, the most for this memory "
+        f"of {usable_memory():,}: one takes {MEMORY_FACTOR} times its size in each rank",
+        hint,
+    )
+
+
+def read_lines(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
+    """
+    Yield the lines of a file as bytes, decompressed, without a byte order mark. UserError if one
+    has more than max_bytes (None: what fits in memory).
+    """
+    max_bytes = max_bytes or max_document_bytes()
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         # pyarrow reads all frames of a .gz or .zst, and raises if the last one is cut short
         with io.BufferedReader(pa.input_stream(str(path), compression=codec), 1 << 20) as file:
             # Windows editors begin a file with a byte order mark
-            line = file.readline().removeprefix(codecs.BOM_UTF8)
+            line = file.readline(max_bytes + 1).removeprefix(codecs.BOM_UTF8)
+            number = 1
             while line:
+                if len(line) > max_bytes:
+                    raise _too_long(path, f"line {number}", max_bytes)
                 yield line
-                line = file.readline()
+                del line  # a long one is not kept while the next is read
+                line = file.readline(max_bytes + 1)
+                number += 1
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({_first_line(error)})",

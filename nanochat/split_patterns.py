@@ -9,6 +9,8 @@ by hand.
 A saved tokenizer holds its pattern, not the name of it, so that any other pattern works as well.
 """
 
+import re
+
 # GPT-4's split, but numbers in pieces of at most two digits: at vocabularies of this size,
 # three-digit pieces would spend a thousand tokens on numbers. Possessive quantifiers (?+ ++) change
 # no match and spare backtracking.
@@ -29,8 +31,28 @@ _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT4_PATTERN = rf"{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}"
 QWEN_PATTERN = rf"{_WORDS}|\p{{N}}|{_SIGNS}"
 
+# Where all three patterns end a piece: a letter or a number is never followed by a space or by one
+# of these signs within a piece
+CUT = re.compile(r"(?<=[^\W_])[ .,;:!?、。，]")
+
 # By the names that tok_train takes
 SPLIT_PATTERNS = {"nanochat": NANOCHAT_PATTERN, "gpt4": GPT4_PATTERN, "qwen": QWEN_PATTERN}
+
+
+def cut_places(text, pattern, size):
+    """
+    Where a text can be cut into slices of `size` characters or a little more, whose ids are
+    together those of the whole: [0, ..., len(text)]. No cuts with a pattern that has no name here,
+    nor in text without spaces and signs.
+
+    >>> cut_places("one two three", NANOCHAT_PATTERN, 4)
+    [0, 7, 13]
+    """
+    places = [0]
+    if split_name(pattern):
+        while found := CUT.search(text, places[-1] + size):
+            places.append(found.start())
+    return [*places, len(text)]
 
 
 def split_name(pattern):

@@ -248,8 +248,9 @@ def main():  # noqa: C901, PLR0912, PLR0915
     scaler = stage.load_optimizers(optimizers)
 
     # Data: training rows from where the checkpoint stopped, and the fixed validation rows
-    loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), crop)
+    # (in this order: the loader may hold a long document, while the other one reads it too)
     val_rows = eval_rows(tokenizer, val_spans, sequence_len, num_eval_tokens)
+    loader = training_rows(tokenizer, spans, sequence_len, seed, stage.state.get("loader"), crop)
     my_val_rows = val_rows[stage.rank::stage.world_size]
 
     # Loop: save, evaluate, sample, train

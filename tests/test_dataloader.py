@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import dataloader
+from nanochat import dataloader, split_patterns
 from nanochat.common import UserError
 from nanochat.dataloader import (
+    ENCODE_CHARS,
     IGNORE,
+    PORTION_TOKENS,
+    RowLoader,
     conversation_rows,
     count_used,
     describe_position,
@@ -26,7 +29,7 @@ from nanochat.dataloader import (
     token_documents,
     training_rows,
 )
-from nanochat.dataset import describe_skipped, get_spans
+from nanochat.dataset import Span, describe_skipped, get_spans
 from nanochat.distributed import rank_slice
 from nanochat.packing import pack_documents, pack_rows, packed_blocks
 
@@ -169,6 +172,42 @@ def test_a_resumed_run_goes_on_when_its_text_has_become_less(tokenizer, corpus):
     """Rows as far as the block had are not there any more: the next block, rather than a search without an end."""
     state = {"epoch": 0, "span": 0, "row": 0, "offset": 0, "rows_used": 10**6}
     assert len(rows_of(training_rows(tokenizer, get_spans(corpus, "train"), 32, state=state), 5)) == 5
+
+
+def long_blocks():
+    """Blocks of seven portions each; the tokens count the rows."""
+    for block in range(9):
+        rows = np.arange(7 * 4).reshape(-1, 1) + 1000 * block
+        yield (0, 0, block, 0), np.broadcast_to(rows, (7 * 4, PORTION_TOKENS // 4)).astype(np.int32)
+
+
+def test_after_a_long_document_the_next_block_waits_until_most_of_it_is_used():
+    """Four such blocks at a time once were most of the memory of a run with long documents."""
+    made = []
+    loader = RowLoader(made.append(start) or (start, rows) for start, rows in long_blocks())
+    loader.next_rows(4 * 2)
+    loader.close()
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("used", [0, 3, 4, 18, 27])
+def test_resume_amid_a_long_block(used):
+    loader = RowLoader(long_blocks(), used)
+    rows = loader.next_rows(30)[:, 0]
+    loader.close()
+    assert rows.tolist() == [*range(used, 28), *range(1000, 1002 + used)]
+    assert loader.state() == {"epoch": 0, "span": 0, "row": 1, "offset": 0, "rows_used": 2 + used}
+
+
+def test_a_long_document_is_encoded_in_slices_and_no_further_than_asked(tokenizer, tmp_path, story):
+    texts = ["short", " ".join([story] * (1 + 3 * ENCODE_CHARS // len(story))), "also short"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    spans = [Span(tmp_path / "a.jsonl", 0, 3)]
+    documents = token_documents(tokenizer, spans, seed=0, epochs=1)
+    for (_, ids), text in zip(documents, texts, strict=True):
+        assert ids.tolist() == tokenizer.encode(text)
+    first = [ids for _, ids in token_documents(tokenizer, spans, seed=0, epochs=1, max_tokens=9)]
+    assert 9 <= len(first[1]) < 0.5 * len(tokenizer.encode(texts[1])) and len(first[2]) > 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7, 11])
@@ -324,3 +363,4 @@ def test_a_position_in_the_data_is_told_as_file_and_row(tmp_path, tokenizer):
 
 def test_the_examples_in_the_docstrings_are_right():
     assert doctest.testmod(dataloader).failed == 0
+    assert doctest.testmod(split_patterns).failed == 0

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "download": ["common", "documents", "locks", "progress"],
     "dataset": ["common", "configurator", "documents", "download", "progress"],
     "packing": ["common", "progress"],
-    "dataloader": ["common", "dataset", "packing", "progress"],
+    "dataloader": ["common", "dataset", "packing", "progress", "split_patterns"],
     # generation
     "calculator": [],
     "streaming": ["calculator"],

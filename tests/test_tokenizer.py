@@ -12,7 +12,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 import rustbpe
 from nanochat.common import UserError
-from nanochat.split_patterns import NANOCHAT_PATTERN, SPLIT_PATTERNS
+from nanochat.split_patterns import NANOCHAT_PATTERN, SPLIT_PATTERNS, cut_places
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     HuggingFaceTokenizer,
@@ -73,6 +73,19 @@ def test_encoding_equals_plain_tiktoken_and_rustbpe_on_the_same_ranks(tokenizer,
 def test_hugging_face_class_encodes_the_same_ranks_to_the_same_ids(tokenizer, text, pattern):
     theirs = HuggingFaceTokenizer(tokenizer.mergeable, pattern)
     assert theirs.encode(text) == RustBPETokenizer(tokenizer.mergeable, pattern).encode(text)
+
+
+@each_split
+def test_the_ids_of_slices_are_those_of_the_whole(tokenizer, pattern, story):
+    """A long document is encoded in slices: every place where it may be cut is tried."""
+    tokenizer = RustBPETokenizer(tokenizer.mergeable, pattern)
+    letters = np.random.default_rng(0).choice(list("aR's 1½٣_.,:! \t\r\n\u00a0é\u0301東。、👍lve"), 20_000)
+    for text in (*AWKWARD.values(), " ".join(AWKWARD.values()), "".join(letters), story):
+        places = cut_places(text, pattern, 1)
+        slices = [text[i:j] for i, j in zip(places, places[1:], strict=False)]
+        assert "".join(slices) == text
+        assert sum(tokenizer.encode(slices), []) == tokenizer.encode(text)
+    assert cut_places(story, pattern + "|x", 1) == [0, len(story)]  # a pattern of which nothing is known
 
 
 def test_merges_by_hand():
