@@ -132,7 +132,30 @@ def usable_cores(cgroups=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgr
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         cores = len(os.sched_getaffinity(0))
 
-    # The quota of each group from this process's up to the root: "<microseconds> <period>" or "max"
+    # each is "<microseconds> <period>" or "max <period>"
+    for limit in _group_limits("cpu.max", cgroups, membership):
+        quota, period = limit.split()
+        if quota != "max":
+            cores = min(cores, ceil_div(int(quota), int(period)))
+    return max(1, cores)
+
+
+def usable_memory(cgroups=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgroup")):
+    """
+    Bytes of memory that this process and others may use together: the machine's, or less if its
+    control group has a limit. sys.maxsize where the system does not say.
+    """
+    memory = sys.maxsize
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in _group_limits("memory.max", cgroups, membership):
+        if limit.strip() != "max":
+            memory = min(memory, int(limit))
+    return memory
+
+
+def _group_limits(name, cgroups, membership):
+    """Yield what the file `name` of each control group holds, from this process's to the root's."""
     group = ""
     with contextlib.suppress(OSError):
         found = re.search(r"^0::/(.*)$", membership.read_text("utf-8"), re.MULTILINE)
@@ -140,10 +163,7 @@ def usable_cores(cgroups=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgr
     folder = cgroups / group
     for path in (folder, *folder.parents):
         with contextlib.suppress(OSError):
-            quota, period = (path / "cpu.max").read_text("utf-8").split()
-            if quota != "max":
-                cores = min(cores, ceil_div(int(quota), int(period)))
-    return max(1, cores)
+            yield (path / name).read_text("utf-8")
 
 
 def choose_device(device_type, local_rank):

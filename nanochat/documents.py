@@ -10,25 +10,29 @@ The documents in one file. A row is one document, in every format:
 Another column or field than `text` can be named. .jsonl and .txt may be compressed (.gz, .zst). All
 readers stream: memory holds one document, or one batch of parquet rows. A row that holds no text is
 given with its problem: a message that names the file, the line (from 1) or row (from 0), and the
-field. A file that cannot be read, or has no such field, raises a UserError.
+field. A file that cannot be read, or has no such field, raises a UserError, as does a document that
+needs more memory than there is.
 """
 
 import codecs
 import io
 import json
+import os
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.common import UserError, usable_memory
 from nanochat.progress import show_progress
 
 SEPARATOR = b"<|endoftext|>"
 CUT_CHARS = 4000  # of a .txt: cut at a blank line after this many, at any line after twice as many
 BATCH_ROWS = 256  # parquet rows decoded at a time
+MEMORY_FACTOR = 20  # bytes of memory for each byte of a long document, until it is rows (measured)
 
 # -----------------------------------------------------------------------------
 # Any format
@@ -55,6 +59,7 @@ def count_rows(path: Path, field: str = "text") -> int:
     kind = file_format(path)
     if kind == "parquet":
         with open_parquet(path, field) as file:
+            _check_groups(path, file, field, max_document_bytes())
             return file.metadata.num_rows
     if kind == "jsonl":
         return _count_jsonl(path, field)
@@ -155,6 +160,17 @@ def _json_columns(file):
     """
     columns = [file.schema.column(i) for i in range(len(file.schema))]
     return {column.path for column in columns if column.logical_type.type == "JSON"}
+
+
+def _check_groups(path, file, field, max_bytes):
+    """UserError if the rows of a group are, on average, too long for this machine."""
+    names = [file.schema.column(i).path for i in range(len(file.schema))]
+    column = names.index(field)
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        num_bytes = metadata.column(column).total_uncompressed_size
+        if num_bytes > max_bytes * metadata.num_rows:
+            raise _too_long(path, f"row group {group}", max_bytes)
 
 
 def _read_parquet(path, start, stop, field):
@@ -271,6 +287,8 @@ def _cut_text(path):
         if not is_separator:
             lines.append(text)
             num_chars += len(text)
+            if num_chars > max_document_bytes():
+                raise _too_long(path, f"line {number}", max_document_bytes())
 
         # does the document end here?
         if has_separators:
@@ -299,17 +317,42 @@ def _join_lines(lines, problem):
 # Shared by the formats
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file as bytes, decompressed, without a byte order mark."""
+@cache
+def max_document_bytes():
+    """Of a document that becomes rows in the memory of this machine, in each of its ranks."""
+    return usable_memory() // MEMORY_FACTOR // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _too_long(path, where, max_bytes):
+    hint = "cut it into several rows"
+    if file_format(path) == "txt":
+        hint = f"cut it into lines, for example: fold -s -w {CUT_CHARS} {path.name} > cut.txt"
+    return UserError(
+        f"{path}: {where} has a document of more than {max_bytes:,} bytes, the most for this memory "
+        f"of {usable_memory():,}: one takes {MEMORY_FACTOR} times its size in each rank",
+        hint,
+    )
+
+
+def read_lines(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
+    """
+    Yield the lines of a file as bytes, decompressed, without a byte order mark. UserError if one
+    has more than max_bytes (None: what fits in memory).
+    """
+    max_bytes = max_bytes or max_document_bytes()
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         # pyarrow reads all frames of a .gz or .zst, and raises if the last one is cut short
         with io.BufferedReader(pa.input_stream(str(path), compression=codec), 1 << 20) as file:
             # Windows editors begin a file with a byte order mark
-            line = file.readline().removeprefix(codecs.BOM_UTF8)
+            line = file.readline(max_bytes + 1).removeprefix(codecs.BOM_UTF8)
+            number = 1
             while line:
+                if len(line) > max_bytes:
+                    raise _too_long(path, f"line {number}", max_bytes)
                 yield line
-                line = file.readline()
+                line = file.readline(max_bytes + 1)
+                number += 1
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({_first_line(error)})",

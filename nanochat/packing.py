@@ -23,7 +23,7 @@ import sys
 
 import numpy as np
 
-from nanochat.common import IGNORE
+from nanochat.common import IGNORE, ceil_div
 from nanochat.progress import show_progress
 
 BLOCK_TOKENS = 2**19  # of a block, about
@@ -42,9 +42,10 @@ def pack_rows(pieces, bos, capacity, crop=False):
     packed = []  # the rows' pieces one after the other; they fill the rows without a gap
     pool = []    # pieces that wait, sorted by length
     for piece in pieces:
-        *whole_rows, last = _cut(piece, bos, capacity)
-        packed += whole_rows
-        pool.append(last)
+        if len(piece) > capacity:
+            whole_rows, piece = _cut(piece, bos, capacity)
+            packed.append(whole_rows.ravel())
+        pool.append(piece)
     pool.sort(key=len)
 
     # The others fill rows: the longest that fits in the rest of the row, else a part of one
@@ -72,17 +73,13 @@ def pack_rows(pieces, bos, capacity, crop=False):
 
 
 def _cut(piece, bos, capacity):
-    """
-    Yield a piece as parts of `capacity` tokens, each starting with bos, and a last one of at most as
-    many. The time is linear in its length: the rest is not copied for each part.
-    """
-    start = 0
-    while len(piece) - start > capacity:
-        part = piece[start: start + capacity].copy()
-        part[0] = bos  # in the place of the last token of the part before
-        yield part
-        start += capacity - 1
-    yield _drop_start(piece, start + 1, bos) if start > 0 else piece
+    """A long piece as whole rows (n, capacity) and a rest of at most `capacity`, each with a bos."""
+    # a row holds capacity - 1 tokens of the piece, and so does its rest at most
+    num_rows = ceil_div(len(piece) - capacity, capacity - 1)
+    end = 1 + num_rows * (capacity - 1)
+    rows = np.full((num_rows, capacity), bos, dtype=np.int32)
+    rows[:, 1:] = piece[1:end].reshape(num_rows, capacity - 1)
+    return rows, _drop_start(piece, end, bos)
 
 
 def _drop_start(piece, count, bos):

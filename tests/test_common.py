@@ -17,6 +17,7 @@ from nanochat.common import (
     one_thread,
     run_script,
     usable_cores,
+    usable_memory,
 )
 from nanochat.training import Ema, lr_multiplier
 
@@ -97,6 +98,16 @@ def test_a_quota_of_the_group_or_of_one_above_it_bounds_the_cores(quotas, expect
     for group, quota in quotas.items():
         (cgroups[0] / group / "cpu.max").write_text(quota + "\n", encoding="utf-8")
     assert usable_cores(*cgroups) == expected
+
+
+@pytest.mark.parametrize("limits, expected", [({"a/b": "max"}, None), ({"a": "5000", "a/b": "max"}, 5000),
+                                              ({"a": "5000", "a/b": "4000"}, 4000)])
+def test_the_limit_of_the_group_or_of_one_above_it_bounds_the_memory(limits, expected, cgroups, tmp_path):
+    whole = usable_memory(tmp_path / "none", tmp_path / "none")
+    assert whole > 2**28
+    for group, limit in limits.items():
+        (cgroups[0] / group / "memory.max").write_text(limit + "\n", encoding="utf-8")
+    assert usable_memory(*cgroups) == (expected or whole)
 
 
 def test_affinity_bounds_the_cores(cgroups, monkeypatch):

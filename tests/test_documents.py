@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from nanochat.common import UserError
-from nanochat.documents import count_rows, file_format, read_rows
+from nanochat.documents import _check_groups, count_rows, file_format, open_parquet, read_lines, read_rows
 
 AWKWARD = ["plain", "  two\n\nparagraphs\n", "<|endoftext|> inside", "x" * 50_000,
            "naïve 你好 🙂 e\u0301", "\u2028\x00\x85 controls"]
@@ -148,6 +148,18 @@ def test_memory_stays_flat_over_a_parquet_file(tmp_path):
     before = pa.total_allocated_bytes()
     peak = max(pa.total_allocated_bytes() for _ in read_rows(path, 0, 3000)) - before
     assert path.stat().st_size > 12e6 and peak < 6e6  # 24 MB of text, 0.4 MB a row group, a few read ahead
+
+
+def test_a_document_that_does_not_fit_in_memory_is_named(tmp_path):
+    path = write(tmp_path / "a.txt", "short\n" + "x" * 2000)
+    with pytest.raises(UserError, match="a.txt: line 2 has a document of more than 1,000 bytes.*\nhint: .* fold -s"):
+        list(read_lines(path, max_bytes=1000))
+    assert [len(line) for line in read_lines(path, max_bytes=2000)] == [6, 2000]
+    path = write_parquet(tmp_path / "a.parquet", [os.urandom(500).hex() for _ in range(9)])
+    with open_parquet(path) as file:
+        _check_groups(path, file, "text", max_bytes=2000)
+        with pytest.raises(UserError, match="a.parquet: row group 0 has .*\nhint: cut it into several rows"):
+            _check_groups(path, file, "text", max_bytes=900)
 
 
 # -----------------------------------------------------------------------------
