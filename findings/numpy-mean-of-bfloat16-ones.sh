@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# numpy with ml_dtypes: the mean of 1,000 ones in bfloat16 is 0.256
+# numpy, ml_dtypes: the mean of 1,000 ones in bfloat16 is 0.256
 #
-# Expected: the mean of weights that safetensors.numpy loads from a bfloat16 file is right to bfloat16's two
-#   or three digits: sums are taken in float32, as numpy does for the mean of float16, or in pairs.
+# Expected: the mean of weights that safetensors gives to numpy from a bfloat16 file (its type is ml_dtypes', as
+#   JAX's is) is right to bfloat16's two or three digits: sums are taken in float32, as numpy does for the
+#   mean of float16, or in pairs.
 # Happens:  numpy adds one value after the other in bfloat16, where 256 + 1 is 256 again. `sum`, `mean`, `var` and
 #   `cumsum` lose everything after that, without a warning. `dot` and `dtype=np.float32` are right.
 #
@@ -10,7 +11,7 @@
 # Needs: bash, uv.
 #
 # Output seen:
-#   bfloat16 from safetensors: sum 256, mean 0.255859
+#   bfloat16:                  sum 256, mean 0.255859
 #   the same, dtype=float32:   sum 1000, mean 1
 #   the same, dot:             1000
 #   float16:                   sum 1000, mean 1
@@ -23,10 +24,13 @@ uv pip install -q --python venv/bin/python ml_dtypes==0.6.0 numpy==2.4.6 safeten
 cat > try.py <<'PYTHON'
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-ones = load(save({"weight": np.ones(1000, ml_dtypes.bfloat16)}))["weight"]
-print(f"bfloat16 from safetensors: sum {float(ones.sum()):g}, mean {float(ones.mean()):g}")
+save_file({"weight": np.ones(1000, ml_dtypes.bfloat16)}, "model.safetensors")
+with safe_open("model.safetensors", "np") as file:
+    ones = file.get_tensor("weight")
+print(f"bfloat16:                  sum {float(ones.sum()):g}, mean {float(ones.mean()):g}")
 print(f"the same, dtype=float32:   sum {ones.sum(dtype=np.float32):g}, mean {ones.mean(dtype=np.float32):g}")
 print(f"the same, dot:             {float(np.dot(ones, ones)):g}")
 half = ones.astype(np.float16)
@@ -34,7 +38,7 @@ print(f"float16:                   sum {half.sum():g}, mean {half.mean():g}")
 PYTHON
 venv/bin/python try.py | tee seen.txt
 cat > as_seen.txt <<'TEXT'
-bfloat16 from safetensors: sum 256, mean 0.255859
+bfloat16:                  sum 256, mean 0.255859
 the same, dtype=float32:   sum 1000, mean 1
 the same, dot:             1000
 float16:                   sum 1000, mean 1
