@@ -104,8 +104,8 @@ def accumulate_gradients(
     and targets (IGNORE = no loss), and perhaps weights for the losses of the targets.
 
     The loss is the sum divided by num_targets, the number of targets of all ranks. So any split of
-    a step into ranks and micro-batches gives the same gradient. Returns (this rank's part of the
-    loss as a tensor, device_batch_size).
+    a step into ranks and micro-batches gives the same gradient, but for rounding: sums of floats
+    depend on their order. Returns (this rank's part of the loss as a tensor, device_batch_size).
 
     If a micro-batch does not fit the GPU's memory, half its size is tried, and returned for the
     next steps.
@@ -120,10 +120,10 @@ def accumulate_gradients(
                 raise UserError("out of memory with one row at a time",
                                 "use a smaller --depth or --max_seq_len") from None
         # After the except block, since the exception keeps the tensors of the failed try alive.
-        # Gradients are sums: starting again with smaller parts gives the same result
+        # Gradients are sums: starting again with smaller parts gives the same, but for rounding
         device_batch_size //= 2
         print("out of memory: trying again with "
-              f"--device_batch_size={device_batch_size} (same result)", flush=True)
+              f"--device_batch_size={device_batch_size} (same but for rounding)", flush=True)
         model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()

@@ -13,7 +13,8 @@ Smallest run, to see that it works:
 
 A step's rows depend on the seed and the step alone, for any number of processes and any
 micro-batch. With as many processes as before, `--resume_from_step` goes on with exactly the losses
-of an unbroken run; with another number they differ by rounding.
+of an unbroken run. With another number rounding parts the two, as any last bit that differs does:
+see dev/log/2026-11-30-interrupted.md.
 
 With `--minutes` the size of the model and the batch follow from the time and the speed of the
 machine, and the run ends on time with a learning rate of 0: time_limit.py. Evaluations, checkpoints
