@@ -42,10 +42,10 @@ rank = int(os.environ["RANK"])
 first_is_here = Path(os.environ["FIRST_IS_HERE"])
 if attempt == 1 and rank == 0:
     first_is_here.touch()
-if attempt == 1 and rank == 1:  # after the restart it comes a little later
+if attempt == 1 and rank == 1:  # after the restart it comes later
     while not first_is_here.exists():
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(20)
 try:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     dist.barrier()
