@@ -1,28 +1,24 @@
 #!/usr/bin/env bash
-# torchrun: after a restart, new ranks find the addresses of dead ones
+# torchrun: after a restart, the store still holds what the dead ranks wrote
 #
 # Expected: --max_restarts starts all ranks anew, with a store of their own, as a comment in torch's
-#   rendezvous.py says ("We create a new TCPStore for every retry"). It does not matter which comes first.
-# Happens:  the agent keeps one store through all restarts, and the addresses of the attempt before stay in
-#   it. A rank that comes first reads the address of its dead neighbour, tries for some time to reach it, and
-#   fails: a job whose ranks do not come at the same time uses up its restarts, although nothing is wrong
-#   with it. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each attempt has a new store, and the job goes on.
+#   rendezvous.py says ("We create a new TCPStore for every retry").
+# Happens:  the agent keeps one store through all restarts, with all keys of the attempts before. So a counter
+#   goes on from its old value, a barrier made of keys lets everybody through, and gloo finds the
+#   addresses of dead ranks: a rank that comes first after a restart may wait for one in vain, fail
+#   ("Gloo connectFullMesh failed") and use up the next restart. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+#   each attempt has a new store.
 #
-# Versions: torch 2.15.0 (the package of PyPI, on a CPU, gloo), Python 3.11. Seen: 2026-11-30.
-# Needs: bash, uv, 6 GB of disk for torch, one to five minutes. The ranks meet on this machine.
+# Versions: torch 2.15.0 (the package of PyPI, on a CPU), Python 3.11. Seen: 2026-11-30.
+# Needs: bash, uv, some GB of disk for torch. Two ranks, which meet on this machine.
 #
-# Output seen:
+# Output seen (each attempt writes a key, meets the other rank, and ends; the first with exit code 1):
 #   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0
-#   attempt 0, rank 0: met the other
-#   attempt 0, rank 1: met the other
-#   attempt 1, rank 0: Gloo connectFullMesh failed
-#   torchrun: exit code 1
+#   attempt 0: key of an attempt before: False, ranks counted: 2
+#   attempt 1: key of an attempt before: True, ranks counted: 4
 #   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-#   attempt 0, rank 0: met the other
-#   attempt 0, rank 1: met the other
-#   attempt 1, rank 0: met the other
-#   attempt 1, rank 1: met the other
-#   torchrun: exit code 0
+#   attempt 0: key of an attempt before: False, ranks counted: 2
+#   attempt 1: key of an attempt before: False, ranks counted: 2
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -30,54 +26,47 @@ cd "$work"
 uv venv -q venv
 uv pip install -q --python venv/bin/python torch==2.15.0
 cat > try.py <<'PYTHON'
-import datetime
 import os
-import time
-from pathlib import Path
 
 import torch.distributed as dist
 
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-rank = int(os.environ["RANK"])
-first_is_here = Path(os.environ["FIRST_IS_HERE"])
-if attempt == 1 and rank == 0:
-    first_is_here.touch()
-if attempt == 1 and rank == 1:  # after the restart it comes later
-    while not first_is_here.exists():
-        time.sleep(0.1)
-    time.sleep(20)
-try:
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    dist.barrier()
-    outcome = "met the other"
-except RuntimeError as error:
-    outcome = str(error).split(" with [")[0]  # what follows is an address, mostly "connection refused"
-if rank == 0 or outcome == "met the other":  # how rank 1 learns that rank 0 has failed differs
-    print(f"attempt {attempt}, rank {rank}: {outcome}", flush=True)
-if attempt == 0 or outcome != "met the other":
-    os._exit(1)
-dist.destroy_process_group()
+store, rank, _ = next(dist.rendezvous("env://"))
+
+
+def meet(name):
+    """Until both ranks are here. The keys are those of this attempt alone."""
+    store.set(f"{name} {attempt} {rank}", "here")
+    store.wait([f"{name} {attempt} 0", f"{name} {attempt} 1"])
+
+
+found = store.check(["left behind"])
+meet("looked")
+store.set("left behind", f"by attempt {attempt}")
+store.add("ranks", 1)
+meet("counted")
+if rank == 0:
+    ranks = store.add("ranks", 0)
+    print(f"attempt {attempt}: key of an attempt before: {found}, ranks counted: {ranks}", flush=True)
+meet("said")
+if rank == 0:  # its store may be the one that is asked: the other leaves first
+    store.wait([f"left {attempt}"])
+else:
+    store.set(f"left {attempt}", "yes")
+os._exit(1 if attempt == 0 else 0)
 PYTHON
 export OMP_NUM_THREADS=1
 for off in 0 1; do
   echo "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=$off"
-  code=0
-  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=$off FIRST_IS_HERE="$work/first$off" timeout 600 \
-    venv/bin/torchrun --standalone --nproc_per_node=2 --max_restarts=1 try.py > out.txt 2> errors.txt || code=$?
-  sort out.txt
-  echo "torchrun: exit code $code"
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=$off timeout 300 \
+    venv/bin/torchrun --standalone --nproc_per_node=2 --max_restarts=1 try.py 2> errors.txt
 done | tee seen.txt
 cat > as_seen.txt <<'TEXT'
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0
-attempt 0, rank 0: met the other
-attempt 0, rank 1: met the other
-attempt 1, rank 0: Gloo connectFullMesh failed
-torchrun: exit code 1
+attempt 0: key of an attempt before: False, ranks counted: 2
+attempt 1: key of an attempt before: True, ranks counted: 4
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-attempt 0, rank 0: met the other
-attempt 0, rank 1: met the other
-attempt 1, rank 0: met the other
-attempt 1, rank 1: met the other
-torchrun: exit code 0
+attempt 0: key of an attempt before: False, ranks counted: 2
+attempt 1: key of an attempt before: False, ranks counted: 2
 TEXT
 cmp seen.txt as_seen.txt
