@@ -10,7 +10,7 @@
 #   each attempt has a new store.
 #
 # Versions: torch 2.15.0 (the package of PyPI, on a CPU), Python 3.11. Seen: 2026-11-30.
-# Needs: bash, uv, some GB of disk for torch. Two ranks, which meet on this machine.
+# Needs: bash, uv, 6 GB of disk for torch. Two ranks, which meet on this machine.
 #
 # Output seen (each attempt writes a key, meets the other rank, and ends; the first with exit code 1):
 #   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0

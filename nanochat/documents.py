@@ -169,7 +169,7 @@ def _check_groups(path, file, field, max_bytes):
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
         num_bytes = metadata.column(column).total_uncompressed_size
-        if num_bytes > max_bytes * metadata.num_rows:
+        if num_bytes > max_bytes * max(1, metadata.num_rows):  # some writers leave empty groups
             raise _too_long(path, f"row group {group}", max_bytes)
 
 

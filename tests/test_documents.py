@@ -160,6 +160,7 @@ def test_a_document_that_does_not_fit_in_memory_is_named(tmp_path):
         _check_groups(path, file, "text", max_bytes=2000)
         with pytest.raises(UserError, match="a.parquet: row group 0 has .*\nhint: cut it into several rows"):
             _check_groups(path, file, "text", max_bytes=900)
+    assert count_rows(write_parquet(tmp_path / "empty.parquet", [], column_type=pa.string())) == 0  # bytes, no rows
 
 
 # -----------------------------------------------------------------------------
